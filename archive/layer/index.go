@@ -54,9 +54,19 @@ type Index struct {
 	// SpanSize is the length of every span but the last, in uncompressed
 	// bytes. It is a multiple of 64, SHA-256's block size.
 	SpanSize inflate.Out
-	Spans    []Span          // in stream order, covering [0, OutSize)
-	Points   []inflate.Point // ascending, the first at Out 0; empty if Uncompressed
-	Entries  []Entry         // in tar order, whiteouts included
+	Spans    []Span  // in stream order, covering [0, OutSize)
+	Points   []Point // ascending, the first at Out 0; empty if Uncompressed
+	Entries  []Entry // in tar order, whiteouts included
+}
+
+// Point is a seek point whose window is kept compressed, since an index may
+// hold thousands of them. SeekPoint expands one.
+type Point struct {
+	Out    inflate.Out
+	In     inflate.In
+	Bit    uint8
+	State  []byte
+	Window []byte // zstd frame of at most inflate.WindowSize bytes; empty for an empty window
 }
 
 // Span is one unit of verification.

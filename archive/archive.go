@@ -1,0 +1,236 @@
+// Package archive reads and writes .clip files: an image's index, without its data.
+//
+// A .clip file is two files in one. Its front part is what upstream CLIP
+// (github.com/beam-cloud/clip) writes and mounts: header, file index, storage
+// info with the remote reference. Behind it, where CLIP does not look, lie
+// sections of ours: the image's manifest and config, and for each layer the
+// index that archive/layer makes. docs/format.md has the layout to the byte.
+//
+// The sections are the truth; the front part is derived from them, and this
+// package never reads it back. An archive is untrusted: every size is bounded
+// and every section checked against its digest before use, and the layer
+// indexes against the manifest. Whether the manifest is the right one is for
+// the caller to decide, by its digest.
+//
+// The package does not fetch and does not mount.
+package archive
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/beam-cloud/containerd-clip/archive/layer"
+)
+
+// Media types of an archive in a registry: the artifact that refers to the
+// image, and its one layer, a zstd'ed .clip file.
+const (
+	ArtifactType = "application/vnd.beam.clip.index.v2"
+	MediaType    = "application/vnd.beam.clip.archive.v2+zstd"
+)
+
+// Image is what an archive is made from.
+type Image struct {
+	// StorageRef is the remote reference: where a worker finds the layers.
+	StorageRef string
+	Platform   ocispec.Platform
+	Descriptor ocispec.Descriptor // of the platform's manifest
+	Manifest   []byte             // verbatim
+	Config     []byte             // verbatim
+	Layers     []Layer            // as in the manifest, lowest first
+}
+
+// Layer is one layer of an Image: its index, or the reason why it has none.
+type Layer struct {
+	Index  *layer.Index
+	Reason string // why the layer cannot be read lazily; empty if Index is set
+}
+
+// Info is the JSON document that describes an archive.
+type Info struct {
+	StorageRef string             `json:"storageRef"`
+	Platform   ocispec.Platform   `json:"platform"`
+	Descriptor ocispec.Descriptor `json:"manifest"`
+	// NotLazy holds, for each layer that has no index, why; keyed by digest.
+	NotLazy map[digest.Digest]string `json:"notLazy,omitempty"`
+}
+
+// Archive is an open .clip file. Its methods are safe for concurrent use.
+type Archive struct {
+	s        *sections
+	file     *os.File // nil if opened from a reader
+	info     Info
+	manifest ocispec.Manifest
+	rawMan   []byte
+	rawConf  []byte
+	diffIDs  []digest.Digest
+}
+
+// OpenFile opens the archive at path. The caller closes it.
+func OpenFile(path string) (*Archive, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	st, err := f.Stat()
+	if err == nil {
+		var a *Archive
+		if a, err = Open(f, st.Size()); err == nil {
+			a.file = f
+			return a, nil
+		}
+	}
+	f.Close()
+	return nil, fmt.Errorf("archive %s: %w", path, err)
+}
+
+// Open opens the archive in the first size bytes of r and checks that its
+// manifest, config and description belong together.
+func Open(r io.ReaderAt, size int64) (*Archive, error) {
+	s, err := readSections(r, size)
+	if err != nil {
+		return nil, err
+	}
+	a := &Archive{s: s}
+	info, err := s.read(kindInfo, 0, maxDocument)
+	if err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(info, &a.info); err != nil {
+		return nil, fmt.Errorf("%w: description: %w", ErrCorrupt, err)
+	}
+	if a.rawMan, err = s.read(kindManifest, 0, maxDocument); err != nil {
+		return nil, err
+	}
+	if a.rawConf, err = s.read(kindConfig, 0, maxDocument); err != nil {
+		return nil, err
+	}
+	a.manifest, a.diffIDs, err = parseImage(a.info.Descriptor, a.rawMan, a.rawConf)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
+	}
+	return a, nil
+}
+
+// parseImage checks a manifest against its descriptor and a config against
+// the manifest, and returns the manifest and the layers' diff IDs.
+func parseImage(desc ocispec.Descriptor, manifest, config []byte) (m ocispec.Manifest, diffIDs []digest.Digest, err error) {
+	if desc.Digest.Validate() != nil || desc.Digest.Algorithm().FromBytes(manifest) != desc.Digest {
+		return m, nil, fmt.Errorf("manifest does not match its digest %q", desc.Digest)
+	}
+	if err := json.Unmarshal(manifest, &m); err != nil {
+		return m, nil, fmt.Errorf("manifest: %w", err)
+	}
+	if m.Config.Digest.Validate() != nil || m.Config.Digest.Algorithm().FromBytes(config) != m.Config.Digest {
+		return m, nil, fmt.Errorf("config does not match its digest %q", m.Config.Digest)
+	}
+	var c ocispec.Image
+	if err := json.Unmarshal(config, &c); err != nil {
+		return m, nil, fmt.Errorf("config: %w", err)
+	}
+	if len(c.RootFS.DiffIDs) != len(m.Layers) {
+		return m, nil, fmt.Errorf("manifest has %d layers, config has %d", len(m.Layers), len(c.RootFS.DiffIDs))
+	}
+	for _, id := range c.RootFS.DiffIDs {
+		if err := id.Validate(); err != nil {
+			return m, nil, fmt.Errorf("diff ID %q: %w", id, err)
+		}
+	}
+	return m, c.RootFS.DiffIDs, nil
+}
+
+// Close closes the file that OpenFile opened.
+func (a *Archive) Close() error {
+	if a.file == nil {
+		return nil
+	}
+	return a.file.Close()
+}
+
+// Info returns the archive's description.
+func (a *Archive) Info() Info { return a.info }
+
+// Manifest returns the image's manifest, parsed and verbatim.
+func (a *Archive) Manifest() (ocispec.Manifest, []byte) { return a.manifest, a.rawMan }
+
+// Config returns the image's config, verbatim.
+func (a *Archive) Config() []byte { return a.rawConf }
+
+// DiffIDs returns the digests of the uncompressed layers, lowest first.
+func (a *Archive) DiffIDs() []digest.Digest { return a.diffIDs }
+
+// ChainIDs returns the chain ID of each layer: it names the layer together
+// with all below it.
+func (a *Archive) ChainIDs() []digest.Digest {
+	return identity.ChainIDs(append([]digest.Digest(nil), a.diffIDs...))
+}
+
+// NotLazy returns why layer i cannot be read lazily, or "".
+func (a *Archive) NotLazy(i int) string { return a.info.NotLazy[a.manifest.Layers[i].Digest] }
+
+// Spans returns the span part of layer i's index: all but its entries.
+func (a *Archive) Spans(i int) (*layer.Index, error) {
+	raw, err := a.s.read(kindSpans, i, maxSection)
+	if err != nil {
+		return nil, err
+	}
+	x, err := layer.DecodeSpans(raw)
+	if err != nil {
+		return nil, fmt.Errorf("%w: layer %d: %w", ErrCorrupt, i, err)
+	}
+	want := a.manifest.Layers[i]
+	if x.Digest != want.Digest || int64(x.Size) != want.Size || x.DiffID != a.diffIDs[i] {
+		return nil, fmt.Errorf("%w: layer %d: the index is of %s, the manifest names %s", ErrCorrupt, i, x.Digest, want.Digest)
+	}
+	return x, nil
+}
+
+// Layer returns the whole index of layer i.
+func (a *Archive) Layer(i int) (*layer.Index, error) {
+	x, err := a.Spans(i)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := a.s.read(kindEntries, i, maxSection)
+	if err != nil {
+		return nil, err
+	}
+	if err := x.DecodeEntries(raw); err != nil {
+		return nil, fmt.Errorf("%w: layer %d: %w", ErrCorrupt, i, err)
+	}
+	return x, nil
+}
+
+// validate checks that img can become an archive, and returns its manifest.
+func (img *Image) validate() (m ocispec.Manifest, err error) {
+	m, diffIDs, err := parseImage(img.Descriptor, img.Manifest, img.Config)
+	if err != nil {
+		return m, err
+	}
+	if len(img.Layers) != len(m.Layers) {
+		return m, fmt.Errorf("%d layer indexes for the manifest's %d layers", len(img.Layers), len(m.Layers))
+	}
+	for i, l := range img.Layers {
+		switch {
+		case l.Index == nil && l.Reason == "":
+			return m, fmt.Errorf("layer %d has neither an index nor a reason", i)
+		case l.Index == nil:
+		case l.Index.Digest != m.Layers[i].Digest:
+			return m, fmt.Errorf("layer %d is %s, its index is of %s", i, m.Layers[i].Digest, l.Index.Digest)
+		case l.Index.DiffID != diffIDs[i]:
+			return m, fmt.Errorf("layer %d (%s) unpacks to %s, but the config says %s: %w",
+				i, l.Index.Digest, l.Index.DiffID, diffIDs[i], layer.ErrMismatch)
+		}
+	}
+	if img.StorageRef == "" {
+		return m, errors.New("storage reference is empty")
+	}
+	return m, nil
+}

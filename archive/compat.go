@@ -1,0 +1,240 @@
+package archive
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"math"
+	"time"
+
+	"github.com/beam-cloud/clip/pkg/common"
+	"github.com/google/go-containerregistry/pkg/name"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/beam-cloud/containerd-clip/archive/internal/detgob"
+	"github.com/beam-cloud/containerd-clip/archive/layer"
+	"github.com/beam-cloud/containerd-clip/archive/tree"
+)
+
+// The part of an archive that upstream CLIP reads, in upstream's own types.
+
+var clipMagic = common.ClipFileStartBytes
+
+const clipHeaderSize = common.ClipHeaderLength
+
+// clipHeader is upstream's header.
+type clipHeader common.ClipArchiveHeader
+
+// end returns the offset behind everything that the header speaks of.
+func (h *clipHeader) end() uint64 {
+	return max(uint64(h.IndexPos)+uint64(h.IndexLength), uint64(h.StorageInfoPos)+uint64(h.StorageInfoLength))
+}
+
+func readClipHeader(s *sections) (*clipHeader, error) {
+	b, err := s.at(0, clipHeaderSize)
+	if err != nil {
+		return nil, err
+	}
+	h := new(clipHeader)
+	if err := binary.Read(bytes.NewReader(b), binary.LittleEndian, h); err != nil {
+		return nil, err
+	}
+	for _, v := range []int64{h.IndexPos, h.IndexLength, h.StorageInfoPos, h.StorageInfoLength} {
+		if v < 0 || v > math.MaxInt64/4 {
+			return nil, fmt.Errorf("%w: CLIP header", ErrCorrupt)
+		}
+	}
+	return h, nil
+}
+
+// compatPart returns the front part of the archive and the number of paths in
+// root. A nil root, of an image with a layer that has no index, becomes an
+// empty one: CLIP then shows no file rather than wrong ones.
+func compatPart(img *Image, m ocispec.Manifest, root *tree.Node) ([]byte, int, error) {
+	nodes := &clipNodes{img: img, inodes: map[*tree.Node]uint64{}}
+	if root == nil {
+		root = &tree.Node{Mode: unix.S_IFDIR | 0o755, Nlink: 2}
+	}
+	nodes.walk(root)
+	index, err := detgob.Encode(nodes.list)
+	if err != nil {
+		return nil, 0, err
+	}
+	storage, err := storageInfo(img, m)
+	if err != nil {
+		return nil, 0, err
+	}
+	data, err := detgob.Encode(storage)
+	if err != nil {
+		return nil, 0, err
+	}
+	wrapped, err := detgob.Encode(common.StorageInfoWrapper{Type: storage.Type(), Data: data})
+	if err != nil {
+		return nil, 0, err
+	}
+	h := common.ClipArchiveHeader{
+		ClipFileFormatVersion: common.ClipFileFormatVersion,
+		IndexPos:              clipHeaderSize,
+		IndexLength:           int64(len(index)),
+		StorageInfoPos:        clipHeaderSize + int64(len(index)),
+		StorageInfoLength:     int64(len(wrapped)),
+	}
+	copy(h.StartBytes[:], clipMagic)
+	copy(h.StorageInfoType[:], storage.Type())
+	var b bytes.Buffer
+	if err := binary.Write(&b, binary.LittleEndian, h); err != nil {
+		return nil, 0, err
+	}
+	b.Write(index)
+	b.Write(wrapped)
+	return b.Bytes(), nodes.paths, nil
+}
+
+// clipNodes turns a tree into upstream's flat list of nodes.
+type clipNodes struct {
+	img    *Image
+	list   []*common.ClipNode
+	inodes map[*tree.Node]uint64
+	paths  int
+}
+
+// walk lists root and everything below it, without recursion: an image may
+// nest directories deeper than a stack should grow.
+func (c *clipNodes) walk(root *tree.Node) {
+	type item struct {
+		path string
+		node *tree.Node
+	}
+	stack := []item{{"/", root}}
+	for len(stack) > 0 {
+		it := stack[len(stack)-1]
+		stack = stack[:len(stack)-1]
+		c.add(it.path, it.node)
+		prefix := it.path
+		if prefix != "/" {
+			prefix += "/"
+		}
+		for i := len(it.node.Children) - 1; i >= 0; i-- {
+			child := it.node.Children[i]
+			stack = append(stack, item{prefix + child.Name, child.Node})
+		}
+	}
+}
+
+// add lists one path. CLIP has no words for devices and FIFOs: they are left out.
+func (c *clipNodes) add(path string, n *tree.Node) {
+	c.paths++
+	if c.inodes[n] == 0 {
+		c.inodes[n] = uint64(len(c.inodes)) + 1 // the root comes first and is inode 1, as FUSE wants it
+	}
+	node := &common.ClipNode{Path: path}
+	a := &node.Attr
+	a.Ino, a.Mode, a.Nlink = c.inodes[n], n.Mode, n.Nlink
+	a.Uid, a.Gid = n.UID, n.GID
+	sec := uint64(max(n.ModTime, 0)) // CLIP's times are unsigned
+	a.Mtime, a.Ctime, a.Atime = sec, sec, sec
+	a.Mtimensec, a.Ctimensec, a.Atimensec = n.ModNsec, n.ModNsec, n.ModNsec
+	switch n.Mode & unix.S_IFMT {
+	case unix.S_IFDIR:
+		node.NodeType = common.DirNode
+	case unix.S_IFLNK:
+		node.NodeType, node.Target = common.SymLinkNode, n.Target
+		a.Size = uint64(len(n.Target))
+	case unix.S_IFREG:
+		node.NodeType = common.FileNode
+		a.Size, a.Blocks = uint64(n.Size), (uint64(n.Size)+511)/512
+		node.Remote = &common.RemoteRef{
+			LayerDigest: c.img.Layers[n.Layer].Index.Digest.String(),
+			UOffset:     int64(n.Off),
+			ULength:     n.Size,
+		}
+	default:
+		return
+	}
+	c.list = append(c.list, node)
+}
+
+// storageInfo says where the layers are, in upstream's words.
+func storageInfo(img *Image, m ocispec.Manifest) (*common.OCIStorageInfo, error) {
+	ref, err := name.ParseReference(img.StorageRef)
+	if err != nil {
+		return nil, fmt.Errorf("storage reference %q: %w", img.StorageRef, err)
+	}
+	info := &common.OCIStorageInfo{
+		RegistryURL:             ref.Context().RegistryStr(),
+		Repository:              ref.Context().RepositoryStr(),
+		Reference:               ref.Identifier(),
+		GzipIdxByLayer:          map[string]*common.GzipIndex{},
+		DecompressedHashByLayer: map[string]string{},
+	}
+	for i, desc := range m.Layers {
+		key := desc.Digest.String()
+		info.Layers = append(info.Layers, key)
+		if x := img.Layers[i].Index; x != nil {
+			info.DecompressedHashByLayer[key] = x.DiffID.Encoded()
+			info.GzipIdxByLayer[key] = gzipIndex(x)
+		}
+	}
+	info.ImageMetadata, err = imageMetadata(img, m)
+	return info, err
+}
+
+func gzipIndex(x *layer.Index) *common.GzipIndex {
+	g := &common.GzipIndex{LayerDigest: x.Digest.String()}
+	for _, p := range x.Points {
+		g.Checkpoints = append(g.Checkpoints, common.GzipCheckpoint{COff: int64(p.In), UOff: int64(p.Out)})
+	}
+	return g
+}
+
+// imageMetadata is the image's config in upstream's words. Like upstream's
+// indexer it has no nil maps or lists where upstream's has none.
+func imageMetadata(img *Image, m ocispec.Manifest) (*common.ImageMetadata, error) {
+	var c struct {
+		ocispec.Image
+		DockerVersion string `json:"docker_version"`
+	}
+	if err := json.Unmarshal(img.Config, &c); err != nil {
+		return nil, fmt.Errorf("config: %w", err)
+	}
+	meta := &common.ImageMetadata{
+		Name:          img.StorageRef,
+		Digest:        img.Descriptor.Digest.String(),
+		DockerVersion: c.DockerVersion,
+		Architecture:  c.Architecture,
+		Os:            c.OS,
+		Variant:       c.Variant,
+		Author:        c.Author,
+		Labels:        nonNil(c.Config.Labels),
+		Env:           append([]string{}, c.Config.Env...),
+		Cmd:           c.Config.Cmd,
+		Entrypoint:    c.Config.Entrypoint,
+		User:          c.Config.User,
+		WorkingDir:    c.Config.WorkingDir,
+		ExposedPorts:  nonNil(c.Config.ExposedPorts),
+		Volumes:       nonNil(c.Config.Volumes),
+		StopSignal:    c.Config.StopSignal,
+		Layers:        []string{},
+		LayersData:    []common.LayerMetadata{},
+	}
+	meta.Created = time.Time{}
+	if c.Created != nil {
+		meta.Created = *c.Created
+	}
+	for _, desc := range m.Layers {
+		meta.Layers = append(meta.Layers, desc.Digest.String())
+		meta.LayersData = append(meta.LayersData, common.LayerMetadata{
+			MIMEType: desc.MediaType, Digest: desc.Digest.String(), Size: desc.Size, Annotations: desc.Annotations,
+		})
+	}
+	return meta, nil
+}
+
+func nonNil[V any](m map[string]V) map[string]V {
+	if m == nil {
+		return map[string]V{}
+	}
+	return m
+}

@@ -1,0 +1,219 @@
+package archive
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/klauspost/compress/zstd"
+)
+
+// Errors that Open and the accessors of Archive wrap.
+var (
+	// ErrNotArchive is returned when a file is no .clip file at all.
+	ErrNotArchive = errors.New("not a .clip archive")
+	// ErrNoSections is returned for a .clip file that upstream CLIP wrote:
+	// it has no layer indexes to read lazily with.
+	ErrNoSections = errors.New("archive has no layer indexes")
+	// ErrVersion is returned when a newer program wrote the archive.
+	ErrVersion = errors.New("archive was written by a newer version: upgrade containerd-clip, or index the image again with this version")
+	// ErrCorrupt is returned when an archive is truncated or altered.
+	ErrCorrupt = errors.New("archive is truncated or altered")
+)
+
+// Format version in the footer. A reader refuses a higher major version and
+// ignores sections of a kind it does not know.
+const formatVersion = 1
+
+var footerMagic = [8]byte{'C', 'L', 'I', 'P', 'S', 'E', 'C', '\n'}
+
+// footer is the last footerSize bytes of an archive, little-endian.
+type footer struct {
+	Magic       [8]byte
+	Version     uint32
+	Sections    uint32   // number of records in the section table
+	TableOffset uint64   // of the section table, which ends where the footer starts
+	TableSHA256 [32]byte // of the section table
+	Reserved    [8]byte  // zero
+}
+
+const footerSize = 64
+
+// record is one line of the section table, little-endian.
+type record struct {
+	Kind   uint32
+	Layer  uint32 // number of the layer it belongs to; 0 for the others
+	Offset uint64 // in the file
+	Stored uint64 // bytes in the file, a zstd frame
+	Raw    uint64 // bytes after decompression
+	SHA256 [32]byte
+}
+
+const recordSize = 64
+
+// Kinds of section.
+const (
+	kindInfo     = 1 // JSON, see Info
+	kindManifest = 2 // the image manifest, verbatim
+	kindConfig   = 3 // the image config, verbatim
+	kindSpans    = 4 // span part of a layer index
+	kindEntries  = 5 // entry part of a layer index
+)
+
+// Bounds on what an archive may declare, checked before anything is allocated.
+const (
+	maxSections = 1 << 16
+	maxSection  = 1 << 30 // decompressed bytes of one section
+	maxDocument = 8 << 20 // of info, manifest and config: containerd's own bound for manifests
+)
+
+// sectionWriter compresses sections and collects their table.
+type sectionWriter struct {
+	w     io.Writer
+	off   uint64
+	enc   *zstd.Encoder
+	table []record
+}
+
+func (s *sectionWriter) add(kind, layer int, raw []byte) error {
+	stored := s.enc.EncodeAll(raw, nil)
+	s.table = append(s.table, record{
+		Kind: uint32(kind), Layer: uint32(layer),
+		Offset: s.off, Stored: uint64(len(stored)), Raw: uint64(len(raw)), SHA256: sha256.Sum256(stored),
+	})
+	s.off += uint64(len(stored))
+	_, err := s.w.Write(stored)
+	return err
+}
+
+// finish writes the section table and the footer.
+func (s *sectionWriter) finish() error {
+	var table bytes.Buffer
+	if err := binary.Write(&table, binary.LittleEndian, s.table); err != nil {
+		return err
+	}
+	f := footer{
+		Magic: footerMagic, Version: formatVersion, Sections: uint32(len(s.table)),
+		TableOffset: s.off, TableSHA256: sha256.Sum256(table.Bytes()),
+	}
+	if _, err := s.w.Write(table.Bytes()); err != nil {
+		return err
+	}
+	return binary.Write(s.w, binary.LittleEndian, f)
+}
+
+// sections reads the sections of an archive.
+type sections struct {
+	r     io.ReaderAt
+	size  int64
+	table []record
+}
+
+// at reads n bytes at off. Every byte of an archive is read through it.
+func (s *sections) at(off, n uint64) ([]byte, error) {
+	if off > uint64(s.size) || n > uint64(s.size)-off {
+		return nil, fmt.Errorf("%w: %d bytes at %d are beyond its end at %d", ErrCorrupt, n, off, s.size)
+	}
+	b := make([]byte, n)
+	if _, err := s.r.ReadAt(b, int64(off)); err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	return b, nil
+}
+
+func readSections(r io.ReaderAt, size int64) (*sections, error) {
+	s := &sections{r: r, size: size}
+	if size < clipHeaderSize {
+		return nil, ErrNotArchive
+	}
+	head, err := s.at(0, uint64(len(clipMagic)))
+	if err != nil {
+		return nil, err
+	}
+	if !bytes.Equal(head, clipMagic) {
+		return nil, ErrNotArchive
+	}
+	if size < clipHeaderSize+footerSize {
+		return nil, fmt.Errorf("%w: %d bytes are too few", ErrCorrupt, size)
+	}
+	b, err := s.at(uint64(size)-footerSize, footerSize)
+	if err != nil {
+		return nil, err
+	}
+	var f footer
+	if err := binary.Read(bytes.NewReader(b), binary.LittleEndian, &f); err != nil {
+		return nil, err
+	}
+	if f.Magic != footerMagic {
+		return nil, missingFooter(s)
+	}
+	if f.Version > formatVersion {
+		return nil, fmt.Errorf("format version %d: %w", f.Version, ErrVersion)
+	}
+	end := uint64(size) - footerSize
+	if f.Sections > maxSections || f.TableOffset > end || end-f.TableOffset != uint64(f.Sections)*recordSize {
+		return nil, fmt.Errorf("%w: section table", ErrCorrupt)
+	}
+	table, err := s.at(f.TableOffset, end-f.TableOffset)
+	if err != nil {
+		return nil, err
+	}
+	if sha256.Sum256(table) != f.TableSHA256 {
+		return nil, fmt.Errorf("%w: section table does not match its digest", ErrCorrupt)
+	}
+	s.table = make([]record, f.Sections)
+	return s, binary.Read(bytes.NewReader(table), binary.LittleEndian, s.table)
+}
+
+// missingFooter tells an archive of upstream CLIP, which ends with its storage
+// info, from one of ours that lost its end.
+func missingFooter(s *sections) error {
+	h, err := readClipHeader(s)
+	if err != nil {
+		return err
+	}
+	if h.end() == uint64(s.size) {
+		return ErrNoSections
+	}
+	return fmt.Errorf("%w: its footer is missing", ErrCorrupt)
+}
+
+// read returns the decompressed section of a kind, which may have at most max bytes.
+func (s *sections) read(kind, layer int, most uint64) ([]byte, error) {
+	for _, rec := range s.table {
+		if rec.Kind != uint32(kind) || rec.Layer != uint32(layer) {
+			continue
+		}
+		if rec.Raw > most || rec.Stored > most+most/64+1024 {
+			return nil, fmt.Errorf("%w: section %d of layer %d declares %d bytes, more than %d", ErrCorrupt, kind, layer, rec.Raw, most)
+		}
+		stored, err := s.at(rec.Offset, rec.Stored)
+		if err != nil {
+			return nil, err
+		}
+		if sha256.Sum256(stored) != rec.SHA256 {
+			return nil, fmt.Errorf("%w: section %d of layer %d does not match its digest", ErrCorrupt, kind, layer)
+		}
+		return inflateSection(stored, rec.Raw)
+	}
+	return nil, fmt.Errorf("%w: section %d of layer %d is missing", ErrCorrupt, kind, layer)
+}
+
+func inflateSection(stored []byte, raw uint64) ([]byte, error) {
+	dec, err := zstd.NewReader(nil, zstd.WithDecoderMaxMemory(max(raw, 1<<10)), zstd.WithDecoderConcurrency(1))
+	if err != nil {
+		return nil, err
+	}
+	defer dec.Close()
+	b, err := dec.DecodeAll(stored, nil)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
+	}
+	if uint64(len(b)) != raw {
+		return nil, fmt.Errorf("%w: a section has %d bytes instead of %d", ErrCorrupt, len(b), raw)
+	}
+	return b, nil
+}

@@ -1,0 +1,306 @@
+package layer
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/beam-cloud/containerd-clip/archive/inflate"
+)
+
+// ErrUnsupported is wrapped when a layer is sound but cannot be read lazily.
+// The error names the reason; an ordinary unpack of the layer works.
+var ErrUnsupported = errors.New("layer cannot be read lazily")
+
+// Defaults of Options.
+const (
+	DefaultSpanSize      inflate.Out = 256 << 10
+	DefaultPointInterval inflate.Out = 1 << 20
+	DefaultMaxEntries                = 8 << 20
+)
+
+// Options configures Build. The zero value means the defaults.
+type Options struct {
+	SpanSize      inflate.Out // uncompressed bytes per span, a multiple of 64; default 256 KiB
+	PointInterval inflate.Out // least distance of seek points, uncompressed bytes; default 1 MiB
+	MaxEntries    int         // entries that a layer may have; default 8 Mi
+	// Progress, if set, is called with the number of compressed bytes read
+	// since the last call. Calls come from one goroutine.
+	Progress func(n int64)
+}
+
+func (o Options) withDefaults() (Options, error) {
+	if o.SpanSize == 0 {
+		o.SpanSize = DefaultSpanSize
+	}
+	if o.PointInterval == 0 {
+		o.PointInterval = DefaultPointInterval
+	}
+	if o.MaxEntries == 0 {
+		o.MaxEntries = DefaultMaxEntries
+	}
+	if o.SpanSize%64 != 0 || o.SpanSize < minSpanSize || o.SpanSize > maxSpanSize {
+		return o, fmt.Errorf("span size %d: must be a multiple of 64 between %d and %d", o.SpanSize, minSpanSize, maxSpanSize)
+	}
+	if o.PointInterval < o.SpanSize {
+		return o, fmt.Errorf("seek point interval %d: must be at least the span size %d", o.PointInterval, o.SpanSize)
+	}
+	return o, nil
+}
+
+const (
+	sourceChunk  = 256 << 10 // compressed bytes read at a time
+	sourceChunks = 4
+	outChunks    = 6 // spans in flight between inflating, hashing and tar
+)
+
+// builder is the state of one Build. Each stage writes its own fields of idx;
+// they are read together after all stages have ended.
+type builder struct {
+	idx   *Index
+	opts  Options
+	enc   *zstd.Encoder
+	ends  []inflate.In // span ends, from the inflate stage
+	spans [][32]byte   // span digests, from the hash stage
+}
+
+// Build reads the blob that desc describes and returns its index. Blob digest
+// and size are checked against desc; the diff ID is computed and left to the
+// caller to compare. The error wraps ErrUnsupported, inflate.ErrCorrupt,
+// ErrMismatch or archive/tar's where these are the cause.
+func Build(ctx context.Context, blob io.Reader, desc ocispec.Descriptor, opts Options) (*Index, error) {
+	opts, err := opts.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false), zstd.WithWindowSize(inflate.WindowSize))
+	if err != nil {
+		return nil, err
+	}
+	b := &builder{opts: opts, enc: enc, idx: &Index{
+		Digest: desc.Digest, Size: inflate.In(desc.Size), SpanSize: opts.SpanSize,
+	}}
+	if err := b.run(ctx, blob, desc); err != nil {
+		return nil, fmt.Errorf("layer %s: %w", desc.Digest, err)
+	}
+	b.idx.Spans = make([]Span, len(b.ends))
+	for i := range b.ends {
+		b.idx.Spans[i] = Span{InEnd: b.ends[i], Digest: b.spans[i]}
+	}
+	return b.idx, nil
+}
+
+func (b *builder) run(ctx context.Context, blob io.Reader, desc ocispec.Descriptor) error {
+	var (
+		g, gctx  = errgroup.WithContext(ctx)
+		source   = make(chan *chunk, sourceChunks)
+		toHash   = make(chan *chunk, outChunks)
+		toTar    = make(chan *chunk, outChunks)
+		compress = &chunkReader{ctx: gctx, ch: source}
+	)
+	g.Go(func() error { return b.readBlob(gctx, blob, desc, source) })
+	g.Go(func() error { return b.inflate(gctx, compress, toHash, toTar) })
+	g.Go(func() error { return b.hash(gctx, toHash) })
+	g.Go(func() error { return b.readTar(&chunkReader{ctx: gctx, ch: toTar}) })
+	return g.Wait()
+}
+
+// readBlob reads and digests the compressed bytes.
+func (b *builder) readBlob(ctx context.Context, blob io.Reader, desc ocispec.Descriptor, to chan *chunk) error {
+	defer close(to)
+	pool := newPool(sourceChunks, sourceChunk)
+	verifier := desc.Digest.Verifier()
+	var size int64
+	for {
+		c, err := take(ctx, pool)
+		if err != nil {
+			return err
+		}
+		n, err := io.ReadFull(blob, c.buf)
+		if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+			return fmt.Errorf("reading blob: %w", err)
+		}
+		if n > 0 {
+			c.data = c.buf[:n]
+			verifier.Write(c.data)
+			if size += int64(n); size > desc.Size {
+				return fmt.Errorf("blob is longer than its %d bytes: %w", desc.Size, ErrMismatch)
+			}
+			if b.opts.Progress != nil {
+				b.opts.Progress(int64(n))
+			}
+			if err := send(ctx, c, to); err != nil {
+				return err
+			}
+		}
+		if err != nil {
+			break
+		}
+	}
+	if size != desc.Size {
+		return fmt.Errorf("blob has %d bytes instead of %d: %w", size, desc.Size, ErrMismatch)
+	}
+	if !verifier.Verified() {
+		return fmt.Errorf("blob: %w", ErrMismatch)
+	}
+	return nil
+}
+
+// inflate decompresses the blob span by span and records seek points.
+func (b *builder) inflate(ctx context.Context, blob *chunkReader, to ...chan *chunk) error {
+	defer func() {
+		for _, ch := range to {
+			close(ch)
+		}
+	}()
+	stream, in, err := b.open(bufio.NewReaderSize(blob, 4<<10))
+	if err != nil {
+		return err
+	}
+	pool := newPool(outChunks, int(b.opts.SpanSize))
+	for {
+		c, err := take(ctx, pool)
+		if err != nil {
+			return err
+		}
+		n, err := io.ReadFull(stream, c.buf)
+		if n > 0 {
+			b.idx.OutSize += inflate.Out(n)
+			b.ends = append(b.ends, in())
+			c.data = c.buf[:n]
+			if err := send(ctx, c, to...); err != nil {
+				return err
+			}
+		}
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) && n > 0 && !errors.Is(err, inflate.ErrCorrupt) {
+			return blob.drain()
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// Magic numbers at the start of a blob. Like containerd, the bytes decide, not
+// the media type.
+var (
+	magicGzip = []byte{0x1f, 0x8b}
+	magicZstd = []byte{0x28, 0xb5, 0x2f, 0xfd}
+	// skippable zstd frames start with 0x184D2A50 to 0x184D2A5F, little-endian
+	magicZstdSkippable = []byte{0x2a, 0x4d, 0x18}
+)
+
+// open returns the uncompressed stream of blob and a function that tells how
+// far into the compressed one its reading has come.
+func (b *builder) open(blob *bufio.Reader) (io.Reader, func() inflate.In, error) {
+	head, err := blob.Peek(4)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, nil, err
+	}
+	switch {
+	case bytes.HasPrefix(head, magicZstd), len(head) == 4 && head[0]&0xf0 == 0x50 && bytes.Equal(head[1:], magicZstdSkippable):
+		return nil, nil, fmt.Errorf("zstd compression: %w", ErrUnsupported)
+	case !bytes.HasPrefix(head, magicGzip):
+		b.idx.Compression = Uncompressed
+		return blob, func() inflate.In { return inflate.In(b.idx.OutSize) }, nil
+	}
+	b.idx.Compression = Gzip
+	z, err := inflate.NewReader(blob, inflate.Options{Interval: b.opts.PointInterval, OnPoint: b.addPoint})
+	if err != nil {
+		return nil, nil, err
+	}
+	return z, z.In, nil
+}
+
+func (b *builder) addPoint(p inflate.Point) error {
+	q := Point{Out: p.Out, In: p.In, Bit: p.Bit, State: p.State}
+	if len(p.Window) > 0 {
+		q.Window = b.enc.EncodeAll(p.Window, nil)
+	}
+	b.idx.Points = append(b.idx.Points, q)
+	return nil
+}
+
+// hash computes the diff ID and the chaining value after each span.
+func (b *builder) hash(ctx context.Context, from <-chan *chunk) error {
+	c := newChain()
+	for {
+		select {
+		case next, ok := <-from:
+			if !ok {
+				sum := c.sum()
+				if len(b.spans) > 0 {
+					b.spans[len(b.spans)-1] = sum
+				}
+				b.idx.DiffID = digest.NewDigestFromBytes(digest.SHA256, sum[:])
+				return nil
+			}
+			full := len(next.data) == len(next.buf)
+			c.write(next.data)
+			next.release()
+			var value [32]byte // replaced by the sum if this is the last span
+			if full {
+				var err error
+				if value, err = c.value(); err != nil {
+					return err
+				}
+			}
+			b.spans = append(b.spans, value)
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// SeekPoint returns the last seek point at or before off, with its window
+// expanded. For an uncompressed layer that is off itself.
+func (x *Index) SeekPoint(off inflate.Out) (inflate.Point, error) {
+	if x.Compression == Uncompressed {
+		return inflate.Point{Out: off, In: inflate.In(off)}, nil
+	}
+	p := x.Points[x.pointAt(off)]
+	q := inflate.Point{Out: p.Out, In: p.In, Bit: p.Bit, State: p.State}
+	if len(p.Window) == 0 {
+		return q, nil
+	}
+	window, err := windowDecoder.DecodeAll(p.Window, nil)
+	if err != nil {
+		return q, fmt.Errorf("layer %s: window of the seek point at %d: %w", x.DiffID, p.Out, err)
+	}
+	if len(window) > inflate.WindowSize {
+		return q, fmt.Errorf("layer %s: window of the seek point at %d has %d bytes", x.DiffID, p.Out, len(window))
+	}
+	q.Window = window
+	return q, nil
+}
+
+// pointAt returns the number of the last seek point at or before off.
+func (x *Index) pointAt(off inflate.Out) int {
+	lo, hi := 0, len(x.Points)
+	for lo+1 < hi {
+		if mid := (lo + hi) / 2; x.Points[mid].Out <= off {
+			lo = mid
+		} else {
+			hi = mid
+		}
+	}
+	return lo
+}
+
+// windowDecoder is safe for concurrent DecodeAll. Its memory bound keeps a
+// forged window from expanding beyond what a window can be.
+var windowDecoder = func() *zstd.Decoder {
+	d, err := zstd.NewReader(nil, zstd.WithDecoderMaxMemory(2*inflate.WindowSize), zstd.WithDecoderConcurrency(0))
+	if err != nil {
+		panic(err) // only if the options contradict each other
+	}
+	return d
+}()

@@ -1,0 +1,134 @@
+package layer
+
+import (
+	"context"
+	"errors"
+	"io"
+	"sync/atomic"
+)
+
+// A chunk is a buffer that travels down the pipeline and returns to its pool
+// when its last reader has released it.
+type chunk struct {
+	data []byte // the filled part of the buffer
+	buf  []byte
+	refs atomic.Int32
+	pool chan *chunk
+}
+
+func newPool(chunks, size int) chan *chunk {
+	pool := make(chan *chunk, chunks)
+	for range chunks {
+		pool <- &chunk{buf: make([]byte, size), pool: pool}
+	}
+	return pool
+}
+
+func (c *chunk) release() {
+	if c.refs.Add(-1) == 0 {
+		c.pool <- c // never blocks: the pool has room for all its chunks
+	}
+}
+
+// take waits for a free chunk.
+func take(ctx context.Context, pool chan *chunk) (*chunk, error) {
+	select {
+	case c := <-pool:
+		return c, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// send hands c to every stage in to.
+func send(ctx context.Context, c *chunk, to ...chan *chunk) error {
+	c.refs.Store(int32(len(to)))
+	for _, ch := range to {
+		select {
+		case ch <- c:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+// chunkReader reads the chunks of one channel as a stream. It seeks forward,
+// which lets archive/tar skip file contents without copying them.
+type chunkReader struct {
+	ctx context.Context
+	ch  <-chan *chunk
+	cur *chunk
+	off int   // into cur.data
+	pos int64 // in the stream
+}
+
+// fill makes sure that cur holds unread bytes, or returns io.EOF.
+func (r *chunkReader) fill() error {
+	for r.cur == nil || r.off == len(r.cur.data) {
+		r.drop()
+		select {
+		case c, ok := <-r.ch:
+			if !ok {
+				return io.EOF
+			}
+			r.cur = c
+		case <-r.ctx.Done():
+			return context.Cause(r.ctx)
+		}
+	}
+	return nil
+}
+
+func (r *chunkReader) drop() {
+	if r.cur != nil {
+		r.cur.release()
+		r.cur, r.off = nil, 0
+	}
+}
+
+func (r *chunkReader) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if err := r.fill(); err != nil {
+		return 0, err
+	}
+	n := copy(p, r.cur.data[r.off:])
+	r.off += n
+	r.pos += int64(n)
+	return n, nil
+}
+
+// Seek moves forward, relative to the current position. Beyond the end of the
+// stream it stops there; the read that follows reports it.
+func (r *chunkReader) Seek(offset int64, whence int) (int64, error) {
+	if whence != io.SeekCurrent || offset < 0 {
+		return 0, errors.New("only seeks forward")
+	}
+	for offset > 0 {
+		if err := r.fill(); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			return 0, err
+		}
+		n := min(offset, int64(len(r.cur.data)-r.off))
+		r.off += int(n)
+		r.pos += n
+		offset -= n
+	}
+	return r.pos, nil
+}
+
+// drain reads to the end of the stream.
+func (r *chunkReader) drain() error {
+	for {
+		if err := r.fill(); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		r.pos += int64(len(r.cur.data) - r.off)
+		r.off = len(r.cur.data)
+	}
+}

@@ -1,0 +1,149 @@
+package archive
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/beam-cloud/containerd-clip/archive/layer"
+	"github.com/beam-cloud/containerd-clip/archive/tree"
+)
+
+// Stats says what an archive holds and where its bytes go.
+type Stats struct {
+	Size     int64 // of the file
+	Compat   int64 // of the part that upstream CLIP reads
+	Sections int64 // of ours
+	Files    int   // paths in the merged root
+	NotLazy  int   // layers without an index
+}
+
+// WriteFile writes the archive of img to path, or leaves path as it was. It
+// reads the file back before it takes its name.
+func WriteFile(path string, img *Image) (_ Stats, err error) {
+	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return Stats{}, err
+	}
+	defer func() {
+		err = errors.Join(err, tmp.Close())
+		if err != nil {
+			os.Remove(tmp.Name())
+		}
+	}()
+	buf := bufio.NewWriterSize(tmp, 1<<20)
+	st, err := Write(buf, img)
+	if err != nil {
+		return st, err
+	}
+	if err := buf.Flush(); err != nil {
+		return st, err
+	}
+	if err := verify(tmp, st.Size, img); err != nil {
+		return st, fmt.Errorf("reading %s back: %w", tmp.Name(), err)
+	}
+	if err := tmp.Chmod(0o644); err != nil {
+		return st, err
+	}
+	if err := tmp.Sync(); err != nil {
+		return st, err
+	}
+	return st, os.Rename(tmp.Name(), path)
+}
+
+// verify opens a written archive and decodes all of it.
+func verify(r io.ReaderAt, size int64, img *Image) error {
+	a, err := Open(r, size)
+	if err != nil {
+		return err
+	}
+	for i, l := range img.Layers {
+		if l.Index == nil {
+			continue
+		}
+		if _, err := a.Layer(i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Write writes the archive of img to w. Equal images give equal bytes.
+func Write(w io.Writer, img *Image) (Stats, error) {
+	m, err := img.validate()
+	if err != nil {
+		return Stats{}, err
+	}
+	root, err := img.root()
+	if err != nil {
+		return Stats{}, err
+	}
+	compat, files, err := compatPart(img, m, root)
+	if err != nil {
+		return Stats{}, err
+	}
+	if _, err := w.Write(compat); err != nil {
+		return Stats{}, err
+	}
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedDefault))
+	if err != nil {
+		return Stats{}, err
+	}
+	s := &sectionWriter{w: w, off: uint64(len(compat)), enc: enc}
+	info, err := json.Marshal(img.info(m))
+	if err != nil {
+		return Stats{}, err
+	}
+	if err := errors.Join(s.add(kindInfo, 0, info), s.add(kindManifest, 0, img.Manifest), s.add(kindConfig, 0, img.Config)); err != nil {
+		return Stats{}, err
+	}
+	st := Stats{Compat: int64(len(compat)), Files: files}
+	for i, l := range img.Layers {
+		if l.Index == nil {
+			st.NotLazy++
+			continue
+		}
+		if err := errors.Join(s.add(kindSpans, i, l.Index.AppendSpans(nil)), s.add(kindEntries, i, l.Index.AppendEntries(nil))); err != nil {
+			return Stats{}, err
+		}
+	}
+	st.Size = int64(s.off) + int64(len(s.table))*recordSize + footerSize
+	st.Sections = st.Size - st.Compat
+	return st, s.finish()
+}
+
+func (img *Image) info(m ocispec.Manifest) Info {
+	info := Info{StorageRef: img.StorageRef, Platform: img.Platform, Descriptor: img.Descriptor}
+	info.Descriptor.Annotations = nil // of the index entry, not of the image
+	info.Descriptor.Platform = nil
+	for i, l := range img.Layers {
+		if l.Index != nil {
+			continue
+		}
+		if info.NotLazy == nil {
+			info.NotLazy = map[digest.Digest]string{}
+		}
+		info.NotLazy[m.Layers[i].Digest] = l.Reason
+	}
+	return info
+}
+
+// root returns the merged root, or nil if a layer has no index.
+func (img *Image) root() (*tree.Node, error) {
+	layers := make([]*layer.Index, len(img.Layers))
+	for i, l := range img.Layers {
+		if l.Index == nil {
+			return nil, nil
+		}
+		layers[i] = l.Index
+	}
+	return tree.Merge(layers)
+}
