@@ -238,3 +238,11 @@ func nonNil[V any](m map[string]V) map[string]V {
 	}
 	return m
 }
+
+// CheckStorageRef says what is wrong with a reference that is to be stored.
+func CheckStorageRef(ref string) error {
+	if _, err := name.ParseReference(ref); err != nil {
+		return fmt.Errorf("storage reference %q: %w", ref, err)
+	}
+	return nil
+}

@@ -282,6 +282,15 @@ func (x *Index) SeekPoint(off inflate.Out) (inflate.Point, error) {
 	return q, nil
 }
 
+// DecodeStart returns where decoding starts in order to read off: the seek
+// point at or before it.
+func (x *Index) DecodeStart(off inflate.Out) inflate.Out {
+	if x.Compression == Uncompressed {
+		return off
+	}
+	return x.Points[x.pointAt(off)].Out
+}
+
 // pointAt returns the number of the last seek point at or before off.
 func (x *Index) pointAt(off inflate.Out) int {
 	lo, hi := 0, len(x.Points)

@@ -1,4 +1,30 @@
 // Package tree stacks layer indexes into one root file system.
+//
+// Merge shows what containerd's overlayfs snapshotter would show after
+// unpacking the same layers one by one, down to its refusals. It works in the
+// same two steps. First every layer is unpacked into an upper directory of its
+// own, in memory: the bottom layer as containerd unpacks into a bind mount (a
+// whiteout deletes), the others as it unpacks into an overlay's upper
+// directory (a whiteout is a device node, an opaque directory carries a mark).
+// Then the upper directories are stacked as overlayfs stacks them: a whiteout
+// or a non-directory hides what is below it, directories merge, and a merged
+// directory has the attributes of the topmost layer that holds it.
+//
+// Some consequences are surprising and deliberate: the root is always mode
+// 0755 and owned by 0:0, a hard link cannot name a file of a lower layer, and
+// a directory that is deleted and made again in one layer shows its old
+// content. Two things have no fixed value in containerd and get one here. The
+// modification time of a directory that no entry describes is that of the same
+// directory in a lower layer or, failing that, of the entry that made it
+// necessary. The root's is that of the last "./" entry of the topmost layer
+// that has one, else 0.
+//
+// The limits of Linux apply (names of 255 bytes, paths and link targets of
+// 4095), those of a particular file system (link counts, xattr space) do not.
+// An xattr that the kernel refuses is refused here; one that containerd drops
+// is dropped: trusted.*, unknown namespaces, user.* on special files.
+//
+// The package does not read tar or file contents and keeps no state.
 package tree
 
 import (

@@ -1,0 +1,138 @@
+package tree
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/beam-cloud/containerd-clip/archive/layer"
+)
+
+// ErrInvalid is wrapped when containerd would refuse to unpack the layers. It
+// usually means that an entry contradicts an earlier one of its layer.
+var ErrInvalid = errors.New("invalid layer")
+
+// ErrUnsupported is wrapped when containerd might accept the layers but Merge
+// cannot: resolving their paths takes more work than any real image needs.
+var ErrUnsupported = errors.New("unsupported layer")
+
+// Merge stacks layers, the bottom one first, and returns the root directory.
+// Errors wrap ErrInvalid or ErrUnsupported and name the layer and the entry.
+//
+// An empty stack gives an empty root.
+func Merge(layers []*layer.Index) (*Node, error) {
+	work := &budget{left: baseSteps}
+	for _, l := range layers {
+		work.left += stepsPerEntry * len(l.Entries)
+	}
+	uppers := make([]*upper, 0, len(layers))
+	for i, l := range layers {
+		u, err := unpack(i, l, uppers, work)
+		if err != nil {
+			return nil, fmt.Errorf("layer %d: %w", i, err)
+		}
+		uppers = append(uppers, u)
+	}
+	if len(uppers) == 0 {
+		uppers = append(uppers, newUpper(0, nil, work))
+	}
+	return stack(uppers), nil
+}
+
+// merged is a directory of the result and the directories it is made of, the
+// topmost first.
+type merged []*inode
+
+// held is a name in a directory that is being merged. rank is 0 for the
+// topmost layer.
+type held struct {
+	name string
+	rank int
+	in   *inode
+}
+
+// stack does what overlayfs does with its lower directories.
+func stack(uppers []*upper) *Node {
+	roots := make(merged, 0, len(uppers))
+	for _, u := range slices.Backward(uppers) {
+		roots = append(roots, u.root) // overlayfs ignores an opaque mark on a root
+	}
+	root := &roots[0].Node
+	for _, u := range slices.Backward(uppers) {
+		if u.rootTimed {
+			root.ModTime, root.ModNsec = u.root.ModTime, u.root.ModNsec
+			break
+		}
+	}
+
+	var names []held
+	todo := []merged{roots}
+	for len(todo) > 0 {
+		dirs := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		names = names[:0]
+		for rank, d := range dirs {
+			for name, in := range d.kids {
+				names = append(names, held{name, rank, in})
+			}
+			d.kids = nil
+		}
+		slices.SortFunc(names, func(a, b held) int {
+			if c := strings.Compare(a.name, b.name); c != 0 {
+				return c
+			}
+			return cmp.Compare(a.rank, b.rank)
+		})
+		todo = fill(dirs, names, todo)
+	}
+	root.Nlink = 1 // merged at least with the container's own upper directory
+	return root
+}
+
+// fill sets the children of the merged directory dirs from names, which are
+// sorted, and appends its subdirectories to todo.
+func fill(dirs merged, names []held, todo []merged) []merged {
+	top := &dirs[0].Node
+	top.Children = make([]Dirent, 0, len(names))
+	subdirs := uint32(0)
+	for i := 0; i < len(names); {
+		end := i + 1
+		for end < len(names) && names[end].name == names[i].name {
+			end++
+		}
+		group := names[i:end]
+		i = end
+		in := group[0].in
+		if in.whiteout() {
+			continue
+		}
+		top.Children = append(top.Children, Dirent{group[0].name, &in.Node})
+		if !in.dir() {
+			continue
+		}
+		subdirs++
+		todo = append(todo, mergeable(group))
+	}
+	// overlayfs does not count the subdirectories of a merged directory.
+	top.Nlink = 1
+	if len(dirs) == 1 {
+		top.Nlink = 2 + subdirs
+	}
+	return todo
+}
+
+// mergeable is the directories of a group that are seen through each other.
+// The first one is known to be a directory.
+func mergeable(group []held) merged {
+	n := 1
+	for n < len(group) && !group[n-1].in.opaque && group[n].in.dir() {
+		n++
+	}
+	dirs := make(merged, n)
+	for i := range dirs {
+		dirs[i] = group[i].in
+	}
+	return dirs
+}

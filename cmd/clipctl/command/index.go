@@ -1,0 +1,225 @@
+package command
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/log"
+	"github.com/containerd/platforms"
+	"github.com/spf13/cobra"
+
+	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/plugin/export"
+	"github.com/beam-cloud/containerd-clip/plugin/index"
+	"github.com/beam-cloud/containerd-clip/plugin/publish"
+)
+
+type indexOptions struct {
+	storageRef   string
+	platform     string
+	allPlatforms bool
+	output       string
+	push         bool
+}
+
+func newIndexCommand(g *globals) *cobra.Command {
+	var o indexOptions
+	cmd := &cobra.Command{
+		Use:   "index IMAGE",
+		Short: "Index an image of the local store; write its archive",
+		Long: `Index an image from local content, without a request to any registry, and
+write an archive that refers to the image's layers in the registry.
+
+IMAGE is the name of an image in containerd's store, or
+  oci:DIR[:TAG]           an OCI layout
+  oci-archive:FILE[:TAG]  a tar of one, as "ctr image export" writes it
+
+The layers must be in the registry under the storage reference when a worker
+runs the image; --push checks it.`,
+		Example: `  clipctl index registry.example.com/team/app:1 --push
+  clipctl index oci:./layout --storage-ref registry.example.com/team/app:1 -o app.clip`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return runIndex(cmd.Context(), g, args[0], o, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.storageRef, "storage-ref", "", "remote reference to store (default: the image's own name)")
+	f.StringVar(&o.platform, "platform", "", "platform to index, as os/arch[/variant] (default: this machine's)")
+	f.BoolVar(&o.allPlatforms, "all-platforms", false, "index every platform that is in the local store")
+	f.StringVarP(&o.output, "output", "o", "", "archive to write (default: IMAGE's last part + .clip, in the current directory)")
+	f.BoolVar(&o.push, "push", false, "push the archive to the image's repository, as an artifact that refers to the image; without -o no file is kept")
+	cmd.MarkFlagsMutuallyExclusive("platform", "all-platforms")
+	return cmd
+}
+
+func runIndex(ctx context.Context, g *globals, image string, o indexOptions, stdout, stderr io.Writer) error {
+	match, err := o.matcher()
+	if err != nil {
+		return err
+	}
+	ctx, source, done, err := openSource(ctx, g, image)
+	if err != nil {
+		return err
+	}
+	defer done()
+	ref := o.storageRef
+	if ref == "" {
+		ref = source.Ref
+	}
+	if ref == "" {
+		return fmt.Errorf("%s has no name of its own; say where its layers are with --storage-ref", image)
+	}
+	if err := archive.CheckStorageRef(ref); err != nil {
+		return err
+	}
+	manifests, err := source.Manifests(ctx, match, !o.allPlatforms)
+	if err != nil {
+		return err
+	}
+	for _, m := range manifests {
+		if err := indexOne(ctx, source, m, ref, o, len(manifests) > 1, stdout, stderr); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (o indexOptions) matcher() (platforms.MatchComparer, error) {
+	switch {
+	case o.allPlatforms:
+		return platforms.All, nil
+	case o.platform == "":
+		return platforms.Default(), nil
+	}
+	p, err := platforms.Parse(o.platform)
+	if err != nil {
+		return nil, fmt.Errorf("platform %q: %w", o.platform, err)
+	}
+	return platforms.Only(p), nil
+}
+
+// openSource opens IMAGE. The context it returns is the one to read it with.
+func openSource(ctx context.Context, g *globals, image string) (context.Context, *export.Source, func(), error) {
+	kind, location, tag := export.Parse(image)
+	var source *export.Source
+	var err error
+	done := func() { source.Close() }
+	switch kind {
+	case "oci":
+		source, err = export.FromLayout(location, tag)
+	case "oci-archive":
+		source, err = export.FromArchive(location, tag)
+	default:
+		nctx, client, cerr := g.connect(ctx)
+		if cerr != nil {
+			return ctx, nil, nil, cerr
+		}
+		ctx = nctx
+		done = func() { source.Close(); client.Close() }
+		if source, err = export.FromStore(ctx, client, location); err != nil {
+			client.Close()
+		}
+	}
+	if err != nil {
+		return ctx, nil, nil, err
+	}
+	return ctx, source, done, nil
+}
+
+// indexOne indexes one platform's image, and publishes it if asked to.
+func indexOne(ctx context.Context, source *export.Source, m export.Manifest, ref string, o indexOptions, several bool, stdout, stderr io.Writer) (err error) {
+	platform := platforms.Format(m.Platform)
+	log.G(ctx).WithField("image", source.Name).WithField("source", source.Kind).WithField("storage-ref", ref).
+		WithField("platform", platform).WithField("layers", len(m.Layers)).
+		Info("indexing from local OCI layout with remote storage reference")
+	path, cleanup, err := o.path(source.Name, m, several)
+	if err != nil {
+		return err
+	}
+	defer cleanup()
+	start := time.Now()
+	progress := newProgress(stderr, m.Layers)
+	img, err := index.Run(ctx, source.Provider, index.Image{
+		StorageRef: ref, Platform: m.Platform, Descriptor: m.Descriptor,
+		Manifest: m.Raw, Config: m.Config, Layers: m.Layers,
+	}, index.Options{Progress: progress})
+	progress.close(err)
+	if err != nil {
+		return fmt.Errorf("indexing %s: %w", source.Name, err)
+	}
+	st, err := archive.WriteFile(path, img)
+	if err != nil {
+		return fmt.Errorf("writing the archive of %s: %w", source.Name, err)
+	}
+	for i, l := range img.Layers {
+		if l.Index == nil {
+			log.G(ctx).WithField("layer", m.Layers[i].Digest).Warnf("workers will unpack this layer and those above it: %s", l.Reason)
+		}
+	}
+	if o.output != "" || !o.push {
+		fmt.Fprintf(stdout, "%s\t%s\t%d layers\t%d files\t%.1fs\n",
+			path, size(st.Size), len(m.Layers), st.Files, time.Since(start).Seconds())
+	}
+	if !o.push {
+		return nil
+	}
+	id, n, err := publish.Push(ctx, path, ref)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "pushed %s\tfor %s\t%s\t%d layers\t%d files\t%.1fs\n",
+		id, ref, size(n), len(m.Layers), st.Files, time.Since(start).Seconds())
+	return nil
+}
+
+// path returns where to write the archive, and what to call when it is no
+// longer needed.
+func (o indexOptions) path(image string, m export.Manifest, several bool) (string, func(), error) {
+	if o.push && o.output == "" {
+		dir, err := os.MkdirTemp("", "clipctl-")
+		if err != nil {
+			return "", nil, err
+		}
+		return filepath.Join(dir, "image.clip"), func() { os.RemoveAll(dir) }, nil
+	}
+	path := o.output
+	if path == "" {
+		path = defaultOutput(image)
+	}
+	if several {
+		ext := filepath.Ext(path)
+		path = strings.TrimSuffix(path, ext) + "-" + strings.ReplaceAll(platforms.Format(m.Platform), "/", "-") + ext
+	}
+	if st, err := os.Stat(filepath.Dir(path)); err != nil {
+		return "", nil, fmt.Errorf("directory of the archive: %w", err)
+	} else if !st.IsDir() {
+		return "", nil, errors.New(filepath.Dir(path) + " is not a directory")
+	}
+	return path, func() {}, nil
+}
+
+// defaultOutput is "app-1.clip" for "registry.example.com/team/app:1".
+func defaultOutput(image string) string {
+	base, _, _ := strings.Cut(image[strings.LastIndexByte(image, '/')+1:], "@")
+	return strings.NewReplacer(":", "-", ".tar", "").Replace(base) + ".clip"
+}
+
+// size formats a number of bytes.
+func size(n int64) string {
+	switch {
+	case n >= 1e9:
+		return fmt.Sprintf("%.2f GB", float64(n)/1e9)
+	case n >= 1e6:
+		return fmt.Sprintf("%.1f MB", float64(n)/1e6)
+	case n >= 1e3:
+		return fmt.Sprintf("%.1f kB", float64(n)/1e3)
+	}
+	return fmt.Sprintf("%d B", n)
+}

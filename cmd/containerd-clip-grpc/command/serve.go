@@ -1,0 +1,147 @@
+// Package command is the command line of the daemon.
+package command
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/containerd/containerd/v2/defaults"
+	"github.com/containerd/containerd/v2/pkg/sys"
+	"github.com/containerd/log"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+
+	"github.com/beam-cloud/containerd-clip/snapshotter"
+)
+
+// flags override what the configuration file says.
+type flags struct {
+	config, root, address, logLevel string
+}
+
+// New returns the daemon's root command, which serves.
+func New() *cobra.Command {
+	var f flags
+	cmd := &cobra.Command{
+		Use:           "containerd-clip-grpc",
+		Short:         "containerd snapshotter that leaves image layers in the registry and fetches what is read",
+		Args:          cobra.NoArgs,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := f.load()
+			if err != nil {
+				return err
+			}
+			return serve(cmd.Context(), c)
+		},
+	}
+	cmd.Flags().StringVar(&f.config, "config", "", "configuration file (default "+DefaultConfigPath+" if it exists)")
+	cmd.Flags().StringVar(&f.root, "root", "", "directory of all state")
+	cmd.Flags().StringVar(&f.address, "address", "", "socket to listen on")
+	cmd.Flags().StringVar(&f.logLevel, "log-level", "", "trace, debug, info, warn or error")
+	cmd.AddCommand(newConfigCommand())
+	return cmd
+}
+
+// load reads the configuration and applies the flags.
+func (f flags) load() (Config, error) {
+	c := DefaultConfig()
+	path := f.config
+	if path == "" {
+		if _, err := os.Stat(DefaultConfigPath); err == nil {
+			path = DefaultConfigPath
+		}
+	}
+	if path != "" {
+		var err error
+		if c, err = LoadConfig(path); err != nil {
+			return c, err
+		}
+	}
+	for _, o := range []struct {
+		value string
+		to    *string
+	}{{f.root, &c.Root}, {f.address, &c.Address}, {f.logLevel, &c.LogLevel}} {
+		if o.value != "" {
+			*o.to = o.value
+		}
+	}
+	return c, c.Validate()
+}
+
+// serve runs the daemon until ctx ends.
+func serve(ctx context.Context, c Config) (err error) {
+	if err := log.SetLevel(c.LogLevel); err != nil {
+		return err
+	}
+	unlock, err := lockRoot(c.Root)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
+	// The registries of an image must not be able to make containers wait for
+	// the daemon's end: requests are cut off, not drained.
+	sn, err := snapshotter.New(context.WithoutCancel(ctx), snapshotter.Options{
+		Root:       c.Root,
+		Referrers:  c.Discover.Referrers,
+		ConfigPath: c.Registry.ConfigPath,
+	})
+	if err != nil {
+		return fmt.Errorf("opening the snapshotter in %s: %w", c.Root, err)
+	}
+	defer func() { err = errors.Join(err, sn.Close()) }()
+	l, err := listen(c.Address)
+	if err != nil {
+		return err
+	}
+	server := grpc.NewServer(
+		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
+		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
+	)
+	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
+	stopped := context.AfterFunc(ctx, server.Stop)
+	defer stopped()
+	log.G(ctx).WithField("address", c.Address).WithField("root", c.Root).Info("containerd-clip-grpc is ready")
+	if err := server.Serve(l); err != nil && ctx.Err() == nil {
+		return err
+	}
+	log.G(ctx).Info("containerd-clip-grpc ends")
+	return nil
+}
+
+// lockRoot makes sure that only one daemon works in root.
+func lockRoot(root string) (unlock func() error, err error) {
+	if err := os.MkdirAll(root, 0o711); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(root, "lock"), os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("another daemon works in %s (give each its own --root and --address): %w", root, err)
+	}
+	return f.Close, nil
+}
+
+// listen opens the socket at address for root alone: who may write to it
+// decides what is mounted.
+func listen(address string) (net.Listener, error) {
+	if conn, err := net.Dial("unix", address); err == nil {
+		conn.Close()
+		return nil, fmt.Errorf("%s is in use by another process", address)
+	}
+	if err := os.MkdirAll(filepath.Dir(address), 0o700); err != nil {
+		return nil, err
+	}
+	return sys.GetLocalListener(address, os.Geteuid(), os.Getegid())
+}

@@ -1,0 +1,132 @@
+// Package publish puts archives where workers look for them.
+package publish
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+
+	"github.com/containerd/errdefs"
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+	"github.com/google/go-containerregistry/pkg/v1/static"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/beam-cloud/containerd-clip/archive"
+)
+
+// Push stores the archive at path beside its image in the repository of ref,
+// as an OCI artifact whose subject is the image's manifest. It returns the
+// artifact's digest and the bytes of the compressed archive. Pushing the same
+// archive again changes nothing. Registries without the referrers API get the
+// fallback tag that the OCI distribution spec describes.
+//
+// The image must be in the repository already: an archive is of no use
+// without the layers. Credentials come from docker's config.
+func Push(ctx context.Context, path, ref string) (digest.Digest, int64, error) {
+	parsed, err := name.ParseReference(ref)
+	if err != nil {
+		return "", 0, fmt.Errorf("reference %q: %w", ref, errors.Join(err, errdefs.ErrInvalidArgument))
+	}
+	repo := parsed.Context()
+	subject, compressed, err := load(path)
+	if err != nil {
+		return "", 0, err
+	}
+	opts := []remote.Option{remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain)}
+	if _, err := remote.Head(repo.Digest(subject.Digest.String()), opts...); err != nil {
+		return "", 0, fmt.Errorf("image %s must be in %s before its archive; push the image first: %w", subject.Digest, repo, registryError(err))
+	}
+	blob := static.NewLayer(compressed, archive.MediaType)
+	config := static.NewLayer([]byte("{}"), types.MediaType(ocispec.MediaTypeEmptyJSON))
+	for _, l := range []v1.Layer{blob, config} {
+		if err := remote.WriteLayer(repo, l, opts...); err != nil {
+			return "", 0, fmt.Errorf("uploading to %s: %w", repo, registryError(err))
+		}
+	}
+	m, err := artifact(subject, compressed)
+	if err != nil {
+		return "", 0, err
+	}
+	id := digest.FromBytes(m)
+	if err := remote.Put(repo.Digest(id.String()), m, opts...); err != nil {
+		return "", 0, fmt.Errorf("uploading to %s: %w", repo, registryError(err))
+	}
+	return id, int64(len(compressed)), nil
+}
+
+// load checks the archive at path and returns what it is of and its bytes, zstd'ed.
+func load(path string) (ocispec.Descriptor, []byte, error) {
+	a, err := archive.OpenFile(path)
+	if err != nil {
+		return ocispec.Descriptor{}, nil, err
+	}
+	defer a.Close()
+	f, err := os.Open(path)
+	if err != nil {
+		return ocispec.Descriptor{}, nil, err
+	}
+	defer f.Close()
+	// One goroutine and a fixed level: the same archive becomes the same blob.
+	var b bytes.Buffer
+	enc, err := zstd.NewWriter(&b, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedBetterCompression))
+	if err != nil {
+		return ocispec.Descriptor{}, nil, err
+	}
+	if _, err := io.Copy(enc, f); err != nil {
+		return ocispec.Descriptor{}, nil, err
+	}
+	return a.Info().Descriptor, b.Bytes(), enc.Close()
+}
+
+// manifest is a serialized artifact manifest.
+type manifest []byte
+
+// RawManifest implements remote.Taggable.
+func (m manifest) RawManifest() ([]byte, error) { return m, nil }
+
+// MediaType tells remote.Put what the manifest is.
+func (m manifest) MediaType() (types.MediaType, error) { return types.OCIManifestSchema1, nil }
+
+func artifact(subject ocispec.Descriptor, compressed []byte) (manifest, error) {
+	return json.Marshal(ocispec.Manifest{
+		Versioned:    specs.Versioned{SchemaVersion: 2},
+		MediaType:    ocispec.MediaTypeImageManifest,
+		ArtifactType: archive.ArtifactType,
+		Config:       ocispec.DescriptorEmptyJSON,
+		Layers: []ocispec.Descriptor{{
+			MediaType:   archive.MediaType,
+			Digest:      digest.FromBytes(compressed),
+			Size:        int64(len(compressed)),
+			Annotations: map[string]string{ocispec.AnnotationTitle: "image.clip"},
+		}},
+		Subject: &ocispec.Descriptor{MediaType: subject.MediaType, Digest: subject.Digest, Size: subject.Size},
+	})
+}
+
+// registryError gives a registry's answer its errdefs kind.
+func registryError(err error) error {
+	var answer *transport.Error
+	if !errors.As(err, &answer) {
+		return errors.Join(err, errdefs.ErrUnavailable)
+	}
+	switch answer.StatusCode {
+	case http.StatusNotFound:
+		return fmt.Errorf("%w: %w", errdefs.ErrNotFound, err)
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return fmt.Errorf("%w (log in with docker or nerdctl login): %w", errdefs.ErrPermissionDenied, err)
+	}
+	return err
+}

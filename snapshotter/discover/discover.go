@@ -1,0 +1,326 @@
+// Package discover finds the archive of an image.
+package discover
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/remotes"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/beam-cloud/containerd-clip/archive"
+)
+
+// Options configures New.
+type Options struct {
+	// Dir holds archives as files named *.clip. Downloads pass through it, in
+	// files without a name.
+	Dir string
+	// Referrers asks the image's registry for archives.
+	Referrers bool
+	// Fetcher returns a fetcher for the repository of an image reference.
+	Fetcher func(ctx context.Context, ref string) (remotes.Fetcher, error)
+}
+
+// Finder finds archives. It remembers for a while what it found, and that it
+// found nothing, since an image is asked for once per layer.
+type Finder struct {
+	opts Options
+
+	mu    sync.Mutex // guards the fields below
+	local map[string]localFile
+	known map[digest.Digest]*result
+}
+
+// localFile is what is known of a file in Options.Dir.
+type localFile struct {
+	size    int64
+	modTime time.Time
+	image   digest.Digest // manifest that the archive is of; empty if it is none
+}
+
+// result is the outcome of a search for a manifest's archive.
+type result struct {
+	done    chan struct{}
+	archive *archive.Archive // valid after done, like the fields below
+	err     error
+	expires time.Time
+}
+
+// How long outcomes are remembered. A pull asks for its layers within seconds;
+// an archive that is pushed later must be found by the next pull.
+const (
+	keepFound   = 5 * time.Minute
+	keepMissing = 3 * time.Second
+	maxKnown    = 32
+)
+
+// Bounds on what a registry may send.
+const (
+	maxReferrers  = 64
+	maxManifest   = 4 << 20
+	maxCompressed = 512 << 20
+	maxArchive    = 2 << 30
+)
+
+// New returns a finder. The caller closes it.
+func New(opts Options) *Finder {
+	return &Finder{opts: opts, local: map[string]localFile{}, known: map[digest.Digest]*result{}}
+}
+
+// Find returns the archive of the image manifest, of which ref is the
+// reference that it is pulled by. The archive stays open while the finder
+// remembers it, so the caller uses it at once and does not close it. The error
+// is errdefs.ErrNotFound if there is none.
+func (f *Finder) Find(ctx context.Context, ref string, manifest digest.Digest) (*archive.Archive, error) {
+	if err := manifest.Validate(); err != nil {
+		return nil, fmt.Errorf("manifest digest %q: %w", manifest, errdefs.ErrInvalidArgument)
+	}
+	f.mu.Lock()
+	r := f.known[manifest]
+	if r == nil || r.expired() {
+		f.forgetLocked()
+		r = &result{done: make(chan struct{})}
+		f.known[manifest] = r
+		f.mu.Unlock()
+		r.archive, r.err = f.search(ctx, ref, manifest)
+		r.expires = time.Now().Add(keepFound)
+		if r.err != nil {
+			r.expires = time.Now().Add(keepMissing)
+		}
+		close(r.done)
+		return r.archive, r.err
+	}
+	f.mu.Unlock()
+	select {
+	case <-r.done:
+		return r.archive, r.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+func (r *result) expired() bool {
+	select {
+	case <-r.done:
+		return time.Now().After(r.expires)
+	default:
+		return false
+	}
+}
+
+// forgetLocked drops what has expired, and everything if it is still too much.
+// Archives that are dropped stay open until they are collected.
+func (f *Finder) forgetLocked() {
+	for m, r := range f.known {
+		if r.expired() {
+			delete(f.known, m)
+		}
+	}
+	if len(f.known) >= maxKnown {
+		clear(f.known)
+	}
+}
+
+func (f *Finder) search(ctx context.Context, ref string, manifest digest.Digest) (*archive.Archive, error) {
+	a, err := f.findLocal(ctx, manifest)
+	if err == nil || !errdefs.IsNotFound(err) {
+		return a, err
+	}
+	if !f.opts.Referrers || ref == "" {
+		return nil, err
+	}
+	return f.findReferrer(ctx, ref, manifest)
+}
+
+// findLocal looks into Options.Dir. A file that is no usable archive is
+// reported once and passed over.
+func (f *Finder) findLocal(ctx context.Context, manifest digest.Digest) (*archive.Archive, error) {
+	paths, err := filepath.Glob(filepath.Join(f.opts.Dir, "*.clip"))
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range paths {
+		if f.imageOf(ctx, path) != manifest {
+			continue
+		}
+		return archive.OpenFile(path)
+	}
+	return nil, fmt.Errorf("archive of %s: %w", manifest, errdefs.ErrNotFound)
+}
+
+// imageOf returns the manifest that the archive at path is of, or "".
+func (f *Finder) imageOf(ctx context.Context, path string) digest.Digest {
+	st, err := os.Stat(path)
+	if err != nil {
+		return ""
+	}
+	f.mu.Lock()
+	known, ok := f.local[path]
+	f.mu.Unlock()
+	if ok && known.size == st.Size() && known.modTime.Equal(st.ModTime()) {
+		return known.image
+	}
+	known = localFile{size: st.Size(), modTime: st.ModTime()}
+	a, err := archive.OpenFile(path)
+	if err != nil {
+		log.G(ctx).WithError(err).WithField("path", path).Warn("ignoring a file that is no usable archive")
+	} else {
+		known.image = a.Info().Descriptor.Digest
+		a.Close()
+	}
+	f.mu.Lock()
+	f.local[path] = known
+	f.mu.Unlock()
+	return known.image
+}
+
+// findReferrer asks the registry which archives refer to the manifest and
+// takes the first that is usable.
+func (f *Finder) findReferrer(ctx context.Context, ref string, manifest digest.Digest) (*archive.Archive, error) {
+	fetcher, err := f.opts.Fetcher(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	lister, ok := fetcher.(remotes.ReferrersFetcher)
+	if !ok {
+		return nil, fmt.Errorf("referrers of %s: %w", ref, errdefs.ErrNotImplemented)
+	}
+	found, err := lister.FetchReferrers(ctx, manifest, remotes.WithReferrerArtifactTypes(archive.ArtifactType))
+	if err != nil {
+		return nil, fmt.Errorf("asking for archives that refer to %s: %w", manifest, err)
+	}
+	failed := fmt.Errorf("the registry has no archive that refers to %s: %w", manifest, errdefs.ErrNotFound)
+	for _, desc := range found[:min(len(found), maxReferrers)] {
+		a, err := f.download(ctx, fetcher, desc, manifest)
+		if err == nil {
+			return a, nil
+		}
+		failed = fmt.Errorf("archive %s: %w", desc.Digest, err)
+		log.G(ctx).WithError(err).WithField("digest", desc.Digest).Warn("ignoring an archive that refers to the image")
+	}
+	return nil, failed
+}
+
+// download fetches the artifact desc and opens the archive in it.
+func (f *Finder) download(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, manifest digest.Digest) (*archive.Archive, error) {
+	raw, err := fetchSmall(ctx, fetcher, desc)
+	if err != nil {
+		return nil, err
+	}
+	var m ocispec.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return nil, fmt.Errorf("manifest: %w", err)
+	}
+	if m.Subject == nil || m.Subject.Digest != manifest {
+		return nil, fmt.Errorf("it does not refer to %s: %w", manifest, errdefs.ErrInvalidArgument)
+	}
+	for _, l := range m.Layers {
+		if l.MediaType != archive.MediaType {
+			continue
+		}
+		return f.fetchArchive(ctx, fetcher, l, manifest)
+	}
+	return nil, fmt.Errorf("it has no layer of type %s: %w", archive.MediaType, errdefs.ErrNotFound)
+}
+
+func fetchSmall(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor) ([]byte, error) {
+	if desc.Size > maxManifest {
+		return nil, fmt.Errorf("manifest of %d bytes: %w", desc.Size, errdefs.ErrInvalidArgument)
+	}
+	rc, err := fetcher.Fetch(ctx, desc)
+	if err != nil {
+		return nil, err
+	}
+	defer rc.Close()
+	raw, err := io.ReadAll(io.LimitReader(rc, maxManifest+1))
+	if err != nil {
+		return nil, err
+	}
+	if desc.Digest.Validate() != nil || desc.Digest.Algorithm().FromBytes(raw) != desc.Digest {
+		return nil, fmt.Errorf("content does not match digest %q: %w", desc.Digest, errdefs.ErrDataLoss)
+	}
+	return raw, nil
+}
+
+// fetchArchive downloads a compressed archive into a file without a name,
+// which is gone as soon as nobody has it open.
+func (f *Finder) fetchArchive(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, manifest digest.Digest) (_ *archive.Archive, err error) {
+	if desc.Size > maxCompressed {
+		return nil, fmt.Errorf("archive of %d bytes, more than %d: %w", desc.Size, maxCompressed, errdefs.ErrInvalidArgument)
+	}
+	if err := desc.Digest.Validate(); err != nil {
+		return nil, fmt.Errorf("digest %q: %w", desc.Digest, errdefs.ErrInvalidArgument)
+	}
+	rc, err := fetcher.Fetch(ctx, desc)
+	if err != nil {
+		return nil, err
+	}
+	defer rc.Close()
+	tmp, err := os.CreateTemp(f.opts.Dir, ".download-")
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			tmp.Close()
+		}
+	}()
+	if err := os.Remove(tmp.Name()); err != nil {
+		return nil, err
+	}
+	verifier := desc.Digest.Verifier()
+	compressed := io.TeeReader(io.LimitReader(rc, desc.Size), verifier)
+	dec, err := zstd.NewReader(compressed, zstd.WithDecoderMaxWindow(64<<20), zstd.WithDecoderConcurrency(1))
+	if err != nil {
+		return nil, err
+	}
+	defer dec.Close()
+	size, err := io.Copy(tmp, io.LimitReader(dec, maxArchive+1))
+	if err != nil {
+		return nil, err
+	}
+	if size > maxArchive {
+		return nil, fmt.Errorf("archive expands to more than %d bytes: %w", int64(maxArchive), errdefs.ErrInvalidArgument)
+	}
+	if _, err := io.Copy(io.Discard, compressed); err != nil {
+		return nil, err
+	}
+	if !verifier.Verified() {
+		return nil, fmt.Errorf("content does not match digest %s: %w", desc.Digest, errdefs.ErrDataLoss)
+	}
+	a, err := archive.Open(tmp, size)
+	if err != nil {
+		return nil, err
+	}
+	if got := a.Info().Descriptor.Digest; got != manifest {
+		return nil, fmt.Errorf("archive is of image %s: %w", got, errdefs.ErrInvalidArgument)
+	}
+	return a, nil
+}
+
+// Close forgets everything.
+func (f *Finder) Close() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var errs []error
+	for _, r := range f.known {
+		<-r.done
+		if r.archive != nil {
+			errs = append(errs, r.archive.Close())
+		}
+	}
+	clear(f.known)
+	return errors.Join(errs...)
+}

@@ -1,0 +1,55 @@
+package discover
+
+import (
+	"fmt"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/snapshotters"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+)
+
+// Labels that the snapshotter puts on the snapshots it keeps; "ctr snapshots
+// --snapshotter clip info" and "clipctl status" show them.
+const (
+	// LabelLazy is "true" on a snapshot whose content is fetched when it is read.
+	LabelLazy = "containerd.io/snapshot/clip.lazy"
+	// LabelNotLazy says, on an ordinary snapshot of an image layer, why.
+	LabelNotLazy = "containerd.io/snapshot/clip.not-lazy"
+)
+
+// Target is what containerd says of the layer that it is about to unpack. Its
+// unpacker writes these labels when the proxy plugin exports
+// enable_remote_snapshot_annotations.
+type Target struct {
+	ChainID  digest.Digest // what the snapshot will be called
+	Ref      string        // reference the image is pulled by
+	Manifest digest.Digest // the platform's manifest
+}
+
+// ErrNoTarget says that a snapshot is not prepared for unpacking a layer.
+var ErrNoTarget = fmt.Errorf("not an image layer: %w", errdefs.ErrNotFound)
+
+// ParseTarget reads the labels of a Prepare call. It returns ErrNoTarget if
+// containerd does not offer to skip unpacking, and another error if it does
+// but does not say of which image.
+func ParseTarget(labels map[string]string) (Target, error) {
+	t := Target{
+		ChainID:  digest.Digest(labels[snapshots.LabelSnapshotRef]),
+		Ref:      labels[snapshotters.TargetRefLabel],
+		Manifest: digest.Digest(labels[snapshotters.TargetManifestDigestLabel]),
+	}
+	if t.ChainID == "" {
+		return t, ErrNoTarget
+	}
+	if err := t.ChainID.Validate(); err != nil {
+		return t, fmt.Errorf("chain ID %q: %w", t.ChainID, errdefs.ErrInvalidArgument)
+	}
+	if t.Manifest == "" {
+		return t, fmt.Errorf("containerd does not name the image (is enable_remote_snapshot_annotations = \"true\" among the exports of its proxy plugin?): %w", errdefs.ErrInvalidArgument)
+	}
+	if err := t.Manifest.Validate(); err != nil {
+		return t, fmt.Errorf("manifest digest %q: %w", t.Manifest, errdefs.ErrInvalidArgument)
+	}
+	return t, nil
+}

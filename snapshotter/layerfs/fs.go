@@ -1,0 +1,209 @@
+// Package layerfs serves layer files to the kernel over FUSE.
+//
+// One file system has one directory with one read-only file per layer, named
+// by the hex of its diff ID and holding the layer's uncompressed stream. EROFS
+// opens these files as its devices; nothing else sees them, because the mount
+// is not attached anywhere: it is reached through a file descriptor.
+//
+// Node numbers are derived from diff IDs and file handles are 0, so requests
+// mean the same to any process that answers them.
+//
+// A reader of a layer file holds kernel locks while it waits. Whatever answers
+// it must never touch a file system that stands on this one.
+package layerfs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/containerd/log"
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+)
+
+// File is a layer's uncompressed stream. ReadAt is called concurrently; it
+// must return in bounded time.
+type File interface {
+	ReadAt(ctx context.Context, p []byte, off int64) (int, error)
+	Size() int64
+}
+
+// forever is how long the kernel may keep what it is told: layers never
+// change. The kernel counts in jiffies, hence not the largest number.
+const forever = 1 << 30
+
+// Most of what the kernel may ask for at once, in bytes, and how many such
+// read-ahead requests it may have under way.
+const (
+	maxRead       = 1 << 20
+	maxBackground = 64
+)
+
+// table is the raw file system: which layer files there are.
+type table struct {
+	fuse.RawFileSystem // everything it does not implement is ENOSYS
+	ctx                context.Context
+
+	mu    sync.RWMutex // guards files
+	files map[uint64]File
+}
+
+// nodeID returns the node number of a layer file: the first 8 bytes of its
+// digest, kept away from the numbers that FUSE reserves.
+func nodeID(diffID digest.Digest) (uint64, error) {
+	if err := diffID.Validate(); err != nil {
+		return 0, err
+	}
+	var id uint64
+	if _, err := fmt.Sscanf(diffID.Encoded()[:16], "%x", &id); err != nil {
+		return 0, err
+	}
+	return id&^(1<<63) | 1<<62, nil
+}
+
+func (t *table) get(id uint64) (File, bool) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	f, ok := t.files[id]
+	return f, ok
+}
+
+func (t *table) attr(id uint64, out *fuse.Attr) fuse.Status {
+	if id == fuse.FUSE_ROOT_ID {
+		*out = fuse.Attr{Ino: id, Mode: unix.S_IFDIR | 0o500, Nlink: 2}
+		return fuse.OK
+	}
+	f, ok := t.get(id)
+	if !ok {
+		return fuse.ENOENT
+	}
+	size := uint64(f.Size())
+	*out = fuse.Attr{Ino: id, Mode: unix.S_IFREG | 0o400, Nlink: 1, Size: size, Blocks: (size + 511) / 512, Blksize: 4096}
+	return fuse.OK
+}
+
+func (t *table) Lookup(_ <-chan struct{}, parent *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	id, err := nodeID(digest.NewDigestFromEncoded(digest.SHA256, name))
+	if err != nil || parent.NodeId != fuse.FUSE_ROOT_ID {
+		return fuse.ENOENT
+	}
+	out.NodeId = id
+	out.EntryValid, out.AttrValid = forever, forever
+	return t.attr(id, &out.Attr)
+}
+
+func (t *table) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
+	out.AttrValid = forever
+	return t.attr(in.NodeId, &out.Attr)
+}
+
+func (t *table) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	if _, ok := t.get(in.NodeId); !ok {
+		return fuse.ENOENT
+	}
+	if in.Flags&unix.O_ACCMODE != unix.O_RDONLY {
+		return fuse.EROFS
+	}
+	// The page cache of the layer file gives read-ahead across the files in it.
+	out.OpenFlags = fuse.FOPEN_KEEP_CACHE
+	return fuse.OK
+}
+
+// Read ignores interrupts: EROFS turns an interrupted read into a failed one.
+func (t *table) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
+	f, ok := t.get(in.NodeId)
+	if !ok {
+		return nil, fuse.ENOENT
+	}
+	n, err := f.ReadAt(t.ctx, buf[:min(int(in.Size), len(buf))], int64(in.Offset))
+	if err != nil && !errors.Is(err, io.EOF) {
+		log.G(t.ctx).WithError(err).WithField("off", in.Offset).WithField("len", in.Size).Error("reading a layer failed")
+		return nil, fuse.EIO
+	}
+	return filled(buf[:n]), fuse.OK
+}
+
+func (t *table) Release(<-chan struct{}, *fuse.ReleaseIn) {}
+
+func (t *table) Forget(uint64, uint64) {}
+
+func (t *table) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
+	out.Bsize, out.NameLen = 4096, 255
+	return fuse.OK
+}
+
+// filled is a read's answer that already lies in the reply.
+type filled []byte
+
+func (b filled) Bytes([]byte) ([]byte, fuse.Status) { return b, fuse.OK }
+func (b filled) Size() int                          { return len(b) }
+func (b filled) Done()                              {}
+
+// FS is a mounted layer file system.
+type FS struct {
+	table *table
+	mount int // the detached mount
+	conn  *conn
+	bdi   string
+}
+
+// New mounts a layer file system. ctx carries the logger and nothing else.
+func New(ctx context.Context) (_ *FS, err error) {
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("opening /dev/fuse: %w", err)
+	}
+	t := &table{RawFileSystem: fuse.NewDefaultRawFileSystem(), ctx: context.WithoutCancel(ctx), files: map[uint64]File{}}
+	mnt, err := mountDetached(fd)
+	if err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	fs := &FS{table: t, mount: mnt, conn: serve(t.ctx, fd, t)}
+	var st unix.Stat_t
+	if err := unix.Fstat(mnt, &st); err != nil {
+		return nil, errors.Join(err, fs.Close())
+	}
+	fs.bdi = fmt.Sprintf("/sys/class/bdi/%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
+	// EROFS takes over the value when it opens a layer file, not later.
+	if err := setReadAhead(fs.bdi); err != nil {
+		return nil, errors.Join(err, fs.Close())
+	}
+	return fs, nil
+}
+
+// Add makes the layer readable under the path that Path returns.
+func (fs *FS) Add(diffID digest.Digest, f File) error {
+	id, err := nodeID(diffID)
+	if err != nil {
+		return fmt.Errorf("diff ID %q: %w", diffID, err)
+	}
+	fs.table.mu.Lock()
+	defer fs.table.mu.Unlock()
+	fs.table.files[id] = f
+	return nil
+}
+
+// Remove makes the layer unreadable, also through descriptors that are open.
+func (fs *FS) Remove(diffID digest.Digest) {
+	if id, err := nodeID(diffID); err == nil {
+		fs.table.mu.Lock()
+		defer fs.table.mu.Unlock()
+		delete(fs.table.files, id)
+	}
+}
+
+// Path returns the path of a layer file. It is valid in this process only.
+func (fs *FS) Path(diffID digest.Digest) string {
+	return fmt.Sprintf("/proc/self/fd/%d/%s", fs.mount, diffID.Encoded())
+}
+
+// Close unmounts the file system once nothing stands on it any more. It fails
+// if something still does.
+func (fs *FS) Close() error {
+	return errors.Join(unix.Close(fs.mount), fs.conn.close())
+}

@@ -1,0 +1,134 @@
+package layerfs
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// memory is a layer that lies in memory, with a hook before each read.
+type memory struct {
+	*bytes.Reader
+	before func() error
+}
+
+func (m memory) ReadAt(_ context.Context, p []byte, off int64) (int, error) {
+	if m.before != nil {
+		if err := m.before(); err != nil {
+			return 0, err
+		}
+	}
+	return m.Reader.ReadAt(p, off)
+}
+
+func randomBytes(n int) []byte {
+	b := make([]byte, n)
+	src := rand.NewChaCha8([32]byte{1})
+	_, _ = src.Read(b)
+	return b
+}
+
+func newFS(t *testing.T) *FS {
+	t.Helper()
+	fs, err := New(context.Background())
+	require.NoError(t, err, "this test needs root and /dev/fuse")
+	t.Cleanup(func() { require.NoError(t, fs.Close()) })
+	return fs
+}
+
+func TestReadsEqualTheLayer(t *testing.T) {
+	fs := newFS(t)
+	data := randomBytes(5<<20 + 12345)
+	id := digest.FromBytes(data)
+	require.NoError(t, fs.Add(id, memory{Reader: bytes.NewReader(data)}))
+
+	got, err := os.ReadFile(fs.Path(id))
+	require.NoError(t, err)
+	require.True(t, bytes.Equal(data, got))
+
+	f, err := os.Open(fs.Path(id))
+	require.NoError(t, err)
+	defer f.Close()
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(uint64(i), 1))
+			for range 200 {
+				off := r.Int64N(int64(len(data)))
+				p := make([]byte, r.IntN(300<<10))
+				n, err := f.ReadAt(p, off)
+				if err != nil && !errors.Is(err, io.EOF) {
+					t.Error(err)
+				}
+				if !bytes.Equal(p[:n], data[off:off+int64(n)]) {
+					t.Errorf("wrong bytes at %d", off)
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func TestReadErrorIsEIOAndNotRemembered(t *testing.T) {
+	fs := newFS(t)
+	data := randomBytes(1 << 20)
+	id := digest.FromBytes(data)
+	var fail atomic.Bool
+	fail.Store(true)
+	require.NoError(t, fs.Add(id, memory{bytes.NewReader(data), func() error {
+		if fail.Load() {
+			return errors.New("registry is away")
+		}
+		return nil
+	}}))
+	_, err := os.ReadFile(fs.Path(id))
+	require.ErrorIs(t, err, unix.EIO)
+	fail.Store(false)
+	got, err := os.ReadFile(fs.Path(id))
+	require.NoError(t, err)
+	require.True(t, bytes.Equal(data, got))
+}
+
+func TestUnknownLayersAndWrites(t *testing.T) {
+	fs := newFS(t)
+	data := randomBytes(100)
+	id := digest.FromBytes(data)
+	_, err := os.Stat(fs.Path(id))
+	require.ErrorIs(t, err, os.ErrNotExist)
+	require.NoError(t, fs.Add(id, memory{Reader: bytes.NewReader(data)}))
+	_, err = os.OpenFile(fs.Path(id), os.O_RDWR, 0)
+	require.Error(t, err)
+	fs.Remove(id)
+	_, err = os.ReadFile(fs.Path(id))
+	require.ErrorIs(t, err, os.ErrNotExist)
+	require.Error(t, fs.Add("sha256:nonsense", memory{Reader: bytes.NewReader(data)}))
+}
+
+func TestManySlowReadersAreServedAtOnce(t *testing.T) {
+	fs := newFS(t)
+	const readers = 24
+	var entered sync.WaitGroup
+	entered.Add(readers)
+	for i := range readers {
+		data := randomBytes(100 + i)
+		id := digest.FromBytes(data)
+		once := sync.Once{}
+		require.NoError(t, fs.Add(id, memory{bytes.NewReader(data), func() error {
+			once.Do(entered.Done)
+			entered.Wait() // ends only if all of them are being answered at once
+			return nil
+		}}))
+		go func() { _, _ = os.ReadFile(fs.Path(id)) }()
+	}
+	entered.Wait()
+}

@@ -1,0 +1,280 @@
+package snapshotter
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/archive/layer"
+	"github.com/beam-cloud/containerd-clip/archive/tree"
+	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
+)
+
+// chain is what is kept of a lazy snapshot, in snapshots/<id>/chain.
+type chain struct {
+	ChainID digest.Digest   `json:"chainID"`
+	Layers  []digest.Digest `json:"layers"` // diff IDs, lowest first
+	Image   string          `json:"image"`  // reference it was pulled by
+}
+
+// prepareLazy commits a lazy snapshot for target, or says why it cannot.
+func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, target discover.Target, labels map[string]string) error {
+	if s.noLazy != nil {
+		return fmt.Errorf("this machine cannot mount lazy roots: %w", s.noLazy)
+	}
+	name := lazyName(target.ChainID, parent)
+	if _, err := s.Stat(ctx, name); err == nil {
+		return nil // from another namespace, or an earlier pull
+	}
+	a, err := s.finder.Find(ctx, target.Ref, target.Manifest)
+	if err != nil {
+		return err
+	}
+	top, err := position(a, target.ChainID)
+	if err != nil {
+		return err
+	}
+	if err := s.checkMerge(a); err != nil {
+		return err
+	}
+	s.gate.RLock()
+	defer s.gate.RUnlock()
+	if err := s.addLayers(a, top, target.Ref); err != nil {
+		return err
+	}
+	c := chain{ChainID: target.ChainID, Layers: a.DiffIDs()[:top+1], Image: target.Ref}
+	id, err := s.commitLazy(ctx, key, name, parent, c, labels)
+	if errdefs.IsAlreadyExists(err) {
+		return nil // another pull was quicker
+	}
+	if err != nil {
+		return err
+	}
+	log.G(ctx).WithField("image", target.Ref).WithField("chainID", target.ChainID).Info("reading the layer lazily")
+	if top == len(a.DiffIDs())-1 {
+		s.buildAhead(ctx, id, c)
+	}
+	return nil
+}
+
+// lazyName is the name of a lazy snapshot. Containerd finds it by the label
+// containerd.io/snapshot.ref and the parent, and the same chain may stand on
+// different parents: lazy or ordinary ones.
+func lazyName(chainID digest.Digest, parent string) string {
+	if parent == "" {
+		return "lazy " + chainID.String()
+	}
+	return fmt.Sprintf("lazy %s on %s", chainID, digest.FromString(parent).Encoded()[:16])
+}
+
+// position returns which layer of the archive's image has the chain ID, if
+// that and all below it can be read lazily.
+func position(a *archive.Archive, chainID digest.Digest) (int, error) {
+	for i, id := range a.ChainIDs() {
+		if reason := a.NotLazy(i); reason != "" {
+			return 0, fmt.Errorf("layer %d cannot be read lazily: %s", i+1, reason)
+		}
+		if id == chainID {
+			return i, nil
+		}
+	}
+	return 0, fmt.Errorf("the archive is of another image: it has no chain %s: %w", chainID, errdefs.ErrInvalidArgument)
+}
+
+// checkMerge makes sure, once per image, that its layers make a root: an image
+// that containerd would refuse must be refused before any of it is committed.
+func (s *Snapshotter) checkMerge(a *archive.Archive) error {
+	const most = 256
+	image := a.Info().Descriptor.Digest
+	s.mergedMu.Lock()
+	defer s.mergedMu.Unlock()
+	if err, ok := s.merged[image]; ok {
+		return err
+	}
+	if len(s.merged) >= most {
+		clear(s.merged)
+	}
+	err := merge(a)
+	s.merged[image] = err
+	return err
+}
+
+func merge(a *archive.Archive) error {
+	var layers []*layer.Index
+	for i := range a.DiffIDs() {
+		if a.NotLazy(i) != "" {
+			break
+		}
+		x, err := a.Layer(i)
+		if err != nil {
+			return err
+		}
+		layers = append(layers, x)
+	}
+	_, err := tree.Merge(layers)
+	return err
+}
+
+// addLayers puts the layers up to top into the store. The caller holds gate.
+func (s *Snapshotter) addLayers(a *archive.Archive, top int, ref string) error {
+	if ref == "" {
+		ref = a.Info().StorageRef
+	}
+	for i, diffID := range a.DiffIDs()[:top+1] {
+		if i < top {
+			if _, err := s.layers.Layer(diffID); err == nil {
+				continue // its own snapshot brought it, with its source
+			}
+		}
+		x, err := a.Layer(i)
+		if err != nil {
+			return err
+		}
+		if err := s.layers.Add(x, ref); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// commitLazy records the lazy snapshot and returns its id. The caller holds gate.
+func (s *Snapshotter) commitLazy(ctx context.Context, key, name, parent string, c chain, labels map[string]string) (_ string, err error) {
+	tmp, err := os.MkdirTemp(filepath.Join(s.dir, "snapshots"), "new-")
+	if err != nil {
+		return "", err
+	}
+	path := tmp
+	defer func() {
+		if err != nil {
+			os.RemoveAll(path)
+		}
+	}()
+	raw, err := json.Marshal(c)
+	if err != nil {
+		return "", err
+	}
+	if err := os.WriteFile(filepath.Join(tmp, "chain"), raw, 0o600); err != nil {
+		return "", err
+	}
+	var id string
+	err = s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
+		snap, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, parent)
+		if err != nil {
+			return err
+		}
+		id = snap.ID
+		_, err = storage.CommitActive(ctx, key, name, snapshots.Usage{},
+			snapshots.WithLabels(labels), snapshots.WithLabels(map[string]string{discover.LabelLazy: "true"}))
+		if err != nil {
+			return err
+		}
+		path = filepath.Join(s.dir, "snapshots", id)
+		s.refs.add(id, c.Layers)
+		return os.Rename(tmp, path)
+	})
+	if err != nil {
+		s.refs.drop(id)
+	}
+	return id, err
+}
+
+// chain reads what is kept of the lazy snapshot id; errdefs.ErrNotFound says
+// that the snapshot is an ordinary one.
+func (s *Snapshotter) chain(id string) (c chain, err error) {
+	raw, err := os.ReadFile(filepath.Join(s.dir, "snapshots", id, "chain"))
+	if os.IsNotExist(err) {
+		return c, errdefs.ErrNotFound
+	}
+	if err != nil {
+		return c, err
+	}
+	if err := json.Unmarshal(raw, &c); err != nil {
+		return c, fmt.Errorf("snapshot %s: %w", id, err)
+	}
+	return c, nil
+}
+
+// chains returns all lazy snapshots by id.
+func (s *Snapshotter) chains() (map[string]chain, error) {
+	dirs, err := os.ReadDir(filepath.Join(s.dir, "snapshots"))
+	if err != nil {
+		return nil, err
+	}
+	found := map[string]chain{}
+	for _, dir := range dirs {
+		c, err := s.chain(dir.Name())
+		if errdefs.IsNotFound(err) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		found[dir.Name()] = c
+	}
+	return found, nil
+}
+
+// lazyUsage is the disk space that the top layer of a lazy snapshot takes.
+func (s *Snapshotter) lazyUsage(id string, c chain) (snapshots.Usage, error) {
+	l, err := s.layers.Layer(c.Layers[len(c.Layers)-1])
+	if err != nil {
+		return snapshots.Usage{}, err
+	}
+	usage := snapshots.Usage{Size: l.Fetched(), Inodes: 1}
+	if st, err := os.Stat(s.rootImage(id)); err == nil {
+		usage.Size += st.Size()
+		usage.Inodes++
+	}
+	return usage, nil
+}
+
+// refs counts which lazy snapshots use which layers.
+type refs struct {
+	mu     sync.Mutex // guards the fields below
+	layers map[string][]digest.Digest
+	count  map[digest.Digest]int
+}
+
+// add records that the snapshot id uses layers.
+func (r *refs) add(id string, layers []digest.Digest) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.count == nil {
+		r.layers, r.count = map[string][]digest.Digest{}, map[digest.Digest]int{}
+	}
+	r.layers[id] = layers
+	for _, d := range layers {
+		r.count[d]++
+	}
+}
+
+// drop forgets the snapshot id and returns the layers that nobody uses any more.
+func (r *refs) drop(id string) (unused []digest.Digest) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, d := range r.layers[id] {
+		if r.count[d]--; r.count[d] == 0 {
+			delete(r.count, d)
+			unused = append(unused, d)
+		}
+	}
+	delete(r.layers, id)
+	return unused
+}
+
+// used says whether some snapshot uses the layer.
+func (r *refs) used(diffID digest.Digest) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.count[diffID] > 0
+}

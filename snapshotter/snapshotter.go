@@ -1,0 +1,363 @@
+// Package snapshotter is a containerd snapshotter whose image layers may stay in the registry.
+//
+// A snapshot is either ordinary, a directory as overlayfs wants it, or lazy: a
+// committed image layer of which only the index is here. A lazy snapshot
+// stands for its layer and all below it; what is mounted for it is one EROFS
+// root of the whole chain (package root), whatever the snapshots below it are.
+// Ordinary snapshots may stand on lazy ones, so the mounts of a snapshot are
+// overlayfs over the ordinary directories down to the first lazy snapshot and
+// its root.
+//
+// Containerd offers to leave a layer out by Prepare with the label
+// containerd.io/snapshot.ref; the answer "already exists" accepts. Whatever
+// speaks against it makes the snapshot an ordinary one, with the reason in the
+// log and in a label.
+//
+// On disk, below the root directory:
+//
+//	metadata.db             containerd's storage.MetaStore
+//	snapshots/<id>/fs,work  an ordinary snapshot
+//	snapshots/<id>/chain    a lazy snapshot: its layers, JSON
+//	roots/<id>/             its root: image and mount point
+//	layers/                 package cache
+//	archives/               package discover
+//
+// Locks are taken in this order: gate, the metadata store's, a root's, refs'.
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/continuity/fs"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
+	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
+	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
+	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
+)
+
+// Options configures New.
+type Options struct {
+	Root string // directory of all state; not on overlayfs or tmpfs
+	// Referrers looks for archives in the image's registry.
+	Referrers bool
+	// ConfigPath are the directories with containerd's hosts.toml files.
+	ConfigPath []string
+}
+
+// Snapshotter implements snapshots.Snapshotter and snapshots.Cleaner.
+type Snapshotter struct {
+	dir    string
+	meta   *storage.MetaStore
+	layers *cache.Store
+	files  *layerfs.FS // nil if noLazy is set
+	finder *discover.Finder
+	noLazy error // why this machine cannot mount lazy roots
+	roots  roots
+
+	// gate is held shared while layers are added for a snapshot that is not
+	// committed yet, exclusively while unused layers are removed.
+	gate sync.RWMutex
+	refs refs
+
+	mergedMu sync.Mutex // guards merged
+	merged   map[digest.Digest]error
+
+	background sync.WaitGroup
+}
+
+// New opens the snapshotter in opts.Root and removes what an earlier process
+// left half-done. It needs neither network nor containerd.
+func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
+	s := &Snapshotter{dir: opts.Root, roots: newRoots(), merged: map[digest.Digest]error{}}
+	for _, sub := range []string{"snapshots", "roots", "archives"} {
+		if err := os.MkdirAll(filepath.Join(s.dir, sub), 0o700); err != nil {
+			return nil, err
+		}
+	}
+	// Containers with user namespaces must be able to pass.
+	for _, sub := range []string{"", "snapshots", "roots"} {
+		if err := os.Chmod(filepath.Join(s.dir, sub), 0o711); err != nil {
+			return nil, err
+		}
+	}
+	if err := s.unmountStale(); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	if s.meta, err = storage.NewMetaStore(filepath.Join(s.dir, "metadata.db")); err != nil {
+		return nil, err
+	}
+	client := remote.New(opts.ConfigPath)
+	if s.layers, err = cache.Open(filepath.Join(s.dir, "layers"), client); err != nil {
+		return nil, err
+	}
+	s.finder = discover.New(discover.Options{Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher})
+	if s.files, s.noLazy = s.probe(ctx); s.noLazy != nil {
+		log.G(ctx).WithError(s.noLazy).Warn("this machine cannot mount lazy roots; all images are unpacked")
+	}
+	return s, s.restore(ctx)
+}
+
+// restore learns which layers are in use and removes what is not.
+func (s *Snapshotter) restore(ctx context.Context) error {
+	if err := s.Cleanup(ctx); err != nil {
+		return err
+	}
+	chains, err := s.chains()
+	if err != nil {
+		return err
+	}
+	for id, c := range chains {
+		s.refs.add(id, c.Layers)
+	}
+	return s.layers.Keep(s.refs.used)
+}
+
+// Close unmounts all roots. A container that still runs on one keeps its mount
+// until it ends, but can no longer read what is not in memory.
+func (s *Snapshotter) Close() error {
+	s.background.Wait()
+	var errs []error
+	errs = append(errs, s.unmountAll())
+	if s.files != nil {
+		errs = append(errs, s.files.Close())
+	}
+	if s.finder != nil {
+		errs = append(errs, s.finder.Close())
+	}
+	if s.layers != nil {
+		errs = append(errs, s.layers.Close())
+	}
+	if s.meta != nil {
+		errs = append(errs, s.meta.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Stat implements snapshots.Snapshotter.
+func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info, err error) {
+	err = s.meta.WithTransaction(ctx, false, func(ctx context.Context) error {
+		_, info, _, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	return info, err
+}
+
+// Update implements snapshots.Snapshotter.
+func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (out snapshots.Info, err error) {
+	err = s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
+		out, err = storage.UpdateInfo(ctx, info, fieldpaths...)
+		return err
+	})
+	return out, err
+}
+
+// Walk implements snapshots.Snapshotter.
+func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
+	return s.meta.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return storage.WalkInfo(ctx, fn, filters...)
+	})
+}
+
+// Usage implements snapshots.Snapshotter. Of a lazy snapshot it is what has
+// been fetched of its layer so far.
+func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
+	var (
+		id    string
+		info  snapshots.Info
+		usage snapshots.Usage
+	)
+	err := s.meta.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
+		id, info, usage, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	if err != nil {
+		return snapshots.Usage{}, err
+	}
+	if info.Kind == snapshots.KindActive {
+		du, err := fs.DiskUsage(ctx, s.upper(id))
+		return snapshots.Usage(du), err
+	}
+	chain, err := s.chain(id)
+	if errdefs.IsNotFound(err) {
+		return usage, nil
+	}
+	if err != nil {
+		return snapshots.Usage{}, err
+	}
+	return s.lazyUsage(id, chain)
+}
+
+// Mounts implements snapshots.Snapshotter.
+func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
+	var snap storage.Snapshot
+	err := s.meta.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
+		snap, err = storage.GetSnapshot(ctx, key)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return s.mounts(ctx, snap)
+}
+
+// Prepare implements snapshots.Snapshotter. It returns errdefs.ErrAlreadyExists
+// if the layer that containerd is about to unpack can be read lazily.
+func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	var info snapshots.Info
+	for _, opt := range opts {
+		if err := opt(&info); err != nil {
+			return nil, err
+		}
+	}
+	target, err := discover.ParseTarget(info.Labels)
+	if errors.Is(err, discover.ErrNoTarget) {
+		return s.create(ctx, snapshots.KindActive, key, parent, opts)
+	}
+	if err == nil {
+		err = s.prepareLazy(ctx, key, parent, target, info.Labels)
+	}
+	if err == nil {
+		return nil, fmt.Errorf("layer %s is read lazily: %w", target.ChainID, errdefs.ErrAlreadyExists)
+	}
+	if ctx.Err() != nil {
+		return nil, err
+	}
+	log.G(ctx).WithField("image", target.Ref).WithField("chainID", target.ChainID).
+		Infof("unpacking the layer instead of reading it lazily: %v", err)
+	return s.create(ctx, snapshots.KindActive, key, parent, append(opts, snapshots.WithLabels(map[string]string{
+		discover.LabelNotLazy: shorten(err.Error()),
+	})))
+}
+
+// shorten keeps a reason within what containerd accepts as a label.
+func shorten(reason string) string {
+	const most = 1000
+	if len(reason) > most {
+		reason = reason[:most] + "..."
+	}
+	return reason
+}
+
+// View implements snapshots.Snapshotter.
+func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	return s.create(ctx, snapshots.KindView, key, parent, opts)
+}
+
+// Commit implements snapshots.Snapshotter.
+func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
+	return s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
+		id, _, _, err := storage.GetInfo(ctx, key)
+		if err != nil {
+			return err
+		}
+		usage, err := fs.DiskUsage(ctx, s.upper(id))
+		if err != nil {
+			return err
+		}
+		_, err = storage.CommitActive(ctx, key, name, snapshots.Usage(usage), opts...)
+		return err
+	})
+}
+
+// Remove implements snapshots.Snapshotter.
+func (s *Snapshotter) Remove(ctx context.Context, key string) error {
+	var id string
+	err := s.meta.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+		id, _, err = storage.Remove(ctx, key)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	// The snapshot is gone; what is left of it is garbage that Cleanup removes
+	// too, so failing here must not make containerd believe otherwise.
+	if err := s.discard(id); err != nil {
+		log.G(ctx).WithError(err).WithField("key", key).Warn("cannot remove all of a snapshot; it is tried again later")
+	}
+	return nil
+}
+
+// Cleanup implements snapshots.Cleaner: it removes the remains of snapshots
+// that no longer exist.
+func (s *Snapshotter) Cleanup(ctx context.Context) error {
+	// No snapshot is between its directory and its record while the gate is held.
+	s.gate.Lock()
+	var ids map[string]string
+	err := s.meta.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+		ids, err = storage.IDMap(ctx)
+		return err
+	})
+	var garbage []string
+	if err == nil {
+		garbage, err = s.unknown(ids)
+	}
+	s.gate.Unlock()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, id := range garbage {
+		errs = append(errs, s.discard(id))
+	}
+	return errors.Join(errs...)
+}
+
+// unknown lists the directories of snapshots that are not in ids.
+func (s *Snapshotter) unknown(ids map[string]string) ([]string, error) {
+	var found []string
+	for _, sub := range []string{"snapshots", "roots"} {
+		dirs, err := os.ReadDir(filepath.Join(s.dir, sub))
+		if err != nil {
+			return nil, err
+		}
+		for _, dir := range dirs {
+			if _, ok := ids[dir.Name()]; !ok {
+				found = append(found, dir.Name())
+			}
+		}
+	}
+	return found, nil
+}
+
+// discard removes everything that belongs to the snapshot id, which has no
+// record any more.
+func (s *Snapshotter) discard(id string) error {
+	if err := s.removeRoot(id); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(filepath.Join(s.dir, "snapshots", id)); err != nil {
+		return err
+	}
+	s.gate.Lock()
+	defer s.gate.Unlock()
+	unused := s.refs.drop(id)
+	if len(unused) == 0 {
+		return nil
+	}
+	for _, diffID := range unused {
+		if s.files != nil {
+			s.files.Remove(diffID)
+		}
+	}
+	return s.layers.Keep(s.refs.used)
+}
+
+func (s *Snapshotter) upper(id string) string { return filepath.Join(s.dir, "snapshots", id, "fs") }
+func (s *Snapshotter) work(id string) string  { return filepath.Join(s.dir, "snapshots", id, "work") }

@@ -1,0 +1,245 @@
+// Package e2e tests the product as its users run it: its two programs, a stock containerd with ctr and runc on either
+// side, and a registry that counts what it is asked.
+//
+// Every test has processes, roots, sockets and mounts of its own (package harness) and leaves none behind. All need
+// root; what is missing fails them in CI and skips them elsewhere.
+package e2e
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/stretchr/testify/require"
+
+	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
+	testimages "github.com/beam-cloud/containerd-clip/tests/internal/images"
+)
+
+const (
+	lazy  = "clip"
+	eager = "overlayfs"
+
+	notLazy  = "not lazy"
+	indexing = "indexing from local OCI layout with remote storage reference"
+)
+
+// world is a build side and a run side with a registry between them.
+type world struct {
+	*testing.T
+	ctx      context.Context
+	lab      *harness.Lab
+	registry *harness.Registry
+	builder  *harness.Containerd // no daemon
+	daemon   *harness.Daemon
+	worker   *harness.Containerd // with the daemon
+	layout   *testimages.Layout  // of the small images; nil in a world of the demo image
+}
+
+// newWorld has the small images in the builder's store and in the registry, under the same names in both.
+func newWorld(t *testing.T) *world {
+	w := emptyWorld(t)
+	layout, err := testimages.Small(w.lab.Path("small"))
+	require.NoError(t, err)
+	file := w.lab.Path("small.tar")
+	require.NoError(t, layout.WriteTar(file))
+	w.layout = layout
+	w.ctr(w.builder, "image", "import", "--no-unpack", "--all-platforms", file)
+	for _, name := range []string{testimages.SmallName, testimages.SiblingName, testimages.BaseName} {
+		w.publish(name)
+	}
+	return w
+}
+
+// newDemoWorld has the demo image instead.
+func newDemoWorld(t *testing.T) *world {
+	w := emptyWorld(t)
+	top, err := harness.Top()
+	require.NoError(t, err)
+	file, err := testimages.Demo(w.ctx, filepath.Join(top, ".cache", "images"))
+	require.NoError(t, err)
+	w.ctr(w.builder, "image", "import", "--no-unpack", file)
+	w.publish(testimages.DemoName)
+	return w
+}
+
+func emptyWorld(t *testing.T) *world {
+	w := &world{T: t, ctx: t.Context(), lab: harness.ForTest(t)}
+	var err error
+	w.registry, err = w.lab.StartRegistry(w.ctx)
+	require.NoError(t, err)
+	w.builder, err = w.lab.StartContainerd(w.ctx, "builder", nil)
+	require.NoError(t, err)
+	w.daemon, err = w.lab.StartDaemon(w.ctx, "daemon", "")
+	require.NoError(t, err)
+	w.worker, err = w.lab.StartContainerd(w.ctx, "worker", w.daemon)
+	require.NoError(t, err)
+	return w
+}
+
+// ref is an image's name in the registry.
+func (w *world) ref(name string) string {
+	_, path, _ := strings.Cut(name, "/")
+	return w.registry.Ref(path)
+}
+
+// publish tags an image with its name in the registry and pushes it, as any image is.
+func (w *world) publish(name string, pushArgs ...string) {
+	w.Helper()
+	w.ctr(w.builder, "image", "tag", name, w.ref(name))
+	w.ctr(w.builder, append(append([]string{"image", "push"}, pushArgs...), w.ref(name))...)
+}
+
+// index makes an image's archive and pushes it.
+func (w *world) index(name string, args ...string) harness.Result {
+	w.Helper()
+	result, err := w.builder.Clipctl(w.ctx, append([]string{"index", w.ref(name), "--push"}, args...)...)
+	require.NoError(w, err)
+	return result
+}
+
+func (w *world) ctr(c *harness.Containerd, args ...string) string {
+	w.Helper()
+	return w.ctrIn(w.ctx, c, args...)
+}
+
+func (w *world) ctrIn(ctx context.Context, c *harness.Containerd, args ...string) string {
+	w.Helper()
+	result, err := c.Ctr(ctx, args...)
+	require.NoError(w, err)
+	return result.Stdout
+}
+
+// pull pulls and returns what that asked the registry.
+func (w *world) pull(c *harness.Containerd, snapshotter, ref string) harness.Requests {
+	w.Helper()
+	w.registry.Reset()
+	w.ctr(c, "image", "pull", "--snapshotter", snapshotter, ref)
+	return w.registry.Requests()
+}
+
+// run runs a command in a new container and returns its output.
+func (w *world) run(c *harness.Containerd, snapshotter, ref string, command ...string) string {
+	w.Helper()
+	result, err := c.RunContainer(w.ctx, snapshotter, ref, "e2e-run", command...)
+	require.NoError(w, err)
+	return result.Stdout
+}
+
+// manifest reads the manifest of an image that a containerd has.
+func (w *world) manifest(c *harness.Containerd, ref string) ocispec.Manifest {
+	w.Helper()
+	image, err := c.Client().GetImage(w.ctx, ref)
+	require.NoError(w, err)
+	m, err := images.Manifest(w.ctx, c.Client().ContentStore(), image.Target(), platforms.Default())
+	require.NoError(w, err)
+	return m
+}
+
+// layers are the digests of an image's layers.
+func (w *world) layers(name string) (digests []string) {
+	w.Helper()
+	for _, l := range w.manifest(w.builder, w.ref(name)).Layers {
+		digests = append(digests, l.Digest.String())
+	}
+	return digests
+}
+
+// size is the number of bytes of an image's layers.
+func (w *world) size(name string) (n int64) {
+	w.Helper()
+	for _, l := range w.manifest(w.builder, w.ref(name)).Layers {
+		n += l.Size
+	}
+	return n
+}
+
+// view mounts an unpacked image's root read-only until the test ends.
+func (w *world) view(c *harness.Containerd, snapshotter, ref string) string {
+	w.Helper()
+	image, err := c.Client().GetImage(w.ctx, ref)
+	require.NoError(w, err)
+	diffIDs, err := image.RootFS(w.ctx)
+	require.NoError(w, err)
+	return w.viewChain(c, snapshotter, identity.ChainID(diffIDs).String())
+}
+
+func (w *world) viewChain(c *harness.Containerd, snapshotter, chainID string) string {
+	w.Helper()
+	dir, err := os.MkdirTemp(w.lab.Dir, "view-")
+	require.NoError(w, err)
+	key := filepath.Base(dir)
+	service := c.Client().SnapshotService(snapshotter)
+	mounts, err := service.View(w.ctx, key, chainID)
+	require.NoError(w, err)
+	require.NoError(w, mount.All(mounts, dir))
+	w.Cleanup(func() {
+		ctx := context.WithoutCancel(w.ctx)
+		require.NoError(w, mount.UnmountAll(dir, 0))
+		require.NoError(w, service.Remove(ctx, key))
+	})
+	return dir
+}
+
+// eventually waits for what happens in the background, such as garbage collection.
+func (w *world) eventually(what string, check func() bool) {
+	w.Helper()
+	require.Eventually(w, check, 10*time.Second, 50*time.Millisecond, what)
+}
+
+// removeImage removes an image, and has containerd collect what nobody needs any more.
+func (w *world) removeImage(c *harness.Containerd, ref string) {
+	w.Helper()
+	w.ctr(c, "image", "rm", "--sync", ref)
+}
+
+// snapshots are the keys of a snapshotter's snapshots in the context's namespace.
+func (w *world) snapshots(ctx context.Context, c *harness.Containerd, snapshotter string) []string {
+	w.Helper()
+	text := w.ctrIn(ctx, c, "snapshots", "--snapshotter", snapshotter, "ls")
+	var keys []string
+	for line := range strings.Lines(text) {
+		if fields := strings.Fields(line); len(fields) > 0 && fields[0] != "KEY" {
+			keys = append(keys, fields[0])
+		}
+	}
+	return keys
+}
+
+// subject describes the manifest of the builder's image for an architecture.
+func (w *world) subject(ref, arch string) ocispec.Descriptor {
+	w.Helper()
+	image, err := w.builder.Client().GetImage(w.ctx, ref)
+	require.NoError(w, err)
+	if images.IsManifestType(image.Target().MediaType) {
+		return image.Target()
+	}
+	children, err := images.Children(w.ctx, w.builder.Client().ContentStore(), image.Target())
+	require.NoError(w, err)
+	for _, d := range children {
+		if d.Platform != nil && d.Platform.Architecture == arch {
+			return d
+		}
+	}
+	require.Fail(w, "no manifest for "+arch)
+	return ocispec.Descriptor{}
+}
+
+// requireReason finds in the daemon's log why an image is not lazy.
+func (w *world) requireReason(ref, reason string) {
+	w.Helper()
+	for line := range strings.Lines(w.daemon.Log()) {
+		if strings.Contains(line, notLazy) && strings.Contains(line, ref) && strings.Contains(line, reason) {
+			return
+		}
+	}
+	require.Fail(w, "no reason in the log", "want %q, %q and %q in one line of:\n%s", notLazy, ref, reason, w.daemon.Log())
+}

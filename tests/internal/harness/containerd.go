@@ -1,0 +1,188 @@
+package harness
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+)
+
+// Namespace is where commands and clients work unless they say otherwise.
+const Namespace = "default"
+
+// Containerd is a containerd with root, state and sockets of its own.
+type Containerd struct {
+	*Process
+	Name, Socket string
+
+	lab    *Lab
+	dir    string
+	client *containerd.Client
+}
+
+// The CRI and NRI plugins are off: they listen on ports and fixed paths of the host.
+const containerdConfig = `version = 3
+root = %[1]q
+state = %[2]q
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.nri.v1.nri"]
+
+[grpc]
+  address = %[3]q
+[ttrpc]
+  address = %[4]q
+[debug]
+  level = "debug"
+[plugins.'io.containerd.internal.v1.opt']
+  path = %[5]q
+`
+
+// What config.toml.example asks an administrator to add; the e2e tests compare both.
+const proxyConfig = `
+[proxy_plugins.clip]
+  type = "snapshot"
+  address = %[1]q
+  [proxy_plugins.clip.exports]
+    root = %[2]q
+    enable_remote_snapshot_annotations = "true"
+
+[plugins.'io.containerd.transfer.v1.local']
+  [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
+    platform = "linux"
+    snapshotter = "overlayfs"
+    differ = "walking"
+  [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
+    platform = "linux"
+    snapshotter = "clip"
+    differ = "walking"
+`
+
+// StartContainerd starts a containerd. name is unique in the lab. With a daemon it has the clip snapshotter; nil is a
+// containerd that knows nothing of it.
+func (l *Lab) StartContainerd(ctx context.Context, name string, d *Daemon) (*Containerd, error) {
+	dir := l.Path(name)
+	c := &Containerd{Name: name, Socket: filepath.Join(dir, "containerd.sock"), lab: l, dir: dir}
+	config := fmt.Sprintf(containerdConfig, filepath.Join(dir, "root"), filepath.Join(dir, "state"), c.Socket,
+		c.Socket+".ttrpc", filepath.Join(dir, "opt"))
+	if d != nil {
+		config += fmt.Sprintf(proxyConfig, d.Socket, d.Root)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(c.configFile(), []byte(config), 0o600); err != nil {
+		return nil, err
+	}
+	return c, l.RestartContainerd(ctx, c)
+}
+
+func (c *Containerd) configFile() string { return filepath.Join(c.dir, "config.toml") }
+
+// RestartContainerd starts a containerd that was stopped or killed again.
+func (l *Lab) RestartContainerd(ctx context.Context, c *Containerd) error {
+	ready := func(ctx context.Context) (err error) {
+		if c.client == nil {
+			if err := dialable(c.Socket)(ctx); err != nil {
+				return err
+			}
+			c.client, err = containerd.New(c.Socket, containerd.WithDefaultNamespace(Namespace))
+			if err != nil {
+				return err
+			}
+		}
+		_, err = c.client.Version(ctx)
+		return err
+	}
+	process, err := l.start(ctx, c.Name, ready, "containerd", "--config", c.configFile())
+	if err != nil {
+		return err
+	}
+	c.Process = process
+	l.OnClose(func(ctx context.Context) error { return c.removeTasks(ctx) })
+	return nil
+}
+
+// Client talks to this containerd, in Namespace unless the context says otherwise.
+func (c *Containerd) Client() *containerd.Client { return c.client }
+
+// ContentPath is the file in which containerd keeps a blob.
+func (c *Containerd) ContentPath(digest string) string {
+	return filepath.Join(c.dir, "root/io.containerd.content.v1.content/blobs", strings.Replace(digest, ":", "/", 1))
+}
+
+// Ctr runs ctr against this containerd, in the context's namespace.
+func (c *Containerd) Ctr(ctx context.Context, args ...string) (Result, error) {
+	return c.lab.run(ctx, c.environ(ctx), "ctr", args...)
+}
+
+// Clipctl runs clipctl against this containerd, in the context's namespace.
+func (c *Containerd) Clipctl(ctx context.Context, args ...string) (Result, error) {
+	return c.lab.run(ctx, c.environ(ctx), "clipctl", args...)
+}
+
+func (c *Containerd) environ(ctx context.Context) []string {
+	ns, ok := namespaces.Namespace(ctx)
+	if !ok {
+		ns = Namespace
+	}
+	return []string{"CONTAINERD_ADDRESS=" + c.Socket, "CONTAINERD_NAMESPACE=" + ns}
+}
+
+// RunContainer runs a command in a new container and removes it: `ctr run --rm`.
+func (c *Containerd) RunContainer(ctx context.Context, snapshotter, ref, id string, command ...string) (Result, error) {
+	return c.Ctr(ctx, append(c.runArgs("--rm", snapshotter, ref, id), command...)...)
+}
+
+// StartContainer leaves a container running: `ctr run --detach`.
+func (c *Containerd) StartContainer(ctx context.Context, snapshotter, ref, id string, command ...string) error {
+	_, err := c.Ctr(ctx, append(c.runArgs("--detach", snapshotter, ref, id), command...)...)
+	return err
+}
+
+// runArgs keeps in the lab what runc and ctr else keep in places that all containerds of a host share.
+func (c *Containerd) runArgs(mode, snapshotter, ref, id string) []string {
+	return []string{"run", mode, "--runc-root", filepath.Join(c.dir, "runc"), "--fifo-dir", filepath.Join(c.dir, "fifo"),
+		"--snapshotter", snapshotter, ref, id}
+}
+
+// RemoveContainer ends a container's task and removes both.
+func (c *Containerd) RemoveContainer(ctx context.Context, id string) error {
+	container, err := c.client.LoadContainer(ctx, id)
+	if err != nil {
+		return err
+	}
+	if task, err := container.Task(ctx, nil); err == nil {
+		if _, err := task.Delete(ctx, containerd.WithProcessKill); err != nil {
+			return err
+		}
+	}
+	return container.Delete(ctx, containerd.WithSnapshotCleanup)
+}
+
+// removeTasks ends all containers the way containerd wants it, so that shims, cgroups and mounts go with them.
+func (c *Containerd) removeTasks(ctx context.Context) error {
+	if !c.Running() {
+		return nil // nobody to ask; the sweep does it
+	}
+	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
+	defer cancel()
+	spaces, err := c.client.NamespaceService().List(ctx)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, ns := range spaces {
+		ctx := namespaces.WithNamespace(ctx, ns)
+		containers, err := c.client.Containers(ctx)
+		errs = append(errs, err)
+		for _, container := range containers {
+			errs = append(errs, c.RemoveContainer(ctx, container.ID()))
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,39 @@
+package harness
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+)
+
+// Daemon is a containerd-clip-grpc.
+type Daemon struct {
+	*Process
+	Name, Config, Root, Socket string
+}
+
+// StartDaemon starts a daemon in a directory of its own. name is unique in the lab; config is its configuration file's
+// content, empty for the defaults.
+func (l *Lab) StartDaemon(ctx context.Context, name, config string) (*Daemon, error) {
+	dir := l.Path(name)
+	d := &Daemon{
+		Name:   name,
+		Config: filepath.Join(dir, "config.toml"),
+		Root:   filepath.Join(dir, "root"),
+		Socket: filepath.Join(dir, "clip.sock"),
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(d.Config, []byte(config), 0o600); err != nil {
+		return nil, err
+	}
+	return d, l.RestartDaemon(ctx, d)
+}
+
+// RestartDaemon starts a daemon that was stopped or killed again.
+func (l *Lab) RestartDaemon(ctx context.Context, d *Daemon) (err error) {
+	d.Process, err = l.start(ctx, d.Name, dialable(d.Socket), "containerd-clip-grpc",
+		"--config", d.Config, "--root", d.Root, "--address", d.Socket, "--log-level", "debug")
+	return err
+}

@@ -1,0 +1,120 @@
+package harness
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+)
+
+const (
+	// LabEnv names the environment variable that marks the processes of a lab.
+	LabEnv = "CLIP_LAB"
+
+	labPattern = "clip-lab-"
+	ownerFile  = "owner"
+)
+
+// Options says where a lab finds the programs it runs.
+type Options struct {
+	Parts   string       // directory of containerd, ctr, the shim and the registry
+	Product string       // directory of clipctl and containerd-clip-grpc
+	Parent  string       // where the lab's directory is made; empty is the system's temporary directory
+	Log     func(...any) // receives one line per thing started or stopped; nil is silence
+}
+
+// Lab is a directory and what runs in it. NewLab makes one, Close ends it.
+type Lab struct {
+	Dir string // short, because a socket's path is limited to 107 bytes
+
+	opts Options
+
+	mu      sync.Mutex // guards the fields below
+	closers []func(context.Context) error
+}
+
+// NewLab makes a lab, and sweeps labs whose owners died.
+func NewLab(o Options) (*Lab, error) {
+	if o.Parent == "" {
+		o.Parent = os.TempDir()
+	}
+	if o.Log == nil {
+		o.Log = func(...any) {}
+	}
+	if err := sweepStale(o.Parent); err != nil {
+		return nil, err
+	}
+	dir, err := os.MkdirTemp(o.Parent, labPattern)
+	if err != nil {
+		return nil, err
+	}
+	l := &Lab{Dir: dir, opts: o}
+	if err := os.WriteFile(filepath.Join(dir, ownerFile), []byte(strconv.Itoa(os.Getpid())), 0o600); err != nil {
+		return nil, err
+	}
+	return l, os.Mkdir(l.Path("home"), 0o700)
+}
+
+// Path names a file in the lab.
+func (l *Lab) Path(elem ...string) string {
+	return filepath.Join(append([]string{l.Dir}, elem...)...)
+}
+
+// OnClose has f called by Close, before everything that was started earlier is stopped.
+func (l *Lab) OnClose(f func(context.Context) error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closers = append(l.closers, f)
+}
+
+// Close stops everything and removes the directory. It returns what could not be undone; a second call does nothing.
+func (l *Lab) Close() error {
+	l.mu.Lock()
+	closers := l.closers
+	l.closers = nil
+	l.mu.Unlock()
+
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	var errs []error
+	for _, f := range slices.Backward(closers) {
+		errs = append(errs, f(ctx))
+	}
+	errs = append(errs, sweep(l.Dir))
+	return errors.Join(errs...)
+}
+
+// environ is the environment of everything that the lab starts. HOME is the lab's own, so that nobody's registry
+// credentials or settings play a part.
+func (l *Lab) environ(extra ...string) []string {
+	path := l.opts.Parts + ":" + l.opts.Product + ":" + os.Getenv("PATH") + ":/usr/sbin:/sbin"
+	env := []string{LabEnv + "=" + l.Dir, "HOME=" + l.Path("home"), "PATH=" + path, "LANG=C.UTF-8"}
+	return append(env, extra...)
+}
+
+// sweepStale sweeps the labs below parent whose owner is not running any more.
+func sweepStale(parent string) error {
+	labs, err := filepath.Glob(filepath.Join(parent, labPattern+"*"))
+	if err != nil {
+		return err
+	}
+	for _, dir := range labs {
+		text, err := os.ReadFile(filepath.Join(dir, ownerFile))
+		if err != nil {
+			continue // being made, or being removed
+		}
+		pid, err := strconv.Atoi(string(text))
+		if err != nil || alive(pid) {
+			continue
+		}
+		if err := sweep(dir); err != nil {
+			return fmt.Errorf("lab %s of an earlier run: %w", dir, err)
+		}
+	}
+	return nil
+}

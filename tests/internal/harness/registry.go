@@ -1,0 +1,114 @@
+package harness
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"io/fs"
+	"log"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+var quiet = log.New(io.Discard, "", 0)
+
+// Registry is a distribution registry with filesystem storage behind a counting proxy.
+type Registry struct {
+	*Process
+	Root string // of its storage
+
+	proxy *proxy
+}
+
+const registryConfig = `version: 0.1
+log: {level: warn, accesslog: {disabled: true}}
+storage:
+  filesystem: {rootdirectory: %s}
+  delete: {enabled: true}
+http:
+  net: unix
+  addr: %s
+`
+
+// StartRegistry starts a registry. It listens on a Unix socket; only the proxy has a port.
+func (l *Lab) StartRegistry(ctx context.Context) (*Registry, error) {
+	dir := l.Path("registry")
+	root, socket, config := filepath.Join(dir, "root"), filepath.Join(dir, "registry.sock"), filepath.Join(dir, "config.yml")
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(config, fmt.Appendf(nil, registryConfig, root, socket), 0o600); err != nil {
+		return nil, err
+	}
+	process, err := l.start(ctx, "registry", dialable(socket), "registry", "serve", config)
+	if err != nil {
+		return nil, err
+	}
+	r := &Registry{Process: process, Root: root}
+	if r.proxy, err = newProxy(socket); err != nil {
+		return nil, err
+	}
+	l.OnClose(func(context.Context) error { return r.proxy.switchOff() })
+	return r, nil
+}
+
+// dialable is ready when a Unix socket accepts.
+func dialable(socket string) func(context.Context) error {
+	return func(ctx context.Context) error {
+		conn, err := new(net.Dialer).DialContext(ctx, "unix", socket)
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	}
+}
+
+// Host is the registry's host:port.
+func (r *Registry) Host() string { return r.proxy.address }
+
+// Ref names a repository and tag in this registry.
+func (r *Registry) Ref(name string) string { return r.Host() + "/" + name }
+
+// Requests are those since the start or the last Reset, in the order in which they ended.
+func (r *Registry) Requests() Requests {
+	r.proxy.mu.Lock()
+	defer r.proxy.mu.Unlock()
+	return slices.Clone(r.proxy.requests)
+}
+
+// Reset forgets the requests so far.
+func (r *Registry) Reset() {
+	r.proxy.mu.Lock()
+	defer r.proxy.mu.Unlock()
+	r.proxy.requests = nil
+}
+
+// SwitchOff has connections refused until SwitchOn.
+func (r *Registry) SwitchOff() error { return r.proxy.switchOff() }
+
+// SwitchOn listens on the same port again.
+func (r *Registry) SwitchOn() error { return r.proxy.switchOn() }
+
+// BlobPath is the file in which the registry keeps a blob.
+func (r *Registry) BlobPath(digest string) string {
+	algorithm, hex, _ := strings.Cut(digest, ":")
+	return filepath.Join(r.Root, "docker/registry/v2/blobs", algorithm, hex[:2], hex, "data")
+}
+
+// StoredBytes is the size of all blobs.
+func (r *Registry) StoredBytes() (n int64, err error) {
+	err = filepath.WalkDir(filepath.Join(r.Root, "docker/registry/v2/blobs"), func(_ string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		info, err := d.Info()
+		if err == nil {
+			n += info.Size()
+		}
+		return err
+	})
+	return n, err
+}

@@ -1,0 +1,53 @@
+package harness
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// logTail is how much of each server's log a failing test shows.
+const logTail = 8 << 10
+
+// ForTest makes a lab that ends with the test. What it needs and does not find fails the test in CI, and skips it
+// elsewhere.
+func ForTest(t testing.TB) *Lab {
+	t.Helper()
+	o, err := Installed()
+	if err != nil {
+		Missing(t, err.Error())
+	}
+	l, err := NewLab(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			l.showLogs(t)
+		}
+		if err := l.Close(); err != nil {
+			t.Errorf("cleaning up: %v", err)
+		}
+	})
+	return l
+}
+
+// Missing fails the test in CI, where everything must be there, and skips it elsewhere.
+func Missing(t testing.TB, what string) {
+	t.Helper()
+	if os.Getenv("CI") != "" {
+		t.Fatal(what)
+	}
+	t.Skip(what)
+}
+
+func (l *Lab) showLogs(t testing.TB) {
+	logs, _ := filepath.Glob(l.Path("*.log"))
+	for _, file := range logs {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			text = []byte(err.Error())
+		}
+		t.Logf("--- end of %s\n%s", filepath.Base(file), text[max(0, len(text)-logTail):])
+	}
+}
