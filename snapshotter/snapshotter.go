@@ -301,7 +301,9 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 	s.gate.Lock()
 	var ids map[string]string
 	err := s.meta.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
-		ids, err = storage.IDMap(ctx)
+		if ids, err = storage.IDMap(ctx); errdefs.IsNotFound(err) {
+			return nil // a store in which no snapshot was ever made
+		}
 		return err
 	})
 	var garbage []string

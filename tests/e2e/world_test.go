@@ -28,7 +28,7 @@ const (
 	lazy  = "clip"
 	eager = "overlayfs"
 
-	notLazy  = "not lazy"
+	notLazy  = "unpacking the layer instead of reading it lazily"
 	indexing = "indexing from local OCI layout with remote storage reference"
 )
 
@@ -177,14 +177,17 @@ func (w *world) viewChain(c *harness.Containerd, snapshotter, chainID string) st
 	dir, err := os.MkdirTemp(w.lab.Dir, "view-")
 	require.NoError(w, err)
 	key := filepath.Base(dir)
+	// Without a lease containerd collects the view at the next opportunity.
+	ctx, done, err := c.Client().WithLease(context.WithoutCancel(w.ctx))
+	require.NoError(w, err)
 	service := c.Client().SnapshotService(snapshotter)
-	mounts, err := service.View(w.ctx, key, chainID)
+	mounts, err := service.View(ctx, key, chainID)
 	require.NoError(w, err)
 	require.NoError(w, mount.All(mounts, dir))
 	w.Cleanup(func() {
-		ctx := context.WithoutCancel(w.ctx)
 		require.NoError(w, mount.UnmountAll(dir, 0))
 		require.NoError(w, service.Remove(ctx, key))
+		require.NoError(w, done(ctx))
 	})
 	return dir
 }

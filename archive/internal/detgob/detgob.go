@@ -32,13 +32,10 @@ const (
 // Encode returns the gob stream of one value.
 func Encode(v any) ([]byte, error) {
 	c := &compiler{types: map[reflect.Type]*wire{}, next: firstID}
-	rv := reflect.ValueOf(v)
+	rv := reflect.Indirect(reflect.ValueOf(v))
 	w, err := c.compile(rv.Type())
 	if err != nil {
 		return nil, err
-	}
-	for rv.Kind() == reflect.Pointer {
-		rv = rv.Elem()
 	}
 	body := appendInt(nil, int64(w.id))
 	if rv.Kind() != reflect.Struct {

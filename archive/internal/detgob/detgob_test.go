@@ -51,7 +51,8 @@ func sample() outer {
 }
 
 func TestGobDecodesTheSameValue(t *testing.T) {
-	b, err := Encode(sample())
+	value := sample()
+	b, err := Encode(&value)
 	require.NoError(t, err)
 	var got outer
 	require.NoError(t, gob.NewDecoder(bytes.NewReader(b)).Decode(&got))

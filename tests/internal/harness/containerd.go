@@ -37,7 +37,7 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
 [ttrpc]
   address = %[4]q
 [debug]
-  level = "debug"
+  level = "warn"
 [plugins.'io.containerd.internal.v1.opt']
   path = %[5]q
 `

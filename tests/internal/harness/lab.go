@@ -93,7 +93,7 @@ func (l *Lab) Close() error {
 // credentials or settings play a part.
 func (l *Lab) environ(extra ...string) []string {
 	path := l.opts.Parts + ":" + l.opts.Product + ":" + os.Getenv("PATH") + ":/usr/sbin:/sbin"
-	env := []string{LabEnv + "=" + l.Dir, "HOME=" + l.Path("home"), "PATH=" + path, "LANG=C.UTF-8"}
+	env := []string{LabEnv + "=" + l.Dir, "HOME=" + l.Path("home"), "PATH=" + path, "LANG=C.UTF-8", "OTEL_TRACES_EXPORTER=none"}
 	return append(env, extra...)
 }
 

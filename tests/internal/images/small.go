@@ -23,7 +23,7 @@ const (
 const busybox = "/bin/busybox"
 
 // VagueTimes are directories of the small images whose modification time no layer says: whoever unpacks makes it up.
-var VagueTimes = []string{".", "implied", "implied/dir", "grown"}
+var VagueTimes = []string{".", "implied", "implied/dir", "grown", "data"}
 
 // Small makes the small images in dir. They hold one of everything that a layer can say.
 func Small(dir string) (*Layout, error) {
@@ -84,7 +84,8 @@ func (m *maker) image(name string, config ocispec.ImageConfig, layers ...Layer) 
 
 // writeRoot is the bottom layer: every type of file, and whatever metadata a file can have.
 func writeRoot(t *tarball, program string) {
-	t.put(tar.Header{Typeflag: tar.TypeDir, Name: "./", Mode: 0o755}, "")
+	// containerd leaves the root itself as it made it.
+	t.put(tar.Header{Typeflag: tar.TypeDir, Name: "./", Mode: 0o700, Uid: 5}, "")
 	for _, d := range []string{"bin", "etc", "usr", "usr/lib", "data", "gone", "gone/deep", "opaque", "opaque/sub", "swap", "grown", "proc", "sys", "dev"} {
 		t.dir(d, 0o755)
 	}
@@ -175,6 +176,7 @@ func writeChanges(t *tarball) {
 	t.whiteout("", "gone")
 	t.whiteout("", "single")
 	t.whiteout("", "never-was")
+	t.whiteout("data/", "c")
 	t.whiteout("", "again")
 	t.file("again", 0o600, "removed and made again in one layer\n")
 	t.file("swap", 0o644, "was a directory\n")
@@ -200,7 +202,6 @@ func writeTop(t *tarball) {
 	t.dir("app", 0o755)
 	t.file("app/run.sh", 0o755, "#!/bin/sh\necho hello from $(cat /app/name)\n")
 	t.file("app/name", 0o644, "clip\n")
-	t.whiteout("app/", "nothing")
 	t.link("app/alias", "app/name")
 	t.put(tar.Header{Typeflag: tar.TypeDir, Name: "./", Mode: 0o755}, "")
 }
