@@ -4,7 +4,19 @@
 // compressed stream, Out counts bytes of what it decompresses to. A seek point
 // joins one of each with the decoder state between them.
 //
-// The package does not read tar, compute digests or fetch anything.
+// A gzip stream (RFC 1952) is a sequence of members, each a header, a DEFLATE
+// stream (RFC 1951) and a trailer. A DEFLATE stream is a sequence of blocks:
+// stored ones, and compressed ones made of literals and matches. A match copies
+// from the window, the last 32 KiB of output. A block that is not stored has
+// its own Huffman codes, which its header describes or which are fixed.
+//
+// Decoding can therefore start at a bit of the stream, given the window there
+// and, inside a block, the block's header. Of the window only those bytes
+// count that a later match copies: in practice about a tenth, so a seek point
+// holds them alone and the rest of its window compresses to nothing.
+//
+// The package does not read tar, compute digests or fetch anything, and it
+// does not compress.
 package inflate
 
 import (
@@ -23,6 +35,10 @@ type Out int64
 const WindowSize = 32 << 10
 
 // MaxState bounds Point.State.
+//
+// A state is a block header (RFC 1951, section 3.2.3) from bit 0 of its first
+// byte on: that of the block that the point lies in, or for a stored block, one
+// whose length is what is left of the block.
 const MaxState = 1 << 10
 
 // Point is a seek point: a place in a gzip stream where decoding can start.
@@ -31,7 +47,7 @@ type Point struct {
 	In     In     // the byte of the compressed stream that contains the next bit
 	Bit    uint8  // 0-7: bits of that byte already consumed, from the least significant
 	State  []byte // decoder state inside a block; empty at the start of a block
-	Window []byte // up to WindowSize bytes before Out; bytes that nothing refers to may be zero
+	Window []byte // up to WindowSize bytes before Out; zero where nothing refers to them
 }
 
 // ErrCorrupt is wrapped by every error that is the compressed stream's fault:

@@ -1,196 +1,192 @@
 package inflate
 
 import (
-	"bufio"
 	"encoding/binary"
 	"errors"
-	"hash"
 	"hash/crc32"
 	"io"
-
-	"github.com/klauspost/compress/flate"
 )
 
 // Options configures NewReader.
 type Options struct {
 	// Interval is the least distance between seek points, in uncompressed
-	// bytes. Zero asks for no points.
+	// bytes; less than WindowSize counts as WindowSize. A point lies where the
+	// next block starts, or inside a block if none starts within another
+	// eighth of Interval. Zero asks for no points.
 	Interval Out
-	// OnPoint receives the seek points in stream order, the first at Out 0.
-	// It owns them. An error from it ends the stream with that error.
+	// OnPoint receives the seek points in stream order, the first at Out 0,
+	// each when Read has come WindowSize bytes further or to the end of the
+	// stream: only then is it known what the window is needed for. It owns
+	// them. An error from it ends the stream with that error.
 	OnPoint func(Point) error
 }
 
 // Reader decompresses a gzip stream (RFC 1952) of one or many members.
+//
+// A Reader takes less than half a MiB, however the stream is made, and Reset
+// and ResetAt use it again. Readers share nothing.
 type Reader struct {
-	src   *countingReader
-	fl    io.ReadCloser
-	opts  Options
-	crc   hash.Hash32
-	size  uint32 // of this member, modulo 2^32
-	base  Out    // where this member's output starts
-	out   Out    // bytes returned so far
-	next  Out    // the next point is due at or after this output offset
-	check bool   // the member was decoded from its start, so its trailer can be checked
-	err   error
+	opts Options
+	out  Out // bytes returned so far
+	err  error
+
+	// Of the current member.
+	crc   uint32
+	size  uint32 // modulo 2^32
+	check bool   // it was decoded from its start, so its trailer can be checked
+
+	next    Out   // the next point is due at or after this output offset
+	point   Point // waiting for its window
+	waiting bool
+
+	d decoder // last, for there are no pointers in most of it
 }
 
 // NewReader returns a reader of the gzip stream in r, positioned at offset 0
 // of both streams. It reads the first member's header.
 func NewReader(r io.Reader, opts Options) (*Reader, error) {
-	z := &Reader{src: newCountingReader(r, 0), opts: opts, crc: crc32.NewIEEE()}
-	if err := readHeader(z.src); err != nil {
-		return nil, z.corrupt(noEOF(err))
-	}
-	if err := z.startMember(); err != nil {
+	z := new(Reader)
+	if err := z.Reset(r, opts); err != nil {
 		return nil, err
 	}
 	return z, nil
 }
 
+// Reset makes z what NewReader returns, in the same memory.
+func (z *Reader) Reset(r io.Reader, opts Options) error {
+	if opts.OnPoint == nil || opts.Interval <= 0 {
+		opts.Interval = 0
+	} else {
+		opts.Interval = min(max(opts.Interval, WindowSize), maxOffset)
+	}
+	z.reset(r, 0, 0)
+	z.opts = opts
+	if err := readHeader(&z.d.in); err != nil {
+		z.err = z.fail(noEOF(err))
+		return z.err
+	}
+	z.startMember()
+	return nil
+}
+
+func (z *Reader) reset(r io.Reader, in In, out Out) {
+	z.d.reset(r, in)
+	z.opts = Options{}
+	z.out, z.err, z.check = out, nil, false
+	z.next, z.point, z.waiting = 0, Point{}, false
+}
+
 // Resume returns a reader that continues a gzip stream at p; r delivers the
 // compressed bytes from offset p.In on. The trailer of the member that p lies
-// in is skipped unchecked, since its first part was not seen.
+// in is skipped unchecked, since its first part was not seen. Bytes that
+// p.Window lacks are taken for zero.
 func Resume(r io.Reader, p Point) (*Reader, error) {
-	if len(p.State) != 0 || p.Bit > 7 || len(p.Window) > WindowSize {
-		return nil, &FormatError{In: p.In, Out: p.Out, What: errors.New("unusable seek point")}
+	z := new(Reader)
+	if err := z.ResetAt(r, p); err != nil {
+		return nil, err
 	}
-	z := &Reader{src: newCountingReader(r, p.In), crc: crc32.NewIEEE(), out: p.Out}
-	z.fl = flate.NewReaderOpts(z.src, flate.WithResumeFrom(flate.InflateCheckpoint{
-		BitOffset: p.Bit, Window: p.Window,
-	}))
 	return z, nil
 }
 
-// In returns a compressed offset from which on no byte was needed for what
-// Read has returned so far. It may lie up to one window of output too far.
-func (z *Reader) In() In { return z.src.off }
+// ResetAt makes z what Resume returns, in the same memory.
+func (z *Reader) ResetAt(r io.Reader, p Point) error {
+	z.reset(r, p.In, p.Out)
+	if err := z.d.resume(r, p); err != nil {
+		z.err = z.fail(err)
+		return z.err
+	}
+	return nil
+}
+
+// In returns the least number of compressed bytes, counted from the start of
+// the stream, that what Read has returned so far can be decoded from.
+func (z *Reader) In() In { return z.d.need() }
 
 // Out returns the number of uncompressed bytes returned so far, counted from
 // the start of the stream.
 func (z *Reader) Out() Out { return z.out }
 
 // Read fills p with uncompressed bytes. It returns io.EOF after the last
-// member and a *FormatError when the stream is corrupt.
+// member, a *FormatError when the stream is corrupt, and the source's error as
+// it is when that fails.
 func (z *Reader) Read(p []byte) (int, error) {
-	for z.err == nil {
-		n, err := z.fl.Read(p)
-		z.out += Out(n)
-		if z.check {
-			z.crc.Write(p[:n])
-			z.size += uint32(n)
+	n := 0
+	for n < len(p) && z.err == nil {
+		c, err := z.decode(p[n:])
+		n += c
+		if err != nil {
+			z.err = err
 		}
-		switch {
-		case z.err != nil: // from OnPoint
-		case errors.Is(err, io.EOF):
-			z.err = z.nextMember()
-		case err != nil:
-			z.err = z.corrupt(err)
-		}
-		if n > 0 {
-			return n, nil
-		}
+	}
+	if n > 0 {
+		return n, nil
 	}
 	return 0, z.err
 }
 
-// startMember sets up the decoder for a member whose header has been read.
-func (z *Reader) startMember() error {
-	z.crc.Reset()
-	z.size, z.base, z.check = 0, z.out, true
-	if z.opts.Interval <= 0 || z.opts.OnPoint == nil {
-		z.fl = flate.NewReader(z.src)
-		return nil
+// decode fills p, or less: up to the next place where something is to be done.
+func (z *Reader) decode(p []byte) (int, error) {
+	d := &z.d
+	if d.place == atEnd {
+		return 0, z.nextMember()
 	}
-	start := z.src.off
-	z.fl = flate.NewReaderOpts(z.src, flate.WithEobCallback(func(cp flate.InflateCheckpoint) {
-		if cp.Final {
-			return
-		}
-		z.point(Point{
-			Out:    z.base + Out(cp.UncompressedOffset),
-			In:     start + In(cp.CompressedOffset),
-			Bit:    cp.BitOffset,
-			Window: append([]byte(nil), cp.Window...),
-		})
-	}))
-	z.point(Point{Out: z.out, In: start})
-	return z.err
+	if err := z.visit(); err != nil {
+		return 0, err
+	}
+	if outLimit-d.op < min(len(p), WindowSize) {
+		d.slide()
+	}
+	start := d.op
+	err := d.run(start + int(min(Out(len(p)), Out(outLimit-start), z.untilVisit())))
+	n := copy(p, d.out[start:d.op])
+	z.out += Out(n)
+	if z.check {
+		z.crc = crc32.Update(z.crc, crc32.IEEETable, p[:n])
+		z.size += uint32(n)
+	}
+	if err != nil {
+		return n, z.fail(err)
+	}
+	return n, nil
 }
 
-// point reports p if one is due.
-func (z *Reader) point(p Point) {
-	if z.err != nil || p.Out < z.next {
-		return
-	}
-	z.next = p.Out + z.opts.Interval
-	z.err = z.opts.OnPoint(p)
+// startMember sets up the decoder for a member whose header has been read.
+func (z *Reader) startMember() {
+	z.d.begin()
+	z.crc, z.size, z.check = 0, 0, true
 }
 
 // nextMember checks the trailer of the member that ended and starts the next
 // one. It returns io.EOF at the end of the stream.
 func (z *Reader) nextMember() error {
+	in := &z.d.in
+	in.align()
 	var trailer [8]byte
-	if _, err := io.ReadFull(z.src, trailer[:]); err != nil {
-		return z.corrupt(noEOF(err))
+	if _, err := io.ReadFull(in, trailer[:]); err != nil {
+		return z.fail(noEOF(err))
 	}
 	sum, size := binary.LittleEndian.Uint32(trailer[:4]), binary.LittleEndian.Uint32(trailer[4:])
-	if z.check && (sum != z.crc.Sum32() || size != z.size) {
-		return z.corrupt(errors.New("gzip: invalid checksum"))
+	if z.check && (sum != z.crc || size != z.size) {
+		return z.fail(errChecksum)
 	}
-	if err := readHeader(z.src); err != nil {
+	if err := readHeader(in); err != nil {
 		if errors.Is(err, io.EOF) {
+			if err := z.finishPoint(); err != nil {
+				return err
+			}
 			return io.EOF
 		}
-		return z.corrupt(err)
+		return z.fail(err)
 	}
-	return z.startMember()
+	z.startMember()
+	return nil
 }
 
-func (z *Reader) corrupt(err error) error {
-	if z.src.err != nil {
-		return z.src.err // the source failed: not the stream's fault
+// fail returns err as Read reports it.
+func (z *Reader) fail(err error) error {
+	var s sourceError
+	if errors.As(err, &s) {
+		return s.error
 	}
-	return &FormatError{In: z.src.off, Out: z.out, What: err}
-}
-
-func noEOF(err error) error {
-	if errors.Is(err, io.EOF) {
-		return io.ErrUnexpectedEOF
-	}
-	return err
-}
-
-// countingReader counts the bytes taken from a buffered source, and keeps the
-// source's own error apart from an early end.
-type countingReader struct {
-	r   *bufio.Reader
-	off In
-	err error
-}
-
-func newCountingReader(r io.Reader, off In) *countingReader {
-	return &countingReader{r: bufio.NewReaderSize(r, 128<<10), off: off}
-}
-
-func (c *countingReader) note(err error) error {
-	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
-		c.err = err
-	}
-	return err
-}
-
-func (c *countingReader) ReadByte() (byte, error) {
-	b, err := c.r.ReadByte()
-	if err != nil {
-		return 0, c.note(err)
-	}
-	c.off++
-	return b, nil
-}
-
-func (c *countingReader) Read(p []byte) (int, error) {
-	n, err := c.r.Read(p)
-	c.off += In(n)
-	return n, c.note(err)
+	return &FormatError{In: In(z.d.in.bitPos() >> 3), Out: z.out, What: err}
 }

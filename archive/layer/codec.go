@@ -153,8 +153,8 @@ func (r *cursor) points(x *Index) []Point {
 		p.In += inflate.In(r.uint(uint64(x.Size-p.In), "seek point"))
 		p.Bit = r.byte()
 		r.check(p.Bit <= 7, "bit offset")
-		p.State = []byte(r.string(inflate.MaxState, "decoder state"))
-		p.Window = []byte(r.string(maxWindowZstd, "window"))
+		p.State = r.blob(inflate.MaxState, "decoder state")
+		p.Window = r.blob(maxWindowZstd, "window")
 		r.check(i > 0 || p.Out == 0, "first seek point")
 		if r.err != nil {
 			return nil
@@ -289,6 +289,11 @@ func (r *cursor) bytes(n int) []byte {
 
 func (r *cursor) string(most uint64, what string) string {
 	return string(r.bytes(int(r.uint(most, what))))
+}
+
+// blob is string for bytes; none are nil.
+func (r *cursor) blob(most uint64, what string) []byte {
+	return append([]byte(nil), r.bytes(int(r.uint(most, what)))...)
 }
 
 // count reads how many items follow, each of at least size bytes.

@@ -16,12 +16,20 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
 )
+
+func TestMain(m *testing.M) {
+	if err := log.SetLevel("error"); err != nil { // containerd warns of every xattr it ignores
+		panic(err)
+	}
+	os.Exit(m.Run())
+}
 
 // requireRoot skips a test that mounts, or fails it where it must run.
 func requireRoot(tb testing.TB) {
@@ -49,6 +57,9 @@ func makeTar(tb testing.TB, files []file) []byte {
 	for _, f := range files {
 		h := f.Header
 		h.Size = int64(len(f.Data))
+		if h.ModTime.Nanosecond() != 0 {
+			h.Format = tar.FormatPAX
+		}
 		if err := tw.WriteHeader(&h); err != nil {
 			tb.Fatalf("%q: %v", h.Name, err)
 		}

@@ -27,8 +27,8 @@ const (
 // resolving paths the long way, which hostile layers can make quadratic. Real
 // images use almost none.
 const (
-	baseSteps     = 1 << 26
-	stepsPerEntry = 1 << 10
+	baseSteps     = 1 << 24
+	stepsPerEntry = 1 << 8
 )
 
 // budget counts down the steps that are left.
@@ -71,6 +71,30 @@ func (u *upper) resolveCached(name string) (place, error) {
 	at, err := u.resolve(name)
 	u.last = resolved{name, at}
 	return at, err
+}
+
+// resolveNext is resolve for a clean path in a layer that is complete. It is
+// quick if the path's parent was asked for before it.
+func (u *upper) resolveNext(p string) (at place, err error) {
+	dir, base := path.Split(p)
+	if below := u.below; below.path != "" && len(base) <= maxName && below.path+"/" == dir {
+		switch {
+		case below.in == nil:
+			at = place{path: p}
+		case below.in.dir():
+			at = place{p, below.in.kids[base]}
+		}
+	}
+	if at.path == "" || at.in != nil && at.in.symlink() {
+		if at, err = u.resolve(p); err != nil {
+			return place{}, err
+		}
+	}
+	u.below = place{}
+	if at.path == p {
+		u.below = at
+	}
+	return at, nil
 }
 
 // resolve follows a path from the layer's root, all symlinks included, as

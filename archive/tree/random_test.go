@@ -13,8 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/containerd/log"
-
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
 )
@@ -24,9 +22,6 @@ import (
 // same tree. CLIP_TEST_STACKS is how many stacks, CLIP_TEST_SEED repeats one.
 func TestRandomStacks(t *testing.T) {
 	requireRoot(t)
-	if err := log.SetLevel("error"); err != nil {
-		t.Fatal(err)
-	}
 	count := envInt(t, "CLIP_TEST_STACKS", 300)
 	seed := envInt(t, "CLIP_TEST_SEED", int(time.Now().UnixNano()&0xffffffff))
 	t.Logf("CLIP_TEST_SEED=%d", seed)

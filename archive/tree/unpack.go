@@ -52,6 +52,7 @@ type upper struct {
 	work      *budget
 
 	last    resolved // the directory of the previous entry
+	below   place    // where copyUp looked last, in a layer that is complete
 	removed bool     // something was removed: earlier resolutions may be void
 
 	// Bottom layer only: what an opaque marker needs to know.
@@ -368,7 +369,7 @@ func (u *upper) mkparent(at place, e *layer.Entry) (*inode, error) {
 // its own, following its own symlinks only.
 func (u *upper) copyUp(p string, to *inode) error {
 	for _, parent := range u.parents {
-		at, err := parent.resolve(p)
+		at, err := parent.resolveNext(p)
 		if err != nil {
 			return fmt.Errorf("in layer %d: %w", parent.index, err)
 		}

@@ -88,7 +88,10 @@ func load(path string) (ocispec.Descriptor, []byte, error) {
 	if _, err := io.Copy(enc, f); err != nil {
 		return ocispec.Descriptor{}, nil, err
 	}
-	return a.Info().Descriptor, b.Bytes(), enc.Close()
+	if err := enc.Close(); err != nil {
+		return ocispec.Descriptor{}, nil, err
+	}
+	return a.Info().Descriptor, b.Bytes(), nil
 }
 
 // manifest is a serialized artifact manifest.

@@ -7,7 +7,7 @@ import (
 )
 
 // logTail is how much of each server's log a failing test shows.
-const logTail = 8 << 10
+const logTail = 3 << 10
 
 // ForTest makes a lab that ends with the test. What it needs and does not find fails the test in CI, and skips it
 // elsewhere.
