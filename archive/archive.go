@@ -65,7 +65,7 @@ type Info struct {
 // Archive is an open .clip file. Its methods are safe for concurrent use.
 type Archive struct {
 	s        *sections
-	file     *os.File // nil if opened from a reader
+	closer   io.Closer // nil if there is nothing to close
 	info     Info
 	manifest ocispec.Manifest
 	rawMan   []byte
@@ -83,7 +83,6 @@ func OpenFile(path string) (*Archive, error) {
 	if err == nil {
 		var a *Archive
 		if a, err = Open(f, st.Size()); err == nil {
-			a.file = f
 			return a, nil
 		}
 	}
@@ -92,13 +91,15 @@ func OpenFile(path string) (*Archive, error) {
 }
 
 // Open opens the archive in the first size bytes of r and checks that its
-// manifest, config and description belong together.
+// manifest, config and description belong together. If r is an io.Closer,
+// Close closes it.
 func Open(r io.ReaderAt, size int64) (*Archive, error) {
 	s, err := readSections(r, size)
 	if err != nil {
 		return nil, err
 	}
 	a := &Archive{s: s}
+	a.closer, _ = r.(io.Closer)
 	info, err := s.read(kindInfo, 0, maxDocument)
 	if err != nil {
 		return nil, err
@@ -146,12 +147,12 @@ func parseImage(desc ocispec.Descriptor, manifest, config []byte) (m ocispec.Man
 	return m, c.RootFS.DiffIDs, nil
 }
 
-// Close closes the file that OpenFile opened.
+// Close closes what the archive was opened from.
 func (a *Archive) Close() error {
-	if a.file == nil {
+	if a.closer == nil {
 		return nil
 	}
-	return a.file.Close()
+	return a.closer.Close()
 }
 
 // Info returns the archive's description.

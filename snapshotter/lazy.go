@@ -36,10 +36,11 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, targe
 	if _, err := s.Stat(ctx, name); err == nil {
 		return nil // from another namespace, or an earlier pull
 	}
-	a, err := s.finder.Find(ctx, target.Ref, target.Manifest)
+	a, release, err := s.finder.Find(ctx, target.Ref, target.Manifest)
 	if err != nil {
 		return err
 	}
+	defer release()
 	top, err := position(a, target.ChainID)
 	if err != nil {
 		return err
@@ -62,6 +63,7 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, targe
 	}
 	log.G(ctx).WithField("image", target.Ref).WithField("chainID", target.ChainID).Info("reading the layer lazily")
 	if top == len(a.DiffIDs())-1 {
+		s.finder.Forget(target.Manifest) // nothing more will be asked of it
 		s.buildAhead(ctx, id, c)
 	}
 	return nil

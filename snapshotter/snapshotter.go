@@ -139,7 +139,7 @@ func (s *Snapshotter) Close() error {
 		errs = append(errs, s.files.Close())
 	}
 	if s.finder != nil {
-		errs = append(errs, s.finder.Close())
+		s.finder.Close()
 	}
 	if s.layers != nil {
 		errs = append(errs, s.layers.Close())

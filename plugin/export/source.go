@@ -56,14 +56,21 @@ const maxDocument = 8 << 20
 // maxDepth bounds indexes that refer to indexes.
 const maxDepth = 8
 
-// Manifests returns the manifests of the source that match, in the order of
-// the index. With first set it returns only the best match. It fails with
-// errdefs.ErrNotFound if none matches or if content of one is missing.
-func (s *Source) Manifests(ctx context.Context, match platforms.MatchComparer, first bool) ([]Manifest, error) {
+// Selection says which platforms of an image are meant.
+type Selection struct {
+	Name  string // for messages
+	Match platforms.MatchComparer
+	All   bool // all that match, not only the best match
+}
+
+// Manifests returns the manifests of the source that are selected, in the
+// order of the index. It fails with errdefs.ErrNotFound if there is none or if
+// content of one is missing.
+func (s *Source) Manifests(ctx context.Context, sel Selection) ([]Manifest, error) {
 	var found []Manifest
 	var seen []string
 	err := s.walk(ctx, s.Target, 0, func(desc ocispec.Descriptor) error {
-		if desc.Platform != nil && !match.Match(*desc.Platform) {
+		if desc.Platform != nil && !sel.Match.Match(*desc.Platform) {
 			seen = append(seen, platforms.Format(*desc.Platform))
 			return nil
 		}
@@ -71,7 +78,7 @@ func (s *Source) Manifests(ctx context.Context, match platforms.MatchComparer, f
 		if err != nil {
 			return err
 		}
-		if !match.Match(m.Platform) {
+		if !sel.Match.Match(m.Platform) {
 			seen = append(seen, platforms.Format(m.Platform))
 			return nil
 		}
@@ -82,13 +89,13 @@ func (s *Source) Manifests(ctx context.Context, match platforms.MatchComparer, f
 		return nil, err
 	}
 	if len(found) == 0 {
-		return nil, fmt.Errorf("image %s has no manifest for the platform asked for; it has %s: %w",
-			s.Name, strings.Join(seen, ", "), errdefs.ErrNotFound)
+		return nil, fmt.Errorf("image %s has no manifest for platform %s; it has: %s: %w",
+			s.Name, sel.Name, strings.Join(seen, ", "), errdefs.ErrNotFound)
 	}
-	if first {
+	if !sel.All {
 		best := 0
 		for i := range found {
-			if match.Less(found[i].Platform, found[best].Platform) {
+			if sel.Match.Less(found[i].Platform, found[best].Platform) {
 				best = i
 			}
 		}

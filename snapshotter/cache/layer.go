@@ -143,8 +143,9 @@ func (l *Layer) run(ctx context.Context, first, end int) {
 			return
 		}
 		log.G(ctx).WithError(err).WithField("diffID", l.index.DiffID).WithField("span", first).Warn("fetching a span failed")
-		if !errors.Is(err, layer.ErrMismatch) && !errors.Is(err, inflate.ErrCorrupt) && !errdefs.IsUnavailable(err) || ctx.Err() != nil {
-			break
+		var open openError
+		if errors.As(err, &open) || ctx.Err() != nil {
+			break // the fetcher has tried all it can
 		}
 	}
 	l.mu.Lock()
@@ -162,6 +163,11 @@ func (l *Layer) land(span int, err error) {
 	close(f.done)
 }
 
+// openError marks an error of Fetcher.Open.
+type openError struct{ error }
+
+func (e openError) Unwrap() error { return e.error }
+
 // fetch reads, verifies and stores the spans [first, end). It returns the
 // first span that it did not store.
 func (l *Layer) fetch(ctx context.Context, first, end int) (int, error) {
@@ -176,7 +182,7 @@ func (l *Layer) fetch(ctx context.Context, first, end int) (int, error) {
 	l.mu.Unlock()
 	rc, err := l.store.fetch.Open(ctx, sources, l.index.Digest, int64(p.In), int64(in))
 	if err != nil {
-		return first, err
+		return first, openError{err}
 	}
 	defer rc.Close()
 	stream, err := l.decode(rc, p)

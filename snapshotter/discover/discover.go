@@ -4,9 +4,9 @@ package discover
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"sync"
@@ -53,17 +53,18 @@ type localFile struct {
 // result is the outcome of a search for a manifest's archive.
 type result struct {
 	done    chan struct{}
-	archive *archive.Archive // valid after done, like the fields below
-	err     error
-	expires time.Time
+	archive *archive.Archive // valid after done
+	err     error            // valid after done
+	users   int              // guarded by Finder.mu: callers that use it, and the map
 }
 
 // How long outcomes are remembered. A pull asks for its layers within seconds;
 // an archive that is pushed later must be found by the next pull.
 const (
-	keepFound   = 5 * time.Minute
+	keepFound   = time.Minute
 	keepMissing = 3 * time.Second
-	maxKnown    = 32
+	// searchTimeout bounds a search: a pull waits for it.
+	searchTimeout = 60 * time.Second
 )
 
 // Bounds on what a registry may send.
@@ -80,56 +81,85 @@ func New(opts Options) *Finder {
 }
 
 // Find returns the archive of the image manifest, of which ref is the
-// reference that it is pulled by. The archive stays open while the finder
-// remembers it, so the caller uses it at once and does not close it. The error
-// is errdefs.ErrNotFound if there is none.
-func (f *Finder) Find(ctx context.Context, ref string, manifest digest.Digest) (*archive.Archive, error) {
+// reference that it is pulled by. The caller calls release when it has done
+// with the archive, and does not close it. The error is errdefs.ErrNotFound if
+// there is none.
+func (f *Finder) Find(ctx context.Context, ref string, manifest digest.Digest) (a *archive.Archive, release func(), err error) {
 	if err := manifest.Validate(); err != nil {
-		return nil, fmt.Errorf("manifest digest %q: %w", manifest, errdefs.ErrInvalidArgument)
+		return nil, nil, fmt.Errorf("manifest digest %q: %w", manifest, errdefs.ErrInvalidArgument)
 	}
 	f.mu.Lock()
 	r := f.known[manifest]
-	if r == nil || r.expired() {
-		f.forgetLocked()
-		r = &result{done: make(chan struct{})}
+	if r == nil {
+		r = &result{done: make(chan struct{}), users: 1}
 		f.known[manifest] = r
-		f.mu.Unlock()
-		r.archive, r.err = f.search(ctx, ref, manifest)
-		r.expires = time.Now().Add(keepFound)
-		if r.err != nil {
-			r.expires = time.Now().Add(keepMissing)
-		}
-		close(r.done)
-		return r.archive, r.err
+		// The search serves all who ask meanwhile: it outlives the first.
+		go f.run(context.WithoutCancel(ctx), r, ref, manifest)
+	}
+	r.users++
+	f.mu.Unlock()
+	release = func() { f.release(r) }
+	select {
+	case <-r.done:
+		err = r.err
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		release()
+		return nil, nil, err
+	}
+	return r.archive, release, nil
+}
+
+// run searches and sees to it that the outcome is forgotten in time.
+func (f *Finder) run(ctx context.Context, r *result, ref string, manifest digest.Digest) {
+	ctx, cancel := context.WithTimeout(ctx, searchTimeout)
+	defer cancel()
+	r.archive, r.err = f.search(ctx, ref, manifest)
+	close(r.done)
+	keep := keepFound
+	if r.err != nil {
+		keep = keepMissing
+	}
+	time.AfterFunc(keep, func() { f.forget(manifest, r) })
+}
+
+// Forget drops what is known of the manifest's archive: it is not needed again
+// soon, or must be searched anew.
+func (f *Finder) Forget(manifest digest.Digest) {
+	f.mu.Lock()
+	r := f.known[manifest]
+	f.mu.Unlock()
+	if r != nil {
+		f.forget(manifest, r)
+	}
+}
+
+func (f *Finder) forget(manifest digest.Digest, r *result) {
+	f.mu.Lock()
+	known := f.known[manifest] == r
+	if known {
+		delete(f.known, manifest)
 	}
 	f.mu.Unlock()
-	select {
-	case <-r.done:
-		return r.archive, r.err
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+	if known {
+		f.release(r)
 	}
 }
 
-func (r *result) expired() bool {
-	select {
-	case <-r.done:
-		return time.Now().After(r.expires)
-	default:
-		return false
+// release gives up one use of r; the last one closes its archive.
+func (f *Finder) release(r *result) {
+	f.mu.Lock()
+	r.users--
+	last := r.users == 0
+	f.mu.Unlock()
+	if !last {
+		return
 	}
-}
-
-// forgetLocked drops what has expired, and everything if it is still too much.
-// Archives that are dropped stay open until they are collected.
-func (f *Finder) forgetLocked() {
-	for m, r := range f.known {
-		if r.expired() {
-			delete(f.known, m)
-		}
-	}
-	if len(f.known) >= maxKnown {
-		clear(f.known)
+	<-r.done
+	if r.archive != nil {
+		r.archive.Close() // it was only read from
 	}
 }
 
@@ -311,16 +341,12 @@ func (f *Finder) fetchArchive(ctx context.Context, fetcher remotes.Fetcher, desc
 }
 
 // Close forgets everything.
-func (f *Finder) Close() error {
+func (f *Finder) Close() {
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	var errs []error
-	for _, r := range f.known {
+	known := maps.Clone(f.known)
+	f.mu.Unlock()
+	for manifest, r := range known {
 		<-r.done
-		if r.archive != nil {
-			errs = append(errs, r.archive.Close())
-		}
+		f.forget(manifest, r)
 	}
-	clear(f.known)
-	return errors.Join(errs...)
 }

@@ -252,7 +252,7 @@ func (w *world) requireOrdinary(reason string) {
 	require.Equal(w, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
 	stock := w.stock()
 	w.pull(stock, eager, ref)
-	requireSameRoot(w, stock, ref, images.VagueTimes...)
+	requireSameRoot(w, stock, ref)
 	w.requireReason(ref, reason)
 }
 

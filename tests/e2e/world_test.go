@@ -42,6 +42,7 @@ type world struct {
 	daemon   *harness.Daemon
 	worker   *harness.Containerd // with the daemon
 	layout   *testimages.Layout  // of the small images; nil in a world of the demo image
+	start    time.Time           // everything in the images is older
 }
 
 // newWorld has the small images in the builder's store and in the registry, under the same names in both.
@@ -56,6 +57,7 @@ func newWorld(t *testing.T) *world {
 	for _, name := range []string{testimages.SmallName, testimages.SiblingName, testimages.BaseName} {
 		w.publish(name)
 	}
+	w.start = time.Now()
 	return w
 }
 
@@ -68,6 +70,7 @@ func newDemoWorld(t *testing.T) *world {
 	require.NoError(t, err)
 	w.ctr(w.builder, "image", "import", "--no-unpack", file)
 	w.publish(testimages.DemoName)
+	w.start = time.Now()
 	return w
 }
 

@@ -2,7 +2,6 @@ package command
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -60,7 +59,7 @@ runs the image; --push checks it.`,
 }
 
 func runIndex(ctx context.Context, g *globals, image string, o indexOptions, stdout, stderr io.Writer) error {
-	match, err := o.matcher()
+	selection, err := o.selection()
 	if err != nil {
 		return err
 	}
@@ -79,7 +78,7 @@ func runIndex(ctx context.Context, g *globals, image string, o indexOptions, std
 	if err := archive.CheckStorageRef(ref); err != nil {
 		return err
 	}
-	manifests, err := source.Manifests(ctx, match, !o.allPlatforms)
+	manifests, err := source.Manifests(ctx, selection)
 	if err != nil {
 		return err
 	}
@@ -91,18 +90,18 @@ func runIndex(ctx context.Context, g *globals, image string, o indexOptions, std
 	return nil
 }
 
-func (o indexOptions) matcher() (platforms.MatchComparer, error) {
+func (o indexOptions) selection() (export.Selection, error) {
 	switch {
 	case o.allPlatforms:
-		return platforms.All, nil
+		return export.Selection{Name: "any", Match: platforms.All, All: true}, nil
 	case o.platform == "":
-		return platforms.Default(), nil
+		return export.Selection{Name: platforms.DefaultString(), Match: platforms.Default()}, nil
 	}
 	p, err := platforms.Parse(o.platform)
 	if err != nil {
-		return nil, fmt.Errorf("platform %q: %w", o.platform, err)
+		return export.Selection{}, fmt.Errorf("platform %q: %w", o.platform, err)
 	}
-	return platforms.Only(p), nil
+	return export.Selection{Name: platforms.Format(p), Match: platforms.Only(p)}, nil
 }
 
 // openSource opens IMAGE. The context it returns is the one to read it with.
@@ -197,10 +196,13 @@ func (o indexOptions) path(image string, m export.Manifest, several bool) (strin
 		ext := filepath.Ext(path)
 		path = strings.TrimSuffix(path, ext) + "-" + strings.ReplaceAll(platforms.Format(m.Platform), "/", "-") + ext
 	}
+	if st, err := os.Stat(path); err == nil && st.IsDir() {
+		return "", nil, fmt.Errorf("output %s is a directory; name a file in it", path)
+	}
 	if st, err := os.Stat(filepath.Dir(path)); err != nil {
-		return "", nil, fmt.Errorf("directory of the archive: %w", err)
+		return "", nil, fmt.Errorf("output %s: %w", path, err)
 	} else if !st.IsDir() {
-		return "", nil, errors.New(filepath.Dir(path) + " is not a directory")
+		return "", nil, fmt.Errorf("output %s: %s is not a directory", path, filepath.Dir(path))
 	}
 	return path, func() {}, nil
 }

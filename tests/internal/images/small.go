@@ -22,9 +22,6 @@ const (
 // busybox is Debian's busybox-static: one file that needs no library.
 const busybox = "/bin/busybox"
 
-// VagueTimes are directories of the small images whose modification time no layer says: whoever unpacks makes it up.
-var VagueTimes = []string{".", "implied", "implied/dir", "grown", "data"}
-
 // Small makes the small images in dir. They hold one of everything that a layer can say.
 func Small(dir string) (*Layout, error) {
 	program, err := os.ReadFile(busybox)

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/containerd/continuity/sysx"
 	"golang.org/x/sync/errgroup"
@@ -129,9 +130,9 @@ func xattrs(path string) (map[string]string, error) {
 	return found, nil
 }
 
-// Diff says every difference, one per line, sorted by name. The modification times of the names in vague are not
-// compared.
-func Diff(want, got Tree, vague ...string) []string {
+// Diff says every difference, one per line, sorted by name. A directory that no layer describes has the time at which
+// it was unpacked: the modification time of a directory that want dates after start is not compared.
+func Diff(want, got Tree, start time.Time) []string {
 	names := maps.Clone(want)
 	maps.Copy(names, got)
 	var diffs []string
@@ -144,7 +145,7 @@ func Diff(want, got Tree, vague ...string) []string {
 		case !inWant:
 			diffs = append(diffs, fmt.Sprintf("%q is there and should not be", name))
 		default:
-			if slices.Contains(vague, name) {
+			if w.Mode&unix.S_IFMT == unix.S_IFDIR && time.Unix(w.Mtime.Unix()).After(start) {
 				g.Mtime = w.Mtime
 			}
 			diffs = append(diffs, w.diff(name, g)...)
