@@ -11,9 +11,8 @@ import (
 )
 
 type inner struct {
-	A      int64
-	B      uint32
-	hidden int
+	A int64
+	B uint32
 }
 
 type embedded struct{ Owner uint64 }
