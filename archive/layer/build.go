@@ -282,13 +282,18 @@ func (x *Index) SeekPoint(off inflate.Out) (inflate.Point, error) {
 	return q, nil
 }
 
-// DecodeStart returns where decoding starts in order to read off: the seek
-// point at or before it.
-func (x *Index) DecodeStart(off inflate.Out) inflate.Out {
+// DecodeRange returns where decoding starts in order to read off, and where it
+// could start next: the seek points around off. An uncompressed layer can be
+// read anywhere.
+func (x *Index) DecodeRange(off inflate.Out) (start, next inflate.Out) {
 	if x.Compression == Uncompressed {
-		return off
+		return off, off
 	}
-	return x.Points[x.pointAt(off)].Out
+	i := x.pointAt(off)
+	if i+1 == len(x.Points) {
+		return x.Points[i].Out, x.OutSize
+	}
+	return x.Points[i].Out, x.Points[i+1].Out
 }
 
 // pointAt returns the number of the last seek point at or before off.

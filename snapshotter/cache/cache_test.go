@@ -148,6 +148,25 @@ func TestReadersOfOneSpanShareOneRequest(t *testing.T) {
 	require.Less(t, src.bytes.Load(), int64(len(src.blob))/2)
 }
 
+func TestReadingInPiecesFetchesOnce(t *testing.T) {
+	stream := testTar(t, 60)
+	src := &blobs{blob: gzipped(t, stream)}
+	x := build(t, src.blob)
+	_, l := open(t, t.TempDir(), src, x)
+	p := make([]byte, 100<<10)
+	for off := int64(0); off < l.Size(); off += int64(len(p)) {
+		n, err := l.ReadAt(context.Background(), p, off)
+		if err != nil {
+			require.ErrorIs(t, err, io.EOF)
+		}
+		require.True(t, bytes.Equal(stream[off:off+int64(n)], p[:n]))
+	}
+	// A span that a seek point lies in is decoded from the point before it, so
+	// a part of each interval comes twice.
+	require.Less(t, src.bytes.Load(), int64(len(src.blob))*3/2)
+	require.LessOrEqual(t, src.requests.Load(), int64(len(x.Points)))
+}
+
 func TestSpansSurviveARestart(t *testing.T) {
 	dir := t.TempDir()
 	stream := testTar(t, 20)

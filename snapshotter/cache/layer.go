@@ -103,17 +103,24 @@ func (l *Layer) ensure(ctx context.Context, first, end int) error {
 	return nil
 }
 
-// startLocked starts a fetch of the missing spans from span on, at most to
-// end, and returns span's flight. Spans before it that decoding passes through
-// anyway are taken along.
+// startLocked starts a fetch of the missing spans from span on, to end or the
+// next seek point behind it, and returns span's flight. Spans before it that
+// decoding passes through anyway are taken along.
 func (l *Layer) startLocked(ctx context.Context, span, end int) *flight {
 	last := span + 1
 	for last < end && l.missing(last) {
 		last++
 	}
+	// Decoding starts at seek points only: what lies between here and the next
+	// one would have to be fetched again by whoever reads on.
+	_, stop := l.index.SpanRange(last - 1)
+	_, next := l.index.DecodeRange(stop - 1)
+	for last < len(l.index.Spans) && inflate.Out(last)*l.index.SpanSize < next && l.missing(last) {
+		last++
+	}
 	first := span
 	start, _ := l.index.SpanRange(span)
-	decoded := l.index.DecodeStart(start)
+	decoded, _ := l.index.DecodeRange(start)
 	for first > 0 && inflate.Out(first-1)*l.index.SpanSize >= decoded && l.missing(first-1) {
 		first--
 	}
