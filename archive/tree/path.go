@@ -54,6 +54,15 @@ type resolved struct {
 	at   place
 }
 
+// cleanPath is path.Clean, quicker for the names that tars have.
+func cleanPath(name string) string {
+	s := strings.TrimPrefix(name, "./")
+	if s == "" || s[0] == '.' || s[0] == '/' || strings.Contains(s, "//") || strings.Contains(s, "/.") {
+		return path.Clean(name)
+	}
+	return strings.TrimSuffix(s, "/")
+}
+
 // childPath joins a place's path and a name in it.
 func childPath(dir, name string) string {
 	if dir == "/" {

@@ -104,7 +104,7 @@ func refused(i int, e *layer.Entry, err error) error {
 
 // apply does with one entry what containerd's archive.Apply does.
 func (u *upper) apply(e *layer.Entry) error {
-	name := path.Clean(e.Name)
+	name := cleanPath(e.Name)
 	if strings.IndexByte(name, 0) >= 0 {
 		return unix.EINVAL
 	}
@@ -164,7 +164,7 @@ func describe(in *inode, e *layer.Entry) error {
 // retime sets a directory's modification time after everything is unpacked,
 // as containerd does: that of whatever the entry's name leads to by then.
 func (u *upper) retime(e *layer.Entry) error {
-	name := path.Clean(e.Name)
+	name := cleanPath(e.Name)
 	base := path.Base(name)
 	if e.Type != layer.TypeDir || isRoot(base) || strings.HasPrefix(base, whiteoutPrefix) {
 		return nil

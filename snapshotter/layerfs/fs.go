@@ -1,8 +1,8 @@
 // Package layerfs serves layer files to the kernel over FUSE.
 //
 // One file system has one directory with one read-only file per layer, named
-// by the hex of its diff ID and holding the layer's uncompressed stream. EROFS
-// opens these files as its devices; nothing else sees them, because the mount
+// by the hex of its diff ID and holding the layer's uncompressed stream, filled
+// up with zeros to a whole block. EROFS opens these files as its devices; nothing else sees them, because the mount
 // is not attached anywhere: it is reached through a file descriptor.
 //
 // Node numbers are derived from diff IDs and file handles are 0, so requests
@@ -81,7 +81,7 @@ func (t *table) attr(id uint64, out *fuse.Attr) fuse.Status {
 	if !ok {
 		return fuse.ENOENT
 	}
-	size := uint64(f.Size())
+	size := uint64(paddedSize(f))
 	*out = fuse.Attr{Ino: id, Mode: unix.S_IFREG | 0o400, Nlink: 1, Size: size, Blocks: (size + 511) / 512, Blksize: 4096}
 	return fuse.OK
 }
@@ -119,13 +119,25 @@ func (t *table) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadR
 	if !ok {
 		return nil, fuse.ENOENT
 	}
-	n, err := f.ReadAt(t.ctx, buf[:min(int(in.Size), len(buf))], int64(in.Offset))
+	off := int64(in.Offset)
+	want := min(int64(in.Size), int64(len(buf)), paddedSize(f)-off)
+	if want <= 0 {
+		return filled(nil), fuse.OK
+	}
+	n, err := f.ReadAt(t.ctx, buf[:want], off)
 	if err != nil && !errors.Is(err, io.EOF) {
 		log.G(t.ctx).WithError(err).WithField("off", in.Offset).WithField("len", in.Size).Error("reading a layer failed")
 		return nil, fuse.EIO
 	}
-	return filled(buf[:n]), fuse.OK
+	clear(buf[n:want]) // the padding
+	return filled(buf[:want]), fuse.OK
 }
+
+// blockSize is EROFS's. It reads whole blocks, also the last one of a stream
+// that ends inside it.
+const blockSize = 512
+
+func paddedSize(f File) int64 { return (f.Size() + blockSize - 1) / blockSize * blockSize }
 
 func (t *table) Release(<-chan struct{}, *fuse.ReleaseIn) {}
 
