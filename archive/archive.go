@@ -225,6 +225,8 @@ func (img *Image) validate() (m ocispec.Manifest, err error) {
 		case l.Index == nil:
 		case l.Index.Digest != m.Layers[i].Digest:
 			return m, fmt.Errorf("layer %d is %s, its index is of %s", i, m.Layers[i].Digest, l.Index.Digest)
+		case int64(l.Index.Size) != m.Layers[i].Size:
+			return m, fmt.Errorf("layer %d (%s) has %d bytes, its index says %d", i, l.Index.Digest, m.Layers[i].Size, l.Index.Size)
 		case l.Index.DiffID != diffIDs[i]:
 			return m, fmt.Errorf("layer %d (%s) unpacks to %s, but the config says %s: %w",
 				i, l.Index.Digest, l.Index.DiffID, diffIDs[i], layer.ErrMismatch)

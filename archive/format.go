@@ -118,10 +118,14 @@ func (s *sections) at(off, n uint64) ([]byte, error) {
 		return nil, fmt.Errorf("%w: %d bytes at %d are beyond its end at %d", ErrCorrupt, n, off, s.size)
 	}
 	b := make([]byte, n)
-	if _, err := s.r.ReadAt(b, int64(off)); err != nil && !errors.Is(err, io.EOF) {
-		return nil, err
+	got, err := s.r.ReadAt(b, int64(off))
+	switch {
+	case got == len(b):
+		return b, nil
+	case errors.Is(err, io.EOF):
+		return nil, fmt.Errorf("%w: %d bytes at %d are beyond its end", ErrCorrupt, n, off)
 	}
-	return b, nil
+	return nil, err
 }
 
 func readSections(r io.ReaderAt, size int64) (*sections, error) {

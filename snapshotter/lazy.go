@@ -3,6 +3,7 @@ package snapshotter
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -107,7 +108,9 @@ func (s *Snapshotter) checkMerge(a *archive.Archive) error {
 		clear(s.merged)
 	}
 	err := merge(a)
-	s.merged[image] = err
+	if err == nil || errors.Is(err, tree.ErrInvalid) || errors.Is(err, tree.ErrUnsupported) {
+		s.merged[image] = err // what else went wrong may go right the next time
+	}
 	return err
 }
 

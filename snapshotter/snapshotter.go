@@ -75,6 +75,8 @@ type Snapshotter struct {
 	merged   map[digest.Digest]error
 
 	background sync.WaitGroup
+	closing    sync.Once
+	closeErr   error // of the first Close
 }
 
 // New opens the snapshotter in opts.Root and removes what an earlier process
@@ -130,13 +132,21 @@ func (s *Snapshotter) restore(ctx context.Context) error {
 }
 
 // Close unmounts all roots. A container that still runs on one keeps its mount
-// until it ends, but can no longer read what is not in memory.
+// until it ends, but can no longer read what is not in memory. Closing again
+// returns what the first Close did.
 func (s *Snapshotter) Close() error {
+	s.closing.Do(func() { s.closeErr = s.close() })
+	return s.closeErr
+}
+
+func (s *Snapshotter) close() error {
 	s.background.Wait()
 	var errs []error
 	errs = append(errs, s.unmountAll())
 	if s.files != nil {
-		errs = append(errs, s.files.Close())
+		if err := s.files.Close(); err != nil {
+			log.L.WithError(err).Warn("containers still run on lazy roots; they can no longer read what is not in memory")
+		}
 	}
 	if s.finder != nil {
 		s.finder.Close()

@@ -27,8 +27,11 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// suiteName tells the suite that directories of lower layers cannot be renamed.
+const suiteName = "overlayfs"
+
 func TestConformance(t *testing.T) {
-	testsuite.SnapshotterSuite(t, "clip", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 		sn, err := New(ctx, Options{Root: root})
 		if err != nil {
 			return nil, nil, err
@@ -39,7 +42,7 @@ func TestConformance(t *testing.T) {
 
 // TestConformanceOverGRPC runs the suite as containerd sees the snapshotter.
 func TestConformanceOverGRPC(t *testing.T) {
-	testsuite.SnapshotterSuite(t, "clip-grpc", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 		sn, err := New(ctx, Options{Root: root})
 		if err != nil {
 			return nil, nil, err

@@ -81,6 +81,9 @@ func Build(ctx context.Context, blob io.Reader, desc ocispec.Descriptor, opts Op
 	if err != nil {
 		return nil, err
 	}
+	if err := desc.Digest.Validate(); err != nil {
+		return nil, fmt.Errorf("layer %q: %w", desc.Digest, err)
+	}
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false), zstd.WithWindowSize(inflate.WindowSize))
 	if err != nil {
 		return nil, err
@@ -91,9 +94,8 @@ func Build(ctx context.Context, blob io.Reader, desc ocispec.Descriptor, opts Op
 	if err := b.run(ctx, blob, desc); err != nil {
 		return nil, fmt.Errorf("layer %s: %w", desc.Digest, err)
 	}
-	b.idx.Spans = make([]Span, len(b.ends))
 	for i := range b.ends {
-		b.idx.Spans[i] = Span{InEnd: b.ends[i], Digest: b.spans[i]}
+		b.idx.Spans = append(b.idx.Spans, Span{InEnd: b.ends[i], Digest: b.spans[i]})
 	}
 	return b.idx, nil
 }
@@ -113,9 +115,11 @@ func (b *builder) run(ctx context.Context, blob io.Reader, desc ocispec.Descript
 	return g.Wait()
 }
 
+// A stage closes its output only if it has ended well. Otherwise the next one
+// could report the end of a stream before the failure that caused it is known.
+
 // readBlob reads and digests the compressed bytes.
 func (b *builder) readBlob(ctx context.Context, blob io.Reader, desc ocispec.Descriptor, to chan *chunk) error {
-	defer close(to)
 	pool := newPool(sourceChunks, sourceChunk)
 	verifier := desc.Digest.Verifier()
 	var size int64
@@ -151,16 +155,12 @@ func (b *builder) readBlob(ctx context.Context, blob io.Reader, desc ocispec.Des
 	if !verifier.Verified() {
 		return fmt.Errorf("blob: %w", ErrMismatch)
 	}
+	close(to)
 	return nil
 }
 
 // inflate decompresses the blob span by span and records seek points.
 func (b *builder) inflate(ctx context.Context, blob *chunkReader, to ...chan *chunk) error {
-	defer func() {
-		for _, ch := range to {
-			close(ch)
-		}
-	}()
 	stream, in, err := b.open(bufio.NewReaderSize(blob, 4<<10))
 	if err != nil {
 		return err
@@ -181,12 +181,19 @@ func (b *builder) inflate(ctx context.Context, blob *chunkReader, to ...chan *ch
 			}
 		}
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) && n > 0 && !errors.Is(err, inflate.ErrCorrupt) {
-			return blob.drain()
+			break
 		}
 		if err != nil {
 			return err
 		}
 	}
+	if err := blob.drain(); err != nil {
+		return err
+	}
+	for _, ch := range to {
+		close(ch)
+	}
+	return nil
 }
 
 // Magic numbers at the start of a blob. Like containerd, the bytes decide, not

@@ -106,7 +106,7 @@ func DecodeSpans(b []byte) (*Index, error) {
 	x.Compression = Compression(r.byte())
 	x.SpanSize = inflate.Out(r.uint(maxSpanSize, "span size"))
 	r.check(x.Compression <= Gzip, "compression")
-	r.check(x.DiffID.Algorithm() == digest.SHA256, "diff ID")
+	r.check(r.err != nil || x.DiffID.Algorithm() == digest.SHA256, "diff ID")
 	r.check(x.SpanSize >= minSpanSize && x.SpanSize%64 == 0, "span size")
 	x.Spans = r.spans(x)
 	x.Points = r.points(x)
@@ -126,6 +126,9 @@ func (r *cursor) spans(x *Index) []Span {
 	}
 	want := (uint64(x.OutSize) + uint64(x.SpanSize) - 1) / uint64(x.SpanSize)
 	r.check(uint64(n) == want, "number of spans")
+	if n == 0 {
+		return nil
+	}
 	spans := make([]Span, 0, n)
 	var in inflate.In
 	for range n {
@@ -146,6 +149,9 @@ func (r *cursor) points(x *Index) []Point {
 		return nil
 	}
 	r.check((x.Compression == Gzip && x.OutSize > 0) == (n > 0) || x.OutSize == 0, "number of seek points")
+	if n == 0 {
+		return nil
+	}
 	points := make([]Point, 0, n)
 	var p Point
 	for i := range n {
@@ -184,7 +190,10 @@ func (x *Index) DecodeEntries(b []byte) error {
 	if r.err != nil {
 		return r.err
 	}
-	entries := make([]Entry, 0, n)
+	var entries []Entry
+	if n > 0 {
+		entries = make([]Entry, 0, n)
+	}
 	var off inflate.Out
 	var modTime int64
 	for range n {

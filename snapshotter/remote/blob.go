@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/containerd/v2/pkg/reference"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -66,40 +67,92 @@ func permanent(errs []error) bool {
 	return true
 }
 
-// openSource asks every host of one source.
+// openSource asks the hosts of one source, once more if what they refuse are
+// credentials kept from an earlier read: tokens end before their time.
 func (c *Client) openSource(ctx context.Context, source string, d digest.Digest, off, n int64) (io.ReadCloser, error) {
 	spec, err := reference.Parse(source)
 	if err != nil {
 		return nil, fmt.Errorf("source %q: %w", source, errors.Join(err, errdefs.ErrInvalidArgument))
 	}
 	registry := spec.Hostname()
-	repo := strings.TrimPrefix(spec.Locator, registry+"/")
+	q := query{registry: registry, repo: strings.TrimPrefix(spec.Locator, registry+"/"), digest: d, off: off, n: n}
 	ctx, err = docker.ContextWithRepositoryScope(ctx, spec, false)
 	if err != nil {
 		return nil, err
 	}
-	hosts, err := c.Hosts(registry)
+	hosts, kept, err := c.hostsOf(registry)
 	if err != nil {
 		return nil, err
 	}
+	rc, stale, err := q.ask(ctx, hosts)
+	if !stale {
+		return rc, err
+	}
+	c.forget(registry, hosts)
+	if err == nil || !kept {
+		return rc, err
+	}
+	if hosts, _, err = c.hostsOf(registry); err != nil {
+		return nil, err
+	}
+	if rc, stale, err = q.ask(ctx, hosts); stale {
+		c.forget(registry, hosts)
+	}
+	return rc, err
+}
+
+// query is one range of a blob in a repository.
+type query struct {
+	registry, repo string
+	digest         digest.Digest
+	off, n         int64
+}
+
+// ask asks hosts in order and says whether one did not accept the credentials.
+func (q query) ask(ctx context.Context, hosts []docker.RegistryHost) (_ io.ReadCloser, stale bool, _ error) {
 	var failed []error
 	for _, host := range hosts {
 		if !host.Capabilities.Has(docker.HostCapabilityPull) {
 			continue
 		}
-		rc, err := get(ctx, host, registry, repo, d, off, n)
+		rc, err := q.get(ctx, host)
 		if err == nil {
-			return rc, nil
+			return rc, stale, nil
 		}
-		if errdefs.IsPermissionDenied(err) {
-			c.forget(registry)
-		}
+		var c *credentialsError
+		stale = stale || errors.As(err, &c) || errdefs.IsPermissionDenied(err)
 		failed = append(failed, err)
 	}
 	if len(failed) == 0 {
-		return nil, fmt.Errorf("no host of %s may be pulled from: %w", registry, errdefs.ErrNotFound)
+		return nil, false, fmt.Errorf("no host of %s may be pulled from: %w", q.registry, errdefs.ErrNotFound)
 	}
-	return nil, joined(failed)
+	return nil, stale, joined(failed)
+}
+
+// credentialsError says that credentials could not be had. An authorizer
+// remembers it: it must not be used again.
+type credentialsError struct {
+	host  string
+	cause error
+	kind  error // of errdefs
+}
+
+func (e *credentialsError) Error() string {
+	return fmt.Sprintf("credentials for %s: %v", e.host, e.cause)
+}
+func (e *credentialsError) Unwrap() []error { return []error{e.cause, e.kind} }
+
+func newCredentialsError(host string, err error) error {
+	kind := error(errdefs.ErrPermissionDenied)
+	status, answered := errors.AsType[remoteerrors.ErrUnexpectedStatus](err)
+	_, unreachable := errors.AsType[*url.Error](err)
+	switch {
+	case answered && status.StatusCode == http.StatusTooManyRequests:
+		kind = errdefs.ErrResourceExhausted
+	case answered && status.StatusCode >= http.StatusInternalServerError, unreachable:
+		kind = errdefs.ErrUnavailable
+	}
+	return &credentialsError{host, err, kind}
 }
 
 // joined is errors.Join on one line.
@@ -112,10 +165,10 @@ func joined(errs []error) error {
 }
 
 // get sends one ranged request to host, once more after a 401 it can answer.
-func get(ctx context.Context, host docker.RegistryHost, registry, repo string, d digest.Digest, off, n int64) (io.ReadCloser, error) {
-	u := url.URL{Scheme: host.Scheme, Host: host.Host, Path: path.Join(host.Path, repo, "blobs", d.String())}
-	if isMirror(host, registry) {
-		u.RawQuery = url.Values{"ns": {registry}}.Encode()
+func (q query) get(ctx context.Context, host docker.RegistryHost) (io.ReadCloser, error) {
+	u := url.URL{Scheme: host.Scheme, Host: host.Host, Path: path.Join(host.Path, q.repo, "blobs", q.digest.String())}
+	if isMirror(host, q.registry) {
+		u.RawQuery = url.Values{"ns": {q.registry}}.Encode()
 	}
 	var answers []*http.Response
 	for range 2 {
@@ -126,11 +179,11 @@ func get(ctx context.Context, host docker.RegistryHost, registry, repo string, d
 		for key, values := range host.Header {
 			req.Header[key] = append([]string(nil), values...)
 		}
-		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", off, off+n-1))
+		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", q.off, q.off+q.n-1))
 		req.Header.Set("Accept-Encoding", "identity")
 		if host.Authorizer != nil {
 			if err := host.Authorizer.Authorize(ctx, req); err != nil {
-				return nil, fmt.Errorf("credentials for %s: %w", host.Host, err)
+				return nil, newCredentialsError(host.Host, err)
 			}
 		}
 		resp, err := host.Client.Do(req)
@@ -138,7 +191,7 @@ func get(ctx context.Context, host docker.RegistryHost, registry, repo string, d
 			return nil, fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
 		}
 		if resp.StatusCode != http.StatusUnauthorized || host.Authorizer == nil {
-			return body(resp, off, n)
+			return body(resp, q.off, q.n)
 		}
 		resp.Body.Close()
 		answers = append(answers, resp)
@@ -153,9 +206,9 @@ func get(ctx context.Context, host docker.RegistryHost, registry, repo string, d
 func body(resp *http.Response, off, n int64) (io.ReadCloser, error) {
 	switch resp.StatusCode {
 	case http.StatusPartialContent:
-		var first, last, total int64
-		rng := resp.Header.Get("Content-Range")
-		if _, err := fmt.Sscanf(rng, "bytes %d-%d/%d", &first, &last, &total); err != nil || first != off || last != off+n-1 {
+		var first, last int64
+		rng := resp.Header.Get("Content-Range") // its total may be "*", see RFC 9110
+		if _, err := fmt.Sscanf(rng, "bytes %d-%d/", &first, &last); err != nil || first != off || last != off+n-1 {
 			resp.Body.Close()
 			return nil, fmt.Errorf("%s answered with range %q instead of [%d, %d): %w", resp.Request.URL.Host, rng, off, off+n, errdefs.ErrDataLoss)
 		}

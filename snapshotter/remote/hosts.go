@@ -88,36 +88,59 @@ func dockerCredentials(host string) (user, secret string, err error) {
 	return auth.Username, auth.Password, nil
 }
 
-// Hosts returns the hosts to ask for what belongs to registry, mirrors first.
-func (c *Client) Hosts(registry string) ([]docker.RegistryHost, error) {
+// hostsOf returns the hosts to ask for what belongs to registry, mirrors
+// first, and whether they are kept from earlier.
+func (c *Client) hostsOf(registry string) (_ []docker.RegistryHost, kept bool, _ error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if hosts, ok := c.hosts[registry]; ok {
-		return hosts, nil
+		return hosts, true, nil
 	}
 	hosts, err := c.configure(registry)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if len(hosts) == 0 {
-		return nil, errors.Join(errors.New("no hosts are configured for registry "+registry), errdefs.ErrNotFound)
+		return nil, false, errors.Join(errors.New("no hosts are configured for registry "+registry), errdefs.ErrNotFound)
+	}
+	for i := range hosts {
+		if hosts[i].Authorizer != nil {
+			hosts[i].Authorizer = &serialized{Authorizer: hosts[i].Authorizer}
+		}
 	}
 	c.hosts[registry] = hosts
-	return hosts, nil
+	return hosts, false, nil
 }
 
-// forget drops what is known of registry: the next read configures it anew,
-// with fresh credentials.
-func (c *Client) forget(registry string) {
+// serialized is an authorizer that is asked by one goroutine at a time:
+// containerd's has a data race while it fetches a token.
+type serialized struct {
+	mu sync.Mutex // serialises Authorize
+	docker.Authorizer
+}
+
+// Authorize implements docker.Authorizer.
+func (s *serialized) Authorize(ctx context.Context, req *http.Request) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.Authorizer.Authorize(ctx, req)
+}
+
+// forget drops hosts if they are what is known of registry: the next read
+// configures it anew, with fresh credentials.
+func (c *Client) forget(registry string, hosts []docker.RegistryHost) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	delete(c.hosts, registry)
+	if known := c.hosts[registry]; len(known) > 0 && &known[0] == &hosts[0] {
+		delete(c.hosts, registry)
+	}
 }
 
 // Fetcher returns containerd's own fetcher for the repository of ref, which
-// reads manifests and lists referrers.
+// reads manifests and lists referrers. It has credentials of its own: an
+// authorizer remembers refusals.
 func (c *Client) Fetcher(ctx context.Context, ref string) (remotes.Fetcher, error) {
-	return docker.NewResolver(docker.ResolverOptions{Hosts: c.Hosts}).Fetcher(ctx, ref)
+	return docker.NewResolver(docker.ResolverOptions{Hosts: c.configure}).Fetcher(ctx, ref)
 }
 
 // isMirror says whether host stands in for registry, and must be told which.

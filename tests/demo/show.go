@@ -89,7 +89,7 @@ func (s *show) index(ctx context.Context, builder *harness.Containerd) error {
 	if err != nil {
 		return err
 	}
-	quote(result.Output())
+	quote(result.Stderr + result.Stdout)
 	info, err := os.Stat(file)
 	if err != nil {
 		return err
@@ -101,7 +101,7 @@ func (s *show) index(ctx context.Context, builder *harness.Containerd) error {
 	}
 	say("Builder: clipctl index %s --push", s.ref)
 	result, err = builder.Clipctl(ctx, "index", s.ref, "--push")
-	quote(result.Output())
+	quote(result.Stderr + result.Stdout)
 	return err
 }
 

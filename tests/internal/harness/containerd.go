@@ -23,6 +23,7 @@ type Containerd struct {
 
 	lab    *Lab
 	dir    string
+	daemon *Daemon // nil when it has none
 	client *containerd.Client
 }
 
@@ -30,6 +31,7 @@ type Containerd struct {
 const containerdConfig = `version = 3
 root = %[1]q
 state = %[2]q
+imports = [%[6]q]
 disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.nri.v1.nri"]
 
 [grpc]
@@ -42,43 +44,39 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
   path = %[5]q
 `
 
-// What config.toml.example asks an administrator to add; the e2e tests compare both.
-const proxyConfig = `
-[proxy_plugins.clip]
-  type = "snapshot"
-  address = %[1]q
-  [proxy_plugins.clip.exports]
-    root = %[2]q
-    enable_remote_snapshot_annotations = "true"
-
-[plugins.'io.containerd.transfer.v1.local']
-  [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
-    platform = "linux"
-    snapshotter = "overlayfs"
-    differ = "walking"
-  [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
-    platform = "linux"
-    snapshotter = "clip"
-    differ = "walking"
-`
-
 // StartContainerd starts a containerd. name is unique in the lab. With a daemon it has the clip snapshotter; nil is a
 // containerd that knows nothing of it.
 func (l *Lab) StartContainerd(ctx context.Context, name string, d *Daemon) (*Containerd, error) {
 	dir := l.Path(name)
-	c := &Containerd{Name: name, Socket: filepath.Join(dir, "containerd.sock"), lab: l, dir: dir}
+	c := &Containerd{Name: name, Socket: filepath.Join(dir, "containerd.sock"), lab: l, dir: dir, daemon: d}
 	config := fmt.Sprintf(containerdConfig, filepath.Join(dir, "root"), filepath.Join(dir, "state"), c.Socket,
-		c.Socket+".ttrpc", filepath.Join(dir, "opt"))
-	if d != nil {
-		config += fmt.Sprintf(proxyConfig, d.Socket, d.Root)
-	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+		c.Socket+".ttrpc", filepath.Join(dir, "opt"), filepath.Join(dir, "conf.d", "*.toml"))
+	if err := os.MkdirAll(filepath.Join(dir, "conf.d"), 0o700); err != nil {
 		return nil, err
 	}
 	if err := os.WriteFile(c.configFile(), []byte(config), 0o600); err != nil {
 		return nil, err
 	}
+	if d != nil {
+		if err := d.writeExample(filepath.Join(dir, "conf.d", "50-clip.toml")); err != nil {
+			return nil, err
+		}
+	}
 	return c, l.RestartContainerd(ctx, c)
+}
+
+// writeExample writes what config.toml.example tells an administrator to write, with the daemon's own paths.
+func (d *Daemon) writeExample(file string) error {
+	top, err := Top()
+	if err != nil {
+		return err
+	}
+	text, err := os.ReadFile(filepath.Join(top, "config.toml.example"))
+	if err != nil {
+		return err
+	}
+	config := strings.NewReplacer(defaultSocket, d.Socket, defaultRoot, d.Root).Replace(string(text))
+	return os.WriteFile(file, []byte(config), 0o600)
 }
 
 func (c *Containerd) configFile() string { return filepath.Join(c.dir, "config.toml") }
@@ -130,7 +128,11 @@ func (c *Containerd) environ(ctx context.Context) []string {
 	if !ok {
 		ns = Namespace
 	}
-	return []string{"CONTAINERD_ADDRESS=" + c.Socket, "CONTAINERD_NAMESPACE=" + ns}
+	env := []string{"CONTAINERD_ADDRESS=" + c.Socket, "CONTAINERD_NAMESPACE=" + ns}
+	if c.daemon != nil {
+		env = append(env, "CLIP_ADDRESS="+c.daemon.Socket)
+	}
+	return env
 }
 
 // RunContainer runs a command in a new container and removes it: `ctr run --rm`.

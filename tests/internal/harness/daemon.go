@@ -6,6 +6,12 @@ import (
 	"path/filepath"
 )
 
+// Where the daemon works when nobody says otherwise, as config.toml.example has it.
+const (
+	defaultRoot   = "/var/lib/containerd-clip-grpc"
+	defaultSocket = "/run/containerd-clip-grpc/containerd-clip-grpc.sock"
+)
+
 // Daemon is a containerd-clip-grpc.
 type Daemon struct {
 	*Process

@@ -54,7 +54,7 @@ func NewLab(o Options) (*Lab, error) {
 		return nil, err
 	}
 	l := &Lab{Dir: dir, opts: o}
-	if err := os.WriteFile(filepath.Join(dir, ownerFile), []byte(strconv.Itoa(os.Getpid())), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, ownerFile), itoa(os.Getpid()), 0o600); err != nil {
 		return nil, err
 	}
 	return l, os.Mkdir(l.Path("home"), 0o700)
@@ -118,3 +118,5 @@ func sweepStale(parent string) error {
 	}
 	return nil
 }
+
+func itoa(n int) []byte { return strconv.AppendInt(nil, int64(n), 10) }

@@ -153,7 +153,8 @@ func (l *Lab) run(ctx context.Context, env []string, program string, args ...str
 		r.Code = exit.ExitCode()
 	}
 	if err != nil {
-		err = fmt.Errorf("%s %s: %w\n%s", program, strings.Join(args, " "), err, strings.TrimSpace(r.Output()))
+		// The end of stdout is enough: ctr draws its progress there.
+		err = fmt.Errorf("%s %s: %w\n%s%s", program, strings.Join(args, " "), err, r.Stdout[max(0, len(r.Stdout)-500):], r.Stderr)
 	}
 	return r, err
 }

@@ -7,13 +7,16 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -51,6 +54,17 @@ func NewLayout(dir string) (*Layout, error) {
 // AddLayer compresses what write writes.
 func (l *Layout) AddLayer(write func(io.Writer) error) (Layer, error) {
 	return l.addLayer(ocispec.MediaTypeImageLayerGzip, write, func(w io.Writer) io.WriteCloser { return gzip.NewWriter(w) })
+}
+
+// AddZstdLayer compresses as BuildKit does with zstd: one frame.
+func (l *Layout) AddZstdLayer(write func(io.Writer) error) (Layer, error) {
+	return l.addLayer(ocispec.MediaTypeImageLayerZstd, write, func(w io.Writer) io.WriteCloser {
+		c, err := zstd.NewWriter(w)
+		if err != nil {
+			panic(err) // only options can be wrong
+		}
+		return c
+	})
 }
 
 // AddPlainLayer stores what write writes as it is.
@@ -114,12 +128,26 @@ func (l *Layout) AddImage(name string, config ocispec.ImageConfig, layers ...Lay
 	return d, err
 }
 
+// AddDockerImage is AddImage with Docker's media types, as older builders push it. The layers are gzip.
+func (l *Layout) AddDockerImage(name string, config ocispec.ImageConfig, layers ...Layer) (ocispec.Descriptor, error) {
+	image, manifest := describe(runtime.GOARCH, config, layers)
+	manifest.MediaType = images.MediaTypeDockerSchema2Manifest
+	for i := range manifest.Layers {
+		manifest.Layers[i].MediaType = images.MediaTypeDockerSchema2LayerGzip
+	}
+	d, err := l.store(image, images.MediaTypeDockerSchema2Config, manifest)
+	if err == nil {
+		l.name(name, d)
+	}
+	return d, err
+}
+
 // AddIndex adds an image of several architectures under a name. All have the same layers but the last, which is their
 // own.
 func (l *Layout) AddIndex(name string, config ocispec.ImageConfig, shared []Layer, own map[string]Layer) (ocispec.Descriptor, error) {
 	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
-	for arch, top := range own {
-		d, err := l.addManifest(arch, config, append(append([]Layer{}, shared...), top))
+	for _, arch := range slices.Sorted(maps.Keys(own)) {
+		d, err := l.addManifest(arch, config, append(slices.Clone(shared), own[arch]))
 		if err != nil {
 			return d, err
 		}
@@ -134,6 +162,12 @@ func (l *Layout) AddIndex(name string, config ocispec.ImageConfig, shared []Laye
 }
 
 func (l *Layout) addManifest(arch string, config ocispec.ImageConfig, layers []Layer) (ocispec.Descriptor, error) {
+	image, manifest := describe(arch, config, layers)
+	return l.store(image, ocispec.MediaTypeImageConfig, manifest)
+}
+
+// describe makes an image's config and manifest; the manifest still lacks the config.
+func describe(arch string, config ocispec.ImageConfig, layers []Layer) (ocispec.Image, ocispec.Manifest) {
 	image := ocispec.Image{
 		Created:  &Epoch,
 		Platform: ocispec.Platform{OS: "linux", Architecture: arch},
@@ -145,11 +179,14 @@ func (l *Layout) addManifest(arch string, config ocispec.ImageConfig, layers []L
 		image.RootFS.DiffIDs = append(image.RootFS.DiffIDs, layer.DiffID)
 		manifest.Layers = append(manifest.Layers, layer.Descriptor)
 	}
-	var err error
-	if manifest.Config, err = l.addJSON(ocispec.MediaTypeImageConfig, image); err != nil {
-		return ocispec.Descriptor{}, err
+	return image, manifest
+}
+
+func (l *Layout) store(image ocispec.Image, configType string, manifest ocispec.Manifest) (d ocispec.Descriptor, err error) {
+	if manifest.Config, err = l.addJSON(configType, image); err != nil {
+		return d, err
 	}
-	return l.addJSON(ocispec.MediaTypeImageManifest, manifest)
+	return l.addJSON(manifest.MediaType, manifest)
 }
 
 // name lists a manifest or index in the layout's index. containerd takes an image's name from the first annotation,

@@ -17,6 +17,9 @@ const (
 	SiblingName  = "example.com/small/sibling:1"       // the lower layers of SmallName, another top
 	BaseName     = "example.com/small/base:1"          // the lower layers alone
 	PlatformName = "example.com/small/multiplatform:1" // an index: amd64 and arm64
+	DockerName   = "example.com/small/docker:1"        // Docker's media types
+	ZstdName     = "example.com/small/zstd:1"          // a layer in the middle is zstd
+	SparseName   = "example.com/small/sparse:1"        // the top layer has a sparse file
 )
 
 // busybox is Debian's busybox-static: one file that needs no library.
@@ -47,6 +50,11 @@ func Small(dir string) (*Layout, error) {
 	m.image(SmallName, config, append(base[:3:3], top, empty)...)
 	m.image(SiblingName, config, append(base[:3:3], sibling)...)
 	m.image(BaseName, config, base...)
+	m.image(ZstdName, config, base[0], m.layer(l.AddZstdLayer, writeChanges), top)
+	m.image(SparseName, config, base[0], m.raw(l.AddLayer, writeSparse), top)
+	if m.err == nil {
+		_, m.err = l.AddDockerImage(DockerName, config, base[0], base[2], top)
+	}
 	if m.err == nil {
 		_, m.err = l.AddIndex(PlatformName, config, base, map[string]Layer{"amd64": top, "arm64": foreign})
 	}
@@ -62,13 +70,20 @@ type maker struct {
 	err    error
 }
 
-func (m *maker) layer(add func(func(io.Writer) error) (Layer, error), fill func(*tarball)) (layer Layer) {
+// adder is one of Layout's methods that add a layer.
+type adder func(func(io.Writer) error) (Layer, error)
+
+func (m *maker) layer(add adder, fill func(*tarball)) Layer {
+	return m.raw(add, func(w io.Writer) error {
+		t := newTarball(w)
+		fill(t)
+		return t.close()
+	})
+}
+
+func (m *maker) raw(add adder, write func(io.Writer) error) (layer Layer) {
 	if m.err == nil {
-		layer, m.err = add(func(w io.Writer) error {
-			t := newTarball(w)
-			fill(t)
-			return t.close()
-		})
+		layer, m.err = add(write)
 	}
 	return layer
 }

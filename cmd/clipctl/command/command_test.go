@@ -1,0 +1,243 @@
+package command
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
+
+	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/internal/testutil"
+	"github.com/beam-cloud/containerd-clip/plugin/export"
+	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
+)
+
+func TestDefaultOutput(t *testing.T) {
+	for image, want := range map[string]string{
+		"registry.example.com/team/app:1":        "app-1.clip",
+		"registry.example.com:5000/team/app":     "app.clip",
+		"registry.example.com/app:1@sha256:0123": "app-1.clip",
+		"oci:/some/layout:tag":                   "layout-tag.clip",
+		"oci-archive:/some/image.tar":            "image.clip",
+		"busybox":                                "busybox.clip",
+	} {
+		require.Equal(t, want, defaultOutput(image), image)
+	}
+}
+
+func TestSize(t *testing.T) {
+	for n, want := range map[int64]string{
+		0: "0 B", 999: "999 B", 1000: "1.0 kB", 123456: "123.5 kB", 1e6: "1.0 MB", 25e8: "2.50 GB",
+	} {
+		require.Equal(t, want, size(n))
+	}
+}
+
+func TestEnvironment(t *testing.T) {
+	for _, c := range []struct{ name, flag, standard string }{
+		{"CONTAINERD_ADDRESS", "address", "/run/containerd/containerd.sock"},
+		{"CONTAINERD_NAMESPACE", "namespace", "default"},
+		{"CLIP_ADDRESS", "clip-address", "/run/containerd-clip-grpc/containerd-clip-grpc.sock"},
+	} {
+		t.Setenv(c.name, "")
+		require.Equal(t, c.standard, New().PersistentFlags().Lookup(c.flag).DefValue)
+		t.Setenv(c.name, "/other")
+		require.Equal(t, "/other", New().PersistentFlags().Lookup(c.flag).DefValue)
+	}
+}
+
+func run(t *testing.T, args ...string) (stdout string, err error) {
+	t.Helper()
+	cmd := New()
+	var out, diagnostics bytes.Buffer
+	cmd.SetOut(&out)
+	cmd.SetErr(&diagnostics)
+	cmd.SetArgs(args)
+	err = cmd.ExecuteContext(t.Context())
+	return out.String(), err
+}
+
+func TestWithoutDaemons(t *testing.T) {
+	missing := filepath.Join(t.TempDir(), "s")
+	_, err := run(t, "status", "--clip-address", missing)
+	require.ErrorIs(t, err, os.ErrNotExist)
+	require.ErrorContains(t, err, "is containerd-clip-grpc running?")
+	_, err = run(t, "index", "example.com/app:1", "--address", missing)
+	require.ErrorIs(t, err, os.ErrNotExist)
+	require.ErrorContains(t, err, "is containerd running?")
+
+	// A socket that nobody listens on.
+	dead := filepath.Join(t.TempDir(), "dead")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: dead, Net: "unix"})
+	require.NoError(t, err)
+	l.SetUnlinkOnClose(false)
+	require.NoError(t, l.Close())
+	_, err = run(t, "status", "--clip-address", dead)
+	require.ErrorContains(t, err, "asking the daemon at "+dead)
+}
+
+// fakeDaemon has one lazy and one ordinary layer, and a container's snapshot.
+type fakeDaemon struct {
+	snapshotsapi.UnimplementedSnapshotsServer
+}
+
+func (fakeDaemon) List(_ *snapshotsapi.ListSnapshotsRequest, s snapshotsapi.Snapshots_ListServer) error {
+	labels := func(more ...string) map[string]string {
+		l := map[string]string{
+			"containerd.io/snapshot/cri.image-ref": "example.com/app:1",
+			snapshots.LabelSnapshotDiffID:          "sha256:0123456789abcdef0123",
+		}
+		for i := 0; i < len(more); i += 2 {
+			l[more[i]] = more[i+1]
+		}
+		return l
+	}
+	return s.Send(&snapshotsapi.ListSnapshotsResponse{Info: []*snapshotsapi.Info{
+		{Name: "a", Kind: snapshotsapi.Kind_COMMITTED, Labels: labels(discover.LabelLazy, "true")},
+		{Name: "b", Kind: snapshotsapi.Kind_COMMITTED, Labels: labels(discover.LabelNotLazy, "no archive")},
+		{Name: "container", Kind: snapshotsapi.Kind_ACTIVE, Labels: labels()},
+		{Name: "other", Kind: snapshotsapi.Kind_COMMITTED},
+	}})
+}
+
+func (fakeDaemon) Usage(_ context.Context, _ *snapshotsapi.UsageRequest) (*snapshotsapi.UsageResponse, error) {
+	return &snapshotsapi.UsageResponse{Size: 12345}, nil
+}
+
+func TestStatus(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	require.NoError(t, err)
+	server := grpc.NewServer()
+	snapshotsapi.RegisterSnapshotsServer(server, fakeDaemon{})
+	go func() { _ = server.Serve(l) }()
+	t.Cleanup(server.Stop)
+	out, err := run(t, "status", "--clip-address", socket)
+	require.NoError(t, err)
+	lines := strings.Split(strings.TrimSpace(out), "\n")
+	require.Len(t, lines, 3)
+	require.Equal(t, []string{"IMAGE", "LAYER", "LAZY", "ON", "DISK", "REASON"}, strings.Fields(lines[0]))
+	require.Equal(t, []string{"example.com/app:1", "sha256:0123456789ab", "yes", "12.3", "kB"}, strings.Fields(lines[1]))
+	require.Equal(t, []string{"example.com/app:1", "sha256:0123456789ab", "no", "12.3", "kB", "no", "archive"}, strings.Fields(lines[2]))
+}
+
+func TestPath(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	require.NoError(t, os.WriteFile(file, nil, 0o600))
+	m := export.Manifest{Platform: ocispec.Platform{OS: "linux", Architecture: "arm", Variant: "v7"}}
+	for name, c := range map[string]struct {
+		output  string
+		several bool
+		want    string
+		message string
+	}{
+		"named":        {output: dir + "/a.clip", want: dir + "/a.clip"},
+		"several":      {output: dir + "/a.clip", several: true, want: dir + "/a-linux-arm-v7.clip"},
+		"default":      {want: "app-1.clip"},
+		"a directory":  {output: dir, message: "is a directory"},
+		"below none":   {output: dir + "/no/a.clip", message: "no such file"},
+		"below a file": {output: file + "/a.clip", message: "not a directory"},
+	} {
+		got, _, err := indexOptions{output: c.output}.path("example.com/app:1", m, c.several)
+		if c.message != "" {
+			require.ErrorContains(t, err, c.message, name)
+			continue
+		}
+		require.NoError(t, err, name)
+		require.Equal(t, c.want, got, name)
+	}
+	got, cleanup, err := indexOptions{push: true}.path("example.com/app:1", m, false)
+	require.NoError(t, err)
+	require.DirExists(t, filepath.Dir(got))
+	cleanup()
+	require.NoDirExists(t, filepath.Dir(got))
+}
+
+func TestSelection(t *testing.T) {
+	s, err := indexOptions{}.selection()
+	require.NoError(t, err)
+	require.Equal(t, platforms.DefaultString(), s.Name)
+	s, err = indexOptions{platform: "linux/arm64"}.selection()
+	require.NoError(t, err)
+	require.False(t, s.All)
+	require.True(t, s.Match.Match(platforms.MustParse("linux/arm64")))
+	require.False(t, s.Match.Match(platforms.MustParse("linux/amd64")))
+	s, err = indexOptions{allPlatforms: true}.selection()
+	require.NoError(t, err)
+	require.True(t, s.All)
+	_, err = indexOptions{platform: "a/b/c/d"}.selection()
+	require.Error(t, err)
+	_, err = run(t, "index", "x", "--platform", "linux/amd64", "--all-platforms")
+	require.Error(t, err)
+}
+
+// layout makes an OCI layout of one image, without a name.
+func layout(t *testing.T) (string, *testutil.Image) {
+	t.Helper()
+	img := testutil.NewImage(t, testutil.Tar(t, testutil.File{Name: "f", Data: "content"}))
+	dir := t.TempDir()
+	img.Blobs.Write(t, dir)
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "oci-layout"), []byte(`{"imageLayoutVersion":"1.0.0"}`), 0o644))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "index.json"), testutil.JSON(t, ocispec.Index{Manifests: []ocispec.Descriptor{img.Descriptor}}), 0o644))
+	return dir, img
+}
+
+func TestIndexLayout(t *testing.T) {
+	dir, img := layout(t)
+	output := filepath.Join(t.TempDir(), "a.clip")
+	_, err := run(t, "index", "oci:"+dir, "-o", output)
+	require.ErrorContains(t, err, "--storage-ref")
+	_, err = run(t, "index", "oci:"+dir, "-o", output, "--storage-ref", "Not A Reference")
+	require.ErrorContains(t, err, "Not A Reference")
+	require.NoFileExists(t, output)
+
+	out, err := run(t, "index", "oci:"+dir, "-o", output, "--storage-ref", "example.com/app:1")
+	require.NoError(t, err)
+	require.Contains(t, out, output)
+	require.Contains(t, out, "\t1 layers\t")
+	a, err := archive.OpenFile(output)
+	require.NoError(t, err)
+	defer a.Close()
+	require.Equal(t, "example.com/app:1", a.Info().StorageRef)
+	require.Equal(t, img.Descriptor.Digest, a.Info().Descriptor.Digest)
+	require.Equal(t, img.DiffIDs, a.DiffIDs())
+}
+
+func TestPush(t *testing.T) {
+	t.Setenv("DOCKER_CONFIG", t.TempDir())
+	_, err := run(t, "push", "/nowhere.clip")
+	require.ErrorIs(t, err, os.ErrNotExist)
+	dir, _ := layout(t)
+	output := filepath.Join(t.TempDir(), "a.clip")
+	_, err = run(t, "index", "oci:"+dir, "-o", output, "--storage-ref", "127.0.0.1:1/app:1")
+	require.NoError(t, err)
+	_, err = run(t, "push", output)
+	require.ErrorContains(t, err, "127.0.0.1:1")
+}
+
+func TestProgressLines(t *testing.T) {
+	_, img := layout(t)
+	var b bytes.Buffer
+	p := newProgress(&b, append(img.Layers, img.Layers...))
+	p.Read(0, 10)
+	p.Done(1, errors.New("why"))
+	p.Done(0, nil)
+	p.close(nil)
+	lines := strings.Split(strings.TrimSpace(b.String()), "\n")
+	require.Len(t, lines, 2)
+	require.Contains(t, lines[0], "layer 2/2 "+img.Layers[0].Digest.String())
+	require.Contains(t, lines[0], "not lazy")
+	require.Contains(t, lines[1], "indexed")
+}

@@ -1,0 +1,171 @@
+package command
+
+import (
+	"bytes"
+	"context"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+func writeFile(t *testing.T, content string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "config.toml")
+	require.NoError(t, os.WriteFile(path, []byte(content), 0o644))
+	return path
+}
+
+func run(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	cmd := New()
+	var out bytes.Buffer
+	cmd.SetOut(&out)
+	cmd.SetErr(&out)
+	cmd.SetArgs(args)
+	err := cmd.ExecuteContext(t.Context())
+	return out.String(), err
+}
+
+func TestDefaultConfigRoundTrip(t *testing.T) {
+	out, err := run(t, "config", "default")
+	require.NoError(t, err)
+	for _, key := range []string{"root", "address", "log_level", "referrers", "config_path"} {
+		require.Contains(t, out, key+" = ")
+	}
+	got, err := LoadConfig(writeFile(t, out))
+	require.NoError(t, err)
+	require.Equal(t, DefaultConfig(), got)
+	require.NoError(t, got.Validate())
+}
+
+func TestLoadConfig(t *testing.T) {
+	got, err := LoadConfig(writeFile(t, "root = \"/r\"\n[discover]\nreferrers = false\n"))
+	require.NoError(t, err)
+	want := DefaultConfig()
+	want.Root, want.Discover.Referrers = "/r", false
+	require.Equal(t, want, got, "what the file does not say stays")
+
+	for content, message := range map[string]string{
+		"rot = \"/r\"":              "rot",
+		"[discover]\nreferers = 1":  "referers",
+		"[registry]\nmirrors = []":  "mirrors",
+		"root = 1":                  "Config.Root",
+		"root = ":                   "config.toml",
+		"[registry]\nconfig_path=1": "config_path",
+	} {
+		path := writeFile(t, content)
+		_, err := LoadConfig(path)
+		require.ErrorContains(t, err, message, content)
+		require.ErrorContains(t, err, path)
+	}
+	_, err = LoadConfig("/nowhere.toml")
+	require.ErrorIs(t, err, os.ErrNotExist)
+}
+
+func TestFlagsOverride(t *testing.T) {
+	path := writeFile(t, "root = \"/file\"\naddress = \"/file.sock\"\nlog_level = \"warn\"\n")
+	c, err := flags{config: path}.load()
+	require.NoError(t, err)
+	require.Equal(t, []string{"/file", "/file.sock", "warn"}, []string{c.Root, c.Address, c.LogLevel})
+	c, err = flags{config: path, root: "/flag", address: "/flag.sock", logLevel: "debug"}.load()
+	require.NoError(t, err)
+	require.Equal(t, []string{"/flag", "/flag.sock", "debug"}, []string{c.Root, c.Address, c.LogLevel})
+	_, err = flags{config: path, root: "relative"}.load()
+	require.ErrorContains(t, err, `root "relative"`)
+	_, err = flags{config: "/nowhere.toml"}.load()
+	require.ErrorIs(t, err, os.ErrNotExist)
+}
+
+func TestValidate(t *testing.T) {
+	long := "/" + strings.Repeat("s", 106)
+	for name, c := range map[string]struct {
+		edit    func(*Config)
+		message string
+	}{
+		"default":          {func(*Config) {}, ""},
+		"longest socket":   {func(c *Config) { c.Address = long }, ""},
+		"too long socket":  {func(c *Config) { c.Address = long + "s" }, "107"},
+		"relative root":    {func(c *Config) { c.Root = "var/lib" }, "root"},
+		"empty root":       {func(c *Config) { c.Root = "" }, "root"},
+		"relative address": {func(c *Config) { c.Address = "clip.sock" }, "address"},
+	} {
+		conf := DefaultConfig()
+		c.edit(&conf)
+		err := conf.Validate()
+		if c.message == "" {
+			require.NoError(t, err, name)
+			continue
+		}
+		require.ErrorContains(t, err, c.message, name)
+	}
+}
+
+// testConfig has everything in a directory of the test.
+func testConfig(t *testing.T) Config {
+	t.Helper()
+	dir := t.TempDir()
+	c := DefaultConfig()
+	c.Root, c.Address, c.LogLevel, c.Registry.ConfigPath = filepath.Join(dir, "root"), filepath.Join(dir, "run", "s"), "error", nil
+	return c
+}
+
+// start serves in the background until stop is called.
+func start(t *testing.T, c Config) (stop func() error) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	t.Cleanup(cancel)
+	ended := make(chan error, 1)
+	go func() { ended <- serve(ctx, c) }()
+	require.Eventually(t, func() bool {
+		conn, err := net.Dial("unix", c.Address)
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
+	}, 20*time.Second, 20*time.Millisecond)
+	return func() error { cancel(); return <-ended }
+}
+
+func TestServe(t *testing.T) {
+	c := testConfig(t)
+	stop := start(t, c)
+	st, err := os.Stat(c.Address)
+	require.NoError(t, err)
+	require.Equal(t, os.FileMode(0o660), st.Mode().Perm()&^0o007)
+	require.Zero(t, st.Mode().Perm()&0o007, "others may not write to it")
+
+	other := c
+	other.Address += "2"
+	err = serve(t.Context(), other)
+	require.ErrorIs(t, err, unix.EWOULDBLOCK)
+	require.ErrorContains(t, err, "another daemon works in "+c.Root)
+
+	other = c
+	other.Root += "2"
+	require.ErrorContains(t, serve(t.Context(), other), c.Address+" is in use")
+	require.NoError(t, stop())
+
+	require.NoError(t, start(t, c)(), "the root is free again, and a socket that was left does no harm")
+}
+
+func TestServeRefuses(t *testing.T) {
+	c := testConfig(t)
+	c.LogLevel = "loud"
+	require.ErrorContains(t, serve(t.Context(), c), "loud")
+	c = testConfig(t)
+	require.NoError(t, os.WriteFile(c.Root, nil, 0o600))
+	require.Error(t, serve(t.Context(), c))
+}
+
+func TestUnknownArguments(t *testing.T) {
+	_, err := run(t, "surprise")
+	require.ErrorContains(t, err, "surprise")
+	_, err = run(t, "--surprise")
+	require.ErrorContains(t, err, "surprise")
+}

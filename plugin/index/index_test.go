@@ -1,0 +1,169 @@
+package index
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/content"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/stretchr/testify/require"
+
+	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/archive/layer"
+	"github.com/beam-cloud/containerd-clip/internal/testutil"
+)
+
+func testImage(t *testing.T, layers int) *testutil.Image {
+	t.Helper()
+	random := rand.NewChaCha8([32]byte{1})
+	var tars [][]byte
+	for i := range layers {
+		data := make([]byte, (i*7%5+1)*100_000)
+		_, _ = random.Read(data) // it never fails
+		tars = append(tars, testutil.Tar(t, testutil.File{Name: fmt.Sprintf("file%d", i), Data: string(data)}))
+	}
+	return testutil.NewImage(t, tars...)
+}
+
+func input(img *testutil.Image) Image {
+	return Image{
+		StorageRef: "registry.example.com/app:1", Platform: img.Platform, Descriptor: img.Descriptor,
+		Manifest: img.Manifest, Config: img.Config, Layers: img.Layers,
+	}
+}
+
+func TestWorkersDoNotChangeTheArchive(t *testing.T) {
+	img := testImage(t, 7)
+	var first []byte
+	for _, workers := range []int{1, 2, 7, 0} {
+		out, err := Run(t.Context(), img.Blobs, input(img), Options{Workers: workers})
+		require.NoError(t, err)
+		var b bytes.Buffer
+		_, err = archive.Write(&b, out)
+		require.NoError(t, err)
+		if first == nil {
+			first = b.Bytes()
+		}
+		require.True(t, bytes.Equal(first, b.Bytes()), "%d workers", workers)
+	}
+}
+
+// counter counts what it is told, per layer.
+type counter struct {
+	mu   sync.Mutex // guards the fields below
+	read map[int]int64
+	done map[int]error
+}
+
+func (c *counter) Read(i int, n int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.read[i] += n
+}
+
+func (c *counter) Done(i int, notLazy error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.done[i] = notLazy
+}
+
+func TestProgressAndNotLazyLayer(t *testing.T) {
+	img := testImage(t, 3)
+	// zstd is sound and cannot be read lazily.
+	in := input(img)
+	in.Layers = append([]ocispec.Descriptor(nil), img.Layers...)
+	in.Layers[1] = img.Blobs.Add("application/vnd.oci.image.layer.v1.tar+zstd", []byte("\x28\xb5\x2f\xfd is how zstd starts"))
+	c := &counter{read: map[int]int64{}, done: map[int]error{}}
+	out, err := Run(t.Context(), img.Blobs, in, Options{Progress: c})
+	require.NoError(t, err)
+	require.Len(t, c.done, 3)
+	for i, l := range out.Layers {
+		if i == 1 {
+			require.ErrorIs(t, c.done[i], layer.ErrUnsupported)
+			require.Nil(t, l.Index)
+			require.Equal(t, c.done[i].Error(), l.Reason)
+			continue
+		}
+		require.NoError(t, c.done[i])
+		require.Equal(t, img.DiffIDs[i], l.Index.DiffID)
+		require.Empty(t, l.Reason)
+		require.Equal(t, img.Layers[i].Size, c.read[i])
+	}
+}
+
+func TestDamageEndsTheRun(t *testing.T) {
+	img := testImage(t, 3)
+	d := img.Layers[1].Digest
+	whole := img.Blobs[d]
+	altered := bytes.Clone(whole)
+	altered[len(altered)/2] ^= 1
+	for name, c := range map[string]struct {
+		blob []byte
+		is   error
+	}{
+		"altered":   {blob: altered},
+		"truncated": {blob: whole[:len(whole)-100]},
+		"empty":     {blob: nil},
+		"longer":    {blob: append(bytes.Clone(whole), 0)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			img.Blobs[d] = c.blob
+			_, err := Run(t.Context(), img.Blobs, input(img), Options{})
+			require.ErrorContains(t, err, "layer 2 of 3")
+			require.NotErrorIs(t, err, layer.ErrUnsupported)
+		})
+	}
+	delete(img.Blobs, d)
+	_, err := Run(t.Context(), img.Blobs, input(img), Options{})
+	require.ErrorContains(t, err, "layer 2 of 3")
+}
+
+// canceller is a content store that cancels when it is read.
+type canceller struct {
+	testutil.Blobs
+	cancel func()
+	opened atomic.Int64
+	closed atomic.Int64
+}
+
+type cancelReader struct {
+	content.ReaderAt
+	c *canceller
+}
+
+func (c *canceller) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	c.opened.Add(1)
+	ra, err := c.Blobs.ReaderAt(ctx, desc)
+	return cancelReader{ra, c}, err
+}
+
+func (r cancelReader) ReadAt(p []byte, off int64) (int, error) {
+	r.c.cancel()
+	return r.ReaderAt.ReadAt(p, off)
+}
+
+func (r cancelReader) Close() error {
+	r.c.closed.Add(1)
+	return r.ReaderAt.Close()
+}
+
+func TestCancel(t *testing.T) {
+	img := testImage(t, 7)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cause := errors.New("the user is gone")
+	c := &canceller{Blobs: img.Blobs, cancel: func() { cancel(cause) }}
+	_, err := Run(ctx, c, input(img), Options{Workers: 2})
+	require.ErrorIs(t, err, cause)
+	require.Equal(t, c.opened.Load(), c.closed.Load())
+}
+
+func TestLargestFirst(t *testing.T) {
+	layers := []ocispec.Descriptor{{Size: 1}, {Size: 9}, {Size: 5}, {Size: 9}}
+	require.Equal(t, []int{1, 3, 2, 0}, largestFirst(layers))
+}

@@ -1,0 +1,458 @@
+package discover
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"log"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/remotes"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/errdefs"
+	ctdlog "github.com/containerd/log"
+	"github.com/google/go-containerregistry/pkg/registry"
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/sirupsen/logrus"
+	"github.com/stretchr/testify/require"
+
+	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/internal/testutil"
+)
+
+const repo = "team/app"
+
+// server is a registry whose referrers lists are written by the test:
+// go-containerregistry's own have no artifact types.
+type server struct {
+	host string
+	api  bool // it has the referrers API, else only the fallback tag
+
+	mu        sync.Mutex // guards the fields below
+	referrers []ocispec.Descriptor
+	requests  []string
+	broken    bool
+}
+
+func startServer(t *testing.T, api bool) *server {
+	t.Helper()
+	s := &server{api: api}
+	h := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s.mu.Lock()
+		s.requests = append(s.requests, r.Method+" "+r.URL.Path)
+		list, broken := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: s.referrers}, s.broken
+		s.mu.Unlock()
+		switch {
+		case broken:
+			w.WriteHeader(http.StatusInternalServerError)
+		case strings.Contains(r.URL.Path, "/referrers/") && s.api, strings.Contains(r.URL.Path, "/manifests/sha256-") && !s.api:
+			w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
+			_ = json.NewEncoder(w).Encode(list)
+		default:
+			h.ServeHTTP(w, r)
+		}
+	}))
+	t.Cleanup(srv.Close)
+	s.host = strings.TrimPrefix(srv.URL, "http://")
+	return s
+}
+
+func (s *server) ref() string { return s.host + "/" + repo + ":1" }
+
+// gets counts GET requests for blobs.
+func (s *server) gets() (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, r := range s.requests {
+		if strings.HasPrefix(r, "GET ") && strings.Contains(r, "/blobs/") {
+			n++
+		}
+	}
+	return n
+}
+
+// refer lists an artifact.
+func (s *server) refer(artifact ocispec.Descriptor) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.referrers = append(s.referrers, artifact)
+}
+
+func (s *server) finder(t *testing.T) *Finder {
+	t.Helper()
+	hosts := docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchLocalhost))
+	f := New(Options{Dir: t.TempDir(), Referrers: true, Fetcher: func(ctx context.Context, ref string) (remotes.Fetcher, error) {
+		return docker.NewResolver(docker.ResolverOptions{Hosts: func(host string) ([]docker.RegistryHost, error) {
+			found, err := hosts(host)
+			for i := range found {
+				found[i].Capabilities |= docker.HostCapabilityReferrers
+			}
+			return found, err
+		}}).Fetcher(ctx, ref)
+	}})
+	t.Cleanup(f.Close)
+	return f
+}
+
+// artifact is an archive as publish.Push stores it, with what is wrong with it.
+type artifact struct {
+	subject   digest.Digest
+	mediaType string
+	blob      []byte
+	declare   func(*ocispec.Descriptor)
+}
+
+func compress(t *testing.T, raw []byte) []byte {
+	t.Helper()
+	enc, err := zstd.NewWriter(nil)
+	require.NoError(t, err)
+	return enc.EncodeAll(raw, nil)
+}
+
+func archiveOf(t *testing.T, img *testutil.Image) []byte {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "a.clip")
+	img.WriteArchive(t, path, "registry.example.com/team/app:1")
+	b, err := os.ReadFile(path)
+	require.NoError(t, err)
+	return b
+}
+
+// put stores a in the registry.
+func (s *server) put(t *testing.T, a artifact) ocispec.Descriptor {
+	t.Helper()
+	desc := ocispec.Descriptor{MediaType: a.mediaType, Digest: digest.FromBytes(a.blob), Size: int64(len(a.blob))}
+	testutil.PutBlob(t, s.host, repo, desc.Digest, a.blob)
+	if a.declare != nil {
+		a.declare(&desc)
+	}
+	raw := testutil.JSON(t, ocispec.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, ArtifactType: archive.ArtifactType,
+		Config: ocispec.DescriptorEmptyJSON, Layers: []ocispec.Descriptor{desc}, Subject: &ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: a.subject},
+	})
+	testutil.PutBlob(t, s.host, repo, ocispec.DescriptorEmptyJSON.Digest, []byte("{}"))
+	d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, ArtifactType: archive.ArtifactType, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
+	testutil.PutManifest(t, s.host, repo, d.Digest.String(), ocispec.MediaTypeImageManifest, raw)
+	return d
+}
+
+func good(t *testing.T, img *testutil.Image) artifact {
+	return artifact{subject: img.Descriptor.Digest, mediaType: archive.MediaType, blob: compress(t, archiveOf(t, img))}
+}
+
+func testImage(t *testing.T, name string) *testutil.Image {
+	return testutil.NewImage(t, testutil.Tar(t, testutil.File{Name: name, Data: name}))
+}
+
+// captureLog collects what is logged with the context.
+func captureLog(t *testing.T) (context.Context, *bytes.Buffer) {
+	t.Helper()
+	var b bytes.Buffer
+	l := logrus.New()
+	l.SetOutput(&b) // logrus serialises writes
+	return ctdlog.WithLogger(t.Context(), logrus.NewEntry(l)), &b
+}
+
+// openArchives counts this process's descriptors of archives in dir.
+func openArchives(t *testing.T, dir string) (n int) {
+	t.Helper()
+	fds, err := os.ReadDir("/proc/self/fd")
+	require.NoError(t, err)
+	for _, fd := range fds {
+		if target, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && strings.HasPrefix(target, dir) {
+			n++
+		}
+	}
+	return n
+}
+
+func find(ctx context.Context, t *testing.T, f *Finder, ref string, img *testutil.Image) {
+	t.Helper()
+	a, release, err := f.Find(ctx, ref, img.Descriptor.Digest)
+	require.NoError(t, err)
+	defer release()
+	require.Equal(t, img.Descriptor.Digest, a.Info().Descriptor.Digest)
+	_, err = a.Layer(0)
+	require.NoError(t, err)
+}
+
+func TestLocal(t *testing.T) {
+	ctx, logged := captureLog(t)
+	one, two := testImage(t, "one"), testImage(t, "two")
+	f := New(Options{Dir: t.TempDir()})
+	defer f.Close()
+	write := func(name string, b []byte) {
+		require.NoError(t, os.WriteFile(filepath.Join(f.opts.Dir, name), b, 0o644))
+	}
+	write("a-damaged.clip", archiveOf(t, one)[:100])
+	write("b-none.clip", []byte("no archive"))
+	write("c.clip", archiveOf(t, one))
+	write("ignored.txt", archiveOf(t, two))
+	find(ctx, t, f, "", one)
+	require.Contains(t, logged.String(), "a-damaged.clip")
+	require.Contains(t, logged.String(), "b-none.clip")
+
+	_, _, err := f.Find(ctx, "", two.Descriptor.Digest)
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	require.Equal(t, 2, strings.Count(logged.String(), "no usable archive"), "each is reported once")
+
+	// The same name, now of the other image.
+	write("c.clip", archiveOf(t, two))
+	f.Forget(two.Descriptor.Digest)
+	find(ctx, t, f, "", two)
+	f.Forget(one.Descriptor.Digest)
+	_, _, err = f.Find(ctx, "", one.Descriptor.Digest)
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+
+	_, _, err = f.Find(ctx, "", "sha256:short")
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+}
+
+// TestLocalFirst never asks the registry if a file is there.
+func TestLocalFirst(t *testing.T) {
+	s := startServer(t, true)
+	img := testImage(t, "one")
+	f := s.finder(t)
+	img.WriteArchive(t, filepath.Join(f.opts.Dir, "a.clip"), s.ref())
+	find(t.Context(), t, f, s.ref(), img)
+	require.Empty(t, s.requests)
+}
+
+func TestReferrer(t *testing.T) {
+	for name, api := range map[string]bool{"API": true, "fallback tag": false} {
+		t.Run(name, func(t *testing.T) {
+			s := startServer(t, api)
+			img := testImage(t, "one")
+			s.refer(ocispec.Descriptor{
+				MediaType: ocispec.MediaTypeImageManifest, ArtifactType: "application/spdx+json", Digest: digest.FromString("sbom"), Size: 4,
+			})
+			s.refer(s.put(t, good(t, img)))
+			f := s.finder(t)
+			find(t.Context(), t, f, s.ref(), img)
+			left, err := os.ReadDir(f.opts.Dir)
+			require.NoError(t, err)
+			require.Empty(t, left, "the download has no name")
+		})
+	}
+}
+
+func TestReferrersSwitchedOff(t *testing.T) {
+	s := startServer(t, true)
+	img := testImage(t, "one")
+	s.refer(s.put(t, good(t, img)))
+	s.mu.Lock()
+	s.requests = nil
+	s.mu.Unlock()
+	f := s.finder(t)
+	f.opts.Referrers = false
+	_, _, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	require.Empty(t, s.requests)
+}
+
+// TestRefusals has a bad artifact, alone and before a good one.
+func TestRefusals(t *testing.T) {
+	img, other := testImage(t, "one"), testImage(t, "two")
+	noise := make([]byte, 1<<20)
+	_, _ = rand.NewChaCha8([32]byte{1}).Read(noise) // it never fails
+	for name, c := range map[string]struct {
+		spoil   func(*artifact)
+		message string
+	}{
+		"other subject":    {func(a *artifact) { a.subject = other.Descriptor.Digest }, "does not refer to " + img.Descriptor.Digest.String()},
+		"other media type": {func(a *artifact) { a.mediaType = "application/octet-stream" }, "no layer of type " + archive.MediaType},
+		"other image":      {func(a *artifact) { a.blob = compress(t, archiveOf(t, other)) }, "archive is of image " + other.Descriptor.Digest.String()},
+		"altered blob": {func(a *artifact) {
+			a.declare = func(d *ocispec.Descriptor) { d.Digest = digest.FromString("another blob") }
+		}, ""},
+		"declared too large":  {func(a *artifact) { a.declare = func(d *ocispec.Descriptor) { d.Size = maxCompressed + 1 } }, "more than"},
+		"declared too small":  {func(a *artifact) { a.declare = func(d *ocispec.Descriptor) { d.Size-- } }, ""},
+		"bad digest":          {func(a *artifact) { a.declare = func(d *ocispec.Descriptor) { d.Digest = "sha256:x" } }, "sha256:x"},
+		"truncated zstd":      {func(a *artifact) { a.blob = a.blob[:len(a.blob)/2] }, "unexpected EOF"},
+		"not compressed":      {func(a *artifact) { a.blob = noise }, "magic"},
+		"compressed nonsense": {func(a *artifact) { a.blob = compress(t, noise) }, archive.ErrNotArchive.Error()},
+		"empty":               {func(a *artifact) { a.blob = compress(t, nil) }, archive.ErrNotArchive.Error()},
+		"data behind the end": {func(a *artifact) { a.blob = append(a.blob, "garbage"...) }, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := startServer(t, true)
+			bad := good(t, img)
+			c.spoil(&bad)
+			s.refer(s.put(t, bad))
+			f := s.finder(t)
+			ctx, logged := captureLog(t)
+			before := openArchives(t, f.opts.Dir)
+			_, _, err := f.Find(ctx, s.ref(), img.Descriptor.Digest)
+			require.ErrorContains(t, err, "archive sha256:")
+			require.ErrorContains(t, err, c.message)
+			require.Contains(t, logged.String(), "ignoring an archive that refers to the image")
+			require.Equal(t, before, openArchives(t, f.opts.Dir))
+
+			s.refer(s.put(t, good(t, img)))
+			f.Forget(img.Descriptor.Digest)
+			find(ctx, t, f, s.ref(), img)
+		})
+	}
+}
+
+// TestAlteredInTransit has the registry send other bytes than it lists.
+func TestAlteredInTransit(t *testing.T) {
+	img := testImage(t, "one")
+	a := good(t, img)
+	whole := a.blob
+	for name, sent := range map[string][]byte{"altered": compress(t, append(archiveOf(t, img), 0)), "longer": append(bytes.Clone(whole), 1, 2, 3), "shorter": whole[:len(whole)-5]} {
+		t.Run(name, func(t *testing.T) {
+			f := New(Options{Dir: t.TempDir(), Referrers: true})
+			defer f.Close()
+			fetch := fetcherFunc(func() io.ReadCloser { return io.NopCloser(bytes.NewReader(sent)) })
+			_, err := f.fetchArchive(t.Context(), fetch, ocispec.Descriptor{Digest: digest.FromBytes(whole), Size: int64(len(whole))}, img.Descriptor.Digest)
+			if name == "longer" {
+				require.NoError(t, err, "what lies behind the declared size is not read")
+				return
+			}
+			require.Error(t, err)
+			require.Zero(t, openArchives(t, f.opts.Dir))
+		})
+	}
+	_, err := fetchSmall(t.Context(), fetcherFunc(func() io.ReadCloser { return io.NopCloser(strings.NewReader("x")) }), ocispec.Descriptor{Digest: digest.FromString("y"), Size: 1})
+	require.ErrorIs(t, err, errdefs.ErrDataLoss)
+	_, err = fetchSmall(t.Context(), nil, ocispec.Descriptor{Size: maxManifest + 1})
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+}
+
+type fetcherFunc func() io.ReadCloser
+
+func (f fetcherFunc) Fetch(context.Context, ocispec.Descriptor) (io.ReadCloser, error) {
+	return f(), nil
+}
+
+func TestBrokenRegistry(t *testing.T) {
+	s := startServer(t, true)
+	s.broken = true
+	img := testImage(t, "one")
+	_, _, err := s.finder(t).Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	require.ErrorContains(t, err, "asking for archives that refer to "+img.Descriptor.Digest.String())
+}
+
+func TestConcurrentFinds(t *testing.T) {
+	s := startServer(t, true)
+	img := testImage(t, "one")
+	s.refer(s.put(t, good(t, img)))
+	f := s.finder(t)
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var releases []func()
+	for range 32 {
+		wg.Go(func() {
+			a, release, err := f.Find(context.Background(), s.ref(), img.Descriptor.Digest)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if _, err := a.Layer(0); err != nil {
+				t.Error(err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			releases = append(releases, release)
+		})
+	}
+	wg.Wait()
+	require.Len(t, releases, 32)
+	require.Equal(t, 1, s.gets())
+	require.Equal(t, 1, openArchives(t, f.opts.Dir))
+	f.Forget(img.Descriptor.Digest)
+	for i, release := range releases {
+		require.Equal(t, 1, openArchives(t, f.opts.Dir), "%d of 32 are done", i)
+		release()
+	}
+	require.Zero(t, openArchives(t, f.opts.Dir))
+	f.Forget(img.Descriptor.Digest)
+
+	find(t.Context(), t, f, s.ref(), img)
+	require.Equal(t, 2, s.gets())
+	require.Equal(t, 1, openArchives(t, f.opts.Dir), "remembered")
+	f.Close()
+	require.Zero(t, openArchives(t, f.opts.Dir))
+}
+
+func TestMissingIsRememberedShortly(t *testing.T) {
+	s := startServer(t, true)
+	img := testImage(t, "one")
+	f := s.finder(t)
+	_, _, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	s.refer(s.put(t, good(t, img)))
+	_, _, err = f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	require.ErrorIs(t, err, errdefs.ErrNotFound, "asked again at once")
+	require.Eventually(t, func() bool {
+		_, release, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+		if err == nil {
+			release()
+		}
+		return err == nil
+	}, 2*keepMissing, 50*time.Millisecond)
+}
+
+// TestCancelledCaller leaves alone; the search goes on for the others.
+func TestCancelledCaller(t *testing.T) {
+	s := startServer(t, true)
+	img := testImage(t, "one")
+	s.refer(s.put(t, good(t, img)))
+	f := s.finder(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, _, err := f.Find(ctx, s.ref(), img.Descriptor.Digest)
+	if err != nil { // the search may have been quicker
+		require.ErrorIs(t, err, context.Canceled)
+	}
+	find(t.Context(), t, f, s.ref(), img)
+	require.Equal(t, 1, s.gets())
+}
+
+func TestParseTarget(t *testing.T) {
+	const (
+		ref      = "containerd.io/snapshot.ref"
+		image    = "containerd.io/snapshot/cri.image-ref"
+		manifest = "containerd.io/snapshot/cri.manifest-digest"
+	)
+	chain, man := digest.FromString("chain"), digest.FromString("manifest")
+	for name, c := range map[string]struct {
+		labels  map[string]string
+		want    Target
+		is      error
+		message string
+	}{
+		"all":              {labels: map[string]string{ref: chain.String(), image: "a/b:1", manifest: man.String()}, want: Target{ChainID: chain, Ref: "a/b:1", Manifest: man}},
+		"no reference":     {labels: map[string]string{ref: chain.String(), manifest: man.String()}, want: Target{ChainID: chain, Manifest: man}},
+		"none":             {is: ErrNoTarget},
+		"no layer":         {labels: map[string]string{image: "a/b:1", manifest: man.String()}, is: ErrNoTarget},
+		"bad chain ID":     {labels: map[string]string{ref: "k8s.io/1/sha256:x", manifest: man.String()}, is: errdefs.ErrInvalidArgument, message: "chain ID"},
+		"no image":         {labels: map[string]string{ref: chain.String()}, is: errdefs.ErrInvalidArgument, message: "enable_remote_snapshot_annotations"},
+		"bad image digest": {labels: map[string]string{ref: chain.String(), manifest: "sha256:x"}, is: errdefs.ErrInvalidArgument, message: "manifest digest"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := ParseTarget(c.labels)
+			if c.is != nil {
+				require.ErrorIs(t, err, c.is)
+				require.ErrorContains(t, err, c.message)
+				return
+			}
+			require.NoError(t, err)
+			require.Equal(t, c.want, got)
+		})
+	}
+}

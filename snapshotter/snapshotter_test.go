@@ -1,0 +1,256 @@
+package snapshotter
+
+import (
+	"context"
+	"io"
+	"log"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"github.com/google/go-containerregistry/pkg/registry"
+	"github.com/moby/sys/mountinfo"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+	"github.com/stretchr/testify/require"
+
+	"github.com/beam-cloud/containerd-clip/internal/testutil"
+	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
+)
+
+func open(t *testing.T, root string) *Snapshotter {
+	t.Helper()
+	sn, err := New(t.Context(), Options{Root: root})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, sn.Close()) })
+	require.NoError(t, sn.noLazy, "this test needs root, FUSE and EROFS")
+	return sn
+}
+
+// names lists a directory.
+func names(t *testing.T, dir string) []string {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	found := []string{}
+	for _, e := range entries {
+		found = append(found, e.Name())
+	}
+	return found
+}
+
+func mountsBelow(t *testing.T, dir string) int {
+	t.Helper()
+	infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	require.NoError(t, err)
+	return len(infos)
+}
+
+func TestRestartKeepsSnapshots(t *testing.T) {
+	root := t.TempDir()
+	sn := open(t, root)
+	_, err := sn.Prepare(t.Context(), "active", "")
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(filepath.Join(sn.upper("1"), "file"), []byte("kept"), 0o644))
+	require.NoError(t, sn.Commit(t.Context(), "base", "active"))
+	before, err := sn.Prepare(t.Context(), "container", "base", snapshots.WithLabels(map[string]string{"a": "b"}))
+	require.NoError(t, err)
+	require.NoError(t, sn.Close())
+
+	sn = open(t, root)
+	info, err := sn.Stat(t.Context(), "container")
+	require.NoError(t, err)
+	require.Equal(t, "base", info.Parent)
+	require.Equal(t, "b", info.Labels["a"])
+	after, err := sn.Mounts(t.Context(), "container")
+	require.NoError(t, err)
+	require.Equal(t, before, after)
+	b, err := os.ReadFile(filepath.Join(sn.upper("1"), "file"))
+	require.NoError(t, err)
+	require.Equal(t, "kept", string(b))
+}
+
+// litter makes what processes leave that were killed.
+func litter(t *testing.T, root string) {
+	t.Helper()
+	for _, dir := range []string{"snapshots/99/fs", "snapshots/new-123/work", "roots/99/mnt", "roots/probe-1/mnt"} {
+		require.NoError(t, os.MkdirAll(filepath.Join(root, dir), 0o755))
+	}
+	require.NoError(t, os.WriteFile(filepath.Join(root, "roots/99/image"), []byte("x"), 0o600))
+}
+
+func TestLeftovers(t *testing.T) {
+	root := t.TempDir()
+	sn := open(t, root)
+	_, err := sn.Prepare(t.Context(), "active", "")
+	require.NoError(t, err)
+	require.NoError(t, sn.Close())
+
+	litter(t, root)
+	// A root that the earlier process had mounted.
+	require.NoError(t, (&mount.Mount{Type: "tmpfs", Source: "tmpfs"}).Mount(filepath.Join(root, "roots/99/mnt")))
+	require.NoError(t, os.MkdirAll(filepath.Join(root, "layers", digest.FromString("x").Encoded()), 0o700))
+	require.NoError(t, os.MkdirAll(filepath.Join(root, "layers", ".new-1"), 0o700))
+	sn = open(t, root)
+	require.Equal(t, []string{"1"}, names(t, filepath.Join(root, "snapshots")))
+	require.Empty(t, names(t, filepath.Join(root, "roots")))
+	require.Empty(t, names(t, filepath.Join(root, "layers")))
+	require.Zero(t, mountsBelow(t, filepath.Join(root, "roots")))
+
+	litter(t, root)
+	require.NoError(t, sn.Cleanup(t.Context()))
+	require.Equal(t, []string{"1"}, names(t, filepath.Join(root, "snapshots")))
+	require.Empty(t, names(t, filepath.Join(root, "roots")))
+}
+
+// lazyImage is an image in a registry, and its archive in root.
+func lazyImage(t *testing.T, root string) (*testutil.Image, string) {
+	t.Helper()
+	t.Setenv("DOCKER_CONFIG", t.TempDir())
+	srv := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	t.Cleanup(srv.Close)
+	host := strings.TrimPrefix(srv.URL, "http://")
+	img := testutil.NewImage(t,
+		testutil.Tar(t, testutil.File{Name: "low", Data: "of the lower layer"}, testutil.File{Name: "both", Data: "old"}),
+		testutil.Tar(t, testutil.File{Name: "both", Data: "new"}))
+	img.Push(t, host, "team/app")
+	require.NoError(t, os.MkdirAll(filepath.Join(root, "archives"), 0o700))
+	ref := host + "/team/app:1"
+	img.WriteArchive(t, filepath.Join(root, "archives", "a.clip"), ref)
+	return img, ref
+}
+
+// pull prepares the image's layers as containerd's unpacker does and returns
+// the name of the topmost snapshot.
+func pull(t *testing.T, sn *Snapshotter, img *testutil.Image, ref string) string {
+	t.Helper()
+	parent := ""
+	for _, chain := range identity.ChainIDs(append([]digest.Digest(nil), img.DiffIDs...)) {
+		_, err := sn.Prepare(t.Context(), "extract "+chain.String(), parent, snapshots.WithLabels(map[string]string{
+			snapshots.LabelSnapshotRef:                   chain.String(),
+			"containerd.io/snapshot/cri.image-ref":       ref,
+			"containerd.io/snapshot/cri.manifest-digest": img.Descriptor.Digest.String(),
+		}))
+		require.ErrorIs(t, err, errdefs.ErrAlreadyExists)
+		name := ""
+		require.NoError(t, sn.Walk(t.Context(), func(_ context.Context, info snapshots.Info) error {
+			if info.Labels[snapshots.LabelSnapshotRef] == chain.String() && info.Parent == parent {
+				require.Equal(t, snapshots.KindCommitted, info.Kind)
+				require.Equal(t, "true", info.Labels[discover.LabelLazy])
+				name = info.Name
+			}
+			return nil
+		}))
+		require.NotEmpty(t, name)
+		parent = name
+	}
+	return parent
+}
+
+func requireRead(t *testing.T, mounts []mount.Mount) {
+	t.Helper()
+	require.NoError(t, mount.WithTempMount(t.Context(), mounts, func(root string) error {
+		for name, want := range map[string]string{"low": "of the lower layer", "both": "new"} {
+			got, err := os.ReadFile(filepath.Join(root, name))
+			require.NoError(t, err)
+			require.Equal(t, want, string(got))
+		}
+		return nil
+	}))
+}
+
+func TestLazySnapshots(t *testing.T) {
+	root := t.TempDir()
+	img, ref := lazyImage(t, root)
+	sn := open(t, root)
+	top := pull(t, sn, img, ref)
+	require.Equal(t, top, pull(t, sn, img, ref), "pulled again")
+	mounts, err := sn.Prepare(t.Context(), "container", top)
+	require.NoError(t, err)
+	requireRead(t, mounts)
+	usage, err := sn.Usage(t.Context(), top)
+	require.NoError(t, err)
+	require.NotZero(t, usage.Size)
+	require.NoError(t, sn.Close())
+	require.Zero(t, mountsBelow(t, root))
+
+	sn = open(t, root)
+	mounts, err = sn.Mounts(t.Context(), "container")
+	require.NoError(t, err)
+	requireRead(t, mounts)
+	require.Len(t, names(t, filepath.Join(root, "layers")), 2)
+
+	require.ErrorIs(t, sn.Remove(t.Context(), top), errdefs.ErrFailedPrecondition, "a container stands on it")
+	require.NoError(t, sn.Remove(t.Context(), "container"))
+	info, err := sn.Stat(t.Context(), top)
+	require.NoError(t, err)
+	require.NoError(t, sn.Remove(t.Context(), top))
+	require.Len(t, names(t, filepath.Join(root, "layers")), 1, "the lower snapshot uses its layer")
+	require.NoError(t, sn.Remove(t.Context(), info.Parent))
+	for _, dir := range []string{"layers", "roots", "snapshots"} {
+		require.Empty(t, names(t, filepath.Join(root, dir)), dir)
+	}
+	require.Zero(t, mountsBelow(t, root))
+}
+
+// TestNoArchive unpacks, and says why.
+func TestNoArchive(t *testing.T) {
+	sn := open(t, t.TempDir())
+	_, err := sn.Prepare(t.Context(), "extract", "", snapshots.WithLabels(map[string]string{
+		snapshots.LabelSnapshotRef:                   digest.FromString("chain").String(),
+		"containerd.io/snapshot/cri.manifest-digest": digest.FromString("manifest").String(),
+	}))
+	require.NoError(t, err)
+	info, err := sn.Stat(t.Context(), "extract")
+	require.NoError(t, err)
+	require.Contains(t, info.Labels[discover.LabelNotLazy], "not found")
+	require.Empty(t, info.Labels[discover.LabelLazy])
+	require.Len(t, shorten(strings.Repeat("x", 5000)), 1003)
+}
+
+func TestRefs(t *testing.T) {
+	a, b, c := digest.FromString("a"), digest.FromString("b"), digest.FromString("c")
+	type step struct {
+		add    []digest.Digest // drop if nil
+		id     string
+		unused []digest.Digest
+		used   []digest.Digest
+	}
+	for name, steps := range map[string][]step{
+		"one":           {{add: []digest.Digest{a, b}, id: "1", used: []digest.Digest{a, b}}, {id: "1", unused: []digest.Digest{a, b}}},
+		"unknown":       {{id: "1"}},
+		"dropped twice": {{add: []digest.Digest{a}, id: "1", used: []digest.Digest{a}}, {id: "1", unused: []digest.Digest{a}}, {id: "1"}},
+		"shared": {
+			{add: []digest.Digest{a}, id: "1", used: []digest.Digest{a}},
+			{add: []digest.Digest{a, b}, id: "2", used: []digest.Digest{a, b}},
+			{add: []digest.Digest{a, c}, id: "3", used: []digest.Digest{a, b, c}},
+			{id: "1", used: []digest.Digest{a, b, c}},
+			{id: "2", unused: []digest.Digest{b}, used: []digest.Digest{a, c}},
+			{id: "3", unused: []digest.Digest{a, c}},
+		},
+		"same layer twice": {{add: []digest.Digest{a, a}, id: "1", used: []digest.Digest{a}}, {id: "1", unused: []digest.Digest{a}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var r refs
+			for i, s := range steps {
+				if s.add != nil {
+					r.add(s.id, s.add)
+				} else {
+					require.Equal(t, s.unused, r.drop(s.id), "step %d", i)
+				}
+				for _, d := range []digest.Digest{a, b, c} {
+					want := false
+					for _, u := range s.used {
+						want = want || u == d
+					}
+					require.Equal(t, want, r.used(d), "step %d", i)
+				}
+			}
+		})
+	}
+}

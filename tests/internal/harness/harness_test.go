@@ -1,0 +1,111 @@
+package harness
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// TestProxy counts requests, and refuses connections while it is off.
+func TestProxy(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	listener, err := net.Listen("unix", socket)
+	require.NoError(t, err)
+	backend := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.ServeContent(w, r, "", Request{}.At, strings.NewReader("0123456789"))
+	})}
+	go func() { _ = backend.Serve(listener) }()
+	t.Cleanup(func() { backend.Close() })
+	p, err := newProxy(socket)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, p.switchOff()) })
+
+	get := func(ranged string) (string, error) {
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+p.address+"/v2/a/blobs/sha256:00", nil)
+		require.NoError(t, err)
+		r.Header.Set("Range", ranged)
+		resp, err := http.DefaultClient.Do(r)
+		if err != nil {
+			return "", err
+		}
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		return string(body), err
+	}
+	body, err := get("bytes=2-4")
+	require.NoError(t, err)
+	require.Equal(t, "234", body)
+	requests := (&Registry{proxy: p}).Requests()
+	require.Len(t, requests.Gets("sha256:00"), 1)
+	require.Empty(t, requests.Gets("sha256:01"))
+	require.EqualValues(t, 3, requests.Sent())
+	require.Equal(t, http.StatusPartialContent, requests[0].Status)
+	require.Equal(t, "bytes=2-4", requests[0].Range)
+
+	require.NoError(t, p.switchOff())
+	_, err = get("bytes=0-0")
+	require.ErrorIs(t, err, unix.ECONNREFUSED)
+	require.NoError(t, p.switchOn())
+	body, err = get("bytes=0-0")
+	require.NoError(t, err)
+	require.Equal(t, "0", body)
+}
+
+// TestSweep ends what a lab left: a server's stubborn child with an environment of its own, and mounts.
+func TestSweep(t *testing.T) {
+	if os.Getuid() != 0 {
+		Missing(t, "mounts need root")
+	}
+	lab, err := NewLab(Options{Parent: t.TempDir()})
+	require.NoError(t, err)
+	ready := func(context.Context) error { return nil }
+	_, err = lab.start(t.Context(), "server", ready, "sh", "-c", "env -i sh -c 'trap \"\" TERM; sleep 1000 & wait' & wait")
+	require.NoError(t, err)
+	require.NoError(t, os.MkdirAll(lab.Path("a/b"), 0o700))
+	require.NoError(t, unix.Mount("tmpfs", lab.Path("a/b"), "tmpfs", 0, ""))
+	require.NoError(t, os.Mkdir(lab.Path("a/b/c"), 0o700))
+	require.NoError(t, unix.Mount("tmpfs", lab.Path("a/b/c"), "tmpfs", 0, ""))
+	busy, err := os.Create(lab.Path("a/b/c/busy"))
+	require.NoError(t, err)
+	defer busy.Close()
+
+	require.Contains(t, strings.Join(Leftovers(lab.Dir), "\n"), "sleep 1000")
+	require.NoError(t, lab.Close())
+	require.Empty(t, Leftovers(lab.Dir))
+	require.NoDirExists(t, lab.Dir)
+	require.NoError(t, lab.Close())
+}
+
+// TestSweepStale sweeps a lab whose owner died, and leaves one alone whose owner lives.
+func TestSweepStale(t *testing.T) {
+	dead := exec.Command("true")
+	require.NoError(t, dead.Run())
+	parent := t.TempDir()
+	stale := filepath.Join(parent, labPattern+"1")
+	living := filepath.Join(parent, labPattern+"2")
+	for dir, pid := range map[string]int{stale: dead.Process.Pid, living: os.Getpid()} {
+		require.NoError(t, os.Mkdir(dir, 0o700))
+		require.NoError(t, os.WriteFile(filepath.Join(dir, ownerFile), itoa(pid), 0o600))
+	}
+	require.NoError(t, sweepStale(parent))
+	require.NoDirExists(t, stale)
+	require.DirExists(t, living)
+}
+
+// TestServerThatFails says at once what a server that cannot start had to say.
+func TestServerThatFails(t *testing.T) {
+	lab, err := NewLab(Options{Parent: t.TempDir()})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, lab.Close()) })
+	_, err = lab.start(t.Context(), "server", dialable(lab.Path("none")), "sh", "-c", "echo no luck; exit 3")
+	require.ErrorContains(t, err, "no luck")
+}
