@@ -62,6 +62,10 @@ func LoadConfig(path string) (Config, error) {
 	if errors.As(err, &strict) {
 		return c, fmt.Errorf("%s has keys that do not exist:\n%s", path, strict.String())
 	}
+	var wrong *toml.DecodeError
+	if errors.As(err, &wrong) {
+		return c, fmt.Errorf("%s is wrong:\n%s\n%w", path, wrong.String(), err)
+	}
 	if err != nil {
 		return c, fmt.Errorf("%s: %w", path, err)
 	}
