@@ -170,22 +170,20 @@ func (s *Snapshotter) unmountStale() error {
 	return errors.Join(errs...)
 }
 
-// probe mounts a layer file system and, on top of it, a root without layers'
-// contents. What fails here would fail for every image.
-func (s *Snapshotter) probe(ctx context.Context) (_ *layerfs.FS, err error) {
+// probe mounts a layer file system and, on top of it, a root of one file. What
+// fails here would fail for every image.
+func (s *Snapshotter) probe(ctx context.Context) (*layerfs.FS, error) {
 	files, err := layerfs.New(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, files.Close())
-		}
-	}()
 	dir, err := os.MkdirTemp(filepath.Join(s.dir, "roots"), "probe-")
-	if err != nil {
-		return nil, err
+	if err == nil {
+		defer os.RemoveAll(dir)
+		err = root.Probe(ctx, dir, files)
 	}
-	defer os.RemoveAll(dir)
-	return files, root.Probe(ctx, dir, files)
+	if err != nil {
+		return nil, errors.Join(err, files.Close())
+	}
+	return files, nil
 }

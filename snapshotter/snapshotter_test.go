@@ -213,6 +213,28 @@ func TestNoArchive(t *testing.T) {
 	require.Len(t, shorten(strings.Repeat("x", 5000)), 1003)
 }
 
+// TestMachineThatCannotMount unpacks everything, and says why: EROFS takes no
+// image that lies on tmpfs.
+func TestMachineThatCannotMount(t *testing.T) {
+	root := t.TempDir()
+	require.NoError(t, (&mount.Mount{Type: "tmpfs", Source: "tmpfs"}).Mount(root))
+	t.Cleanup(func() { require.NoError(t, mount.UnmountAll(root, 0)) })
+	sn, err := New(t.Context(), Options{Root: root})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, sn.Close()) })
+	require.ErrorContains(t, sn.noLazy, "not on overlayfs or tmpfs")
+	mounts, err := sn.Prepare(t.Context(), "extract", "", snapshots.WithLabels(map[string]string{
+		snapshots.LabelSnapshotRef:                   digest.FromString("chain").String(),
+		"containerd.io/snapshot/cri.manifest-digest": digest.FromString("manifest").String(),
+	}))
+	require.NoError(t, err)
+	require.Contains(t, mounts[0].Options, "rw")
+	info, err := sn.Stat(t.Context(), "extract")
+	require.NoError(t, err)
+	require.Contains(t, info.Labels[discover.LabelNotLazy], "cannot mount lazy roots")
+	require.Empty(t, names(t, filepath.Join(root, "roots")), "the probe leaves nothing")
+}
+
 func TestRefs(t *testing.T) {
 	a, b, c := digest.FromString("a"), digest.FromString("b"), digest.FromString("c")
 	type step struct {
