@@ -161,6 +161,9 @@ type FS struct {
 	mount int // the detached mount
 	conn  *conn
 	bdi   string
+
+	closing  sync.Once
+	closeErr error // of the first Close
 }
 
 // New mounts a layer file system. ctx carries the logger and nothing else.
@@ -215,7 +218,8 @@ func (fs *FS) Path(diffID digest.Digest) string {
 }
 
 // Close unmounts the file system once nothing stands on it any more. It fails
-// if something still does.
+// if something still does. Closing again returns what the first Close did.
 func (fs *FS) Close() error {
-	return errors.Join(unix.Close(fs.mount), fs.conn.close())
+	fs.closing.Do(func() { fs.closeErr = errors.Join(unix.Close(fs.mount), fs.conn.close()) })
+	return fs.closeErr
 }
