@@ -140,7 +140,7 @@ func TestUnknownLayersAndWrites(t *testing.T) {
 func TestManySlowReadersAreServedAtOnce(t *testing.T) {
 	fs := newFS(t)
 	const readers = 24
-	var entered sync.WaitGroup
+	var entered, read sync.WaitGroup
 	entered.Add(readers)
 	for i := range readers {
 		data := randomBytes(100 + i)
@@ -151,7 +151,12 @@ func TestManySlowReadersAreServedAtOnce(t *testing.T) {
 			entered.Wait() // ends only if all of them are being answered at once
 			return nil
 		}}))
-		go func() { _, _ = readFile(fs.Path(id)) }()
+		read.Go(func() {
+			got, err := readFile(fs.Path(id))
+			if err != nil || !bytes.Equal(data, got[:len(data)]) {
+				t.Errorf("layer %d: %v", i, err)
+			}
+		})
 	}
-	entered.Wait()
+	read.Wait()
 }
