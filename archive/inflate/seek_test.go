@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"reflect"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -85,10 +86,10 @@ func TestPointsAreInOrder(t *testing.T) {
 
 // TestPointsDoNotDependOnReads reads in pieces of all sizes.
 func TestPointsDoNotDependOnReads(t *testing.T) {
-	for _, s := range streams(t) {
+	for _, s := range fewStreams(t) {
 		want := buildIndex(t, s, 40_000, 1<<20).points
 		for _, step := range []int{1, 257, 4096, 100_003} {
-			require.Equal(t, want, buildIndex(t, s, 40_000, step).points, s.name)
+			require.True(t, reflect.DeepEqual(want, buildIndex(t, s, 40_000, step).points), s.name)
 		}
 	}
 }
@@ -130,7 +131,7 @@ func TestResume(t *testing.T) {
 // TestWindow checks byte by byte that a window has just what is needed.
 func TestWindow(t *testing.T) {
 	kept, dropped := 0, 0
-	for _, s := range streams(t) {
+	for _, s := range fewStreams(t) {
 		rng := newRand(7)
 		for _, p := range buildIndex(t, s, 50_000, 64<<10).points {
 			full := s.data[max(0, p.Out-WindowSize):p.Out]
@@ -167,8 +168,8 @@ func TestWindow(t *testing.T) {
 // TestInIsExact checks In from both sides: its bytes are enough, and one less
 // is not.
 func TestInIsExact(t *testing.T) {
-	for _, s := range streams(t) {
-		const step = 10_007
+	for _, s := range fewStreams(t) {
+		const step = 40_009
 		for i, in := range buildIndex(t, s, WindowSize, step).ends {
 			out := min(len(s.data), (i+1)*step)
 			require.GreaterOrEqual(t, decodable(t, s.gz[:in]), out, s.name)

@@ -9,6 +9,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 
 	kgzip "github.com/klauspost/compress/gzip"
@@ -112,6 +113,18 @@ func streams(t testing.TB) []stream {
 		all = append(all, randomStream(seed))
 	}
 	return all
+}
+
+// fewStreams leaves out most compression levels, for tests whose work grows
+// with the square of a stream.
+func fewStreams(t testing.TB) (few []stream) {
+	t.Helper()
+	for i, s := range streams(t) {
+		if i%4 == 0 || !strings.Contains(s.name, "/") {
+			few = append(few, s)
+		}
+	}
+	return few
 }
 
 // flushed has many blocks, and empty ones between them.
