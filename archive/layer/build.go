@@ -31,7 +31,7 @@ const (
 type Options struct {
 	SpanSize      inflate.Out // uncompressed bytes per span, a multiple of 64; default 256 KiB
 	PointInterval inflate.Out // least distance of seek points, uncompressed bytes; default 1 MiB
-	MaxEntries    int         // entries that a layer may have; default 8 Mi
+	MaxEntries    int         // entries that a layer may have; default and most 8 Mi
 	// Progress, if set, is called with the number of compressed bytes read
 	// since the last call. Calls come from one goroutine.
 	Progress func(n int64)
@@ -49,6 +49,9 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.SpanSize%64 != 0 || o.SpanSize < minSpanSize || o.SpanSize > maxSpanSize {
 		return o, fmt.Errorf("span size %d: must be a multiple of 64 between %d and %d", o.SpanSize, minSpanSize, maxSpanSize)
+	}
+	if o.MaxEntries > DefaultMaxEntries {
+		return o, fmt.Errorf("%d entries: a reader accepts at most %d", o.MaxEntries, DefaultMaxEntries)
 	}
 	if o.PointInterval < o.SpanSize {
 		return o, fmt.Errorf("seek point interval %d: must be at least the span size %d", o.PointInterval, o.SpanSize)

@@ -187,7 +187,7 @@ func (x *Index) spansFollowPoints() bool {
 func (x *Index) DecodeEntries(b []byte) error {
 	r := &cursor{b: b}
 	n := r.count(8, "entries")
-	if r.err != nil {
+	if r.check(n <= DefaultMaxEntries, "number of entries"); r.err != nil {
 		return r.err
 	}
 	var entries []Entry
