@@ -41,9 +41,9 @@ func buildIndex(t testing.TB, s stream, interval Out, step int) index {
 	return x
 }
 
-// referenced returns the window that a seek point at out should have, made
-// the plain way: by trying which of its bytes the output depends on. It changes
-// bytes of the full window and looks whether the next WindowSize bytes differ.
+// dependsOn tells the plain way whether the output behind p depends on byte i
+// of the full window: it alters that byte and looks whether the next WindowSize
+// bytes differ.
 func dependsOn(t *testing.T, s stream, p Point, i int) bool {
 	t.Helper()
 	start := max(0, int(p.Out)-WindowSize)
@@ -84,11 +84,11 @@ func TestPointsAreInOrder(t *testing.T) {
 	}
 }
 
-// TestPointsDoNotDependOnReads reads in pieces of all sizes.
+// TestPointsDoNotDependOnReads reads in small and large pieces.
 func TestPointsDoNotDependOnReads(t *testing.T) {
-	for _, s := range fewStreams(t) {
+	for _, s := range streams(t) {
 		want := buildIndex(t, s, 40_000, 1<<20).points
-		for _, step := range []int{1, 257, 4096, 100_003} {
+		for _, step := range []int{97, 4096, 100_003} {
 			require.True(t, reflect.DeepEqual(want, buildIndex(t, s, 40_000, step).points), s.name)
 		}
 	}
@@ -131,7 +131,7 @@ func TestResume(t *testing.T) {
 // TestWindow checks byte by byte that a window has just what is needed.
 func TestWindow(t *testing.T) {
 	kept, dropped := 0, 0
-	for _, s := range fewStreams(t) {
+	for _, s := range streams(t) {
 		rng := newRand(7)
 		for _, p := range buildIndex(t, s, 50_000, 64<<10).points {
 			full := s.data[max(0, p.Out-WindowSize):p.Out]
@@ -168,8 +168,8 @@ func TestWindow(t *testing.T) {
 // TestInIsExact checks In from both sides: its bytes are enough, and one less
 // is not.
 func TestInIsExact(t *testing.T) {
-	for _, s := range fewStreams(t) {
-		const step = 40_009
+	for _, s := range streams(t) {
+		const step = 60_007
 		for i, in := range buildIndex(t, s, WindowSize, step).ends {
 			out := min(len(s.data), (i+1)*step)
 			require.GreaterOrEqual(t, decodable(t, s.gz[:in]), out, s.name)
