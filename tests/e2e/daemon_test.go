@@ -133,7 +133,7 @@ func TestProgress(t *testing.T) {
 	options, err := harness.Installed()
 	require.NoError(t, err)
 	words := append([]string{filepath.Join(options.Product, "clipctl")}, args...)
-	screen, err := exec.CommandContext(w.ctx, "script", "--quiet", "--return", "--command", strings.Join(words, " "), "/dev/null").CombinedOutput()
+	screen, err := exec.CommandContext(w.ctx, "script", "--quiet", "--return", "--command", strings.Join(words, " "), w.lab.Path("typescript")).CombinedOutput()
 	require.NoError(t, err, string(screen))
 	require.Contains(t, string(screen), "\x1b", "a terminal is drawn on:\n%s", screen)
 	require.Contains(t, string(screen), "x.clip")
