@@ -210,6 +210,11 @@ func TestNoArchive(t *testing.T) {
 	require.NoError(t, err)
 	require.Contains(t, info.Labels[discover.LabelNotLazy], "not found")
 	require.Empty(t, info.Labels[discover.LabelLazy])
+	reason := info.Labels[discover.LabelNotLazy]
+	require.NoError(t, sn.Commit(t.Context(), "layer", "extract", snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "now"})))
+	info, err = sn.Stat(t.Context(), "layer")
+	require.NoError(t, err)
+	require.Equal(t, map[string]string{"containerd.io/gc.root": "now", discover.LabelNotLazy: reason}, info.Labels, "the reason outlasts the unpacking")
 	require.Len(t, shorten(strings.Repeat("x", 5000)), 1003)
 }
 

@@ -164,10 +164,11 @@ func (b *builder) readBlob(ctx context.Context, blob io.Reader, desc ocispec.Des
 
 // inflate decompresses the blob span by span and records seek points.
 func (b *builder) inflate(ctx context.Context, blob *chunkReader, to ...chan *chunk) error {
-	stream, in, err := b.open(bufio.NewReaderSize(blob, 4<<10))
+	stream, in, end, err := b.open(bufio.NewReaderSize(blob, 4<<10))
 	if err != nil {
 		return err
 	}
+	defer end()
 	pool := newPool(outChunks, int(b.opts.SpanSize))
 	for {
 		c, err := take(ctx, pool)
@@ -208,26 +209,40 @@ var (
 	magicZstdSkippable = []byte{0x2a, 0x4d, 0x18}
 )
 
-// open returns the uncompressed stream of blob and a function that tells how
-// far into the compressed one its reading has come.
-func (b *builder) open(blob *bufio.Reader) (io.Reader, func() inflate.In, error) {
+// open returns the uncompressed stream of blob, a function that tells how far
+// into the compressed one its reading has come, and one that ends its use.
+func (b *builder) open(blob *bufio.Reader) (stream io.Reader, in func() inflate.In, end func(), err error) {
 	head, err := blob.Peek(4)
 	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	switch {
+	case bytes.HasPrefix(head, magicGzip):
+		b.idx.Compression = Gzip
+		z, err := inflate.NewReader(blob, inflate.Options{Interval: b.opts.PointInterval, OnPoint: b.addPoint})
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		return z, z.In, func() {}, nil
 	case bytes.HasPrefix(head, magicZstd), len(head) == 4 && head[0]&0xf0 == 0x50 && bytes.Equal(head[1:], magicZstdSkippable):
-		return nil, nil, fmt.Errorf("zstd compression: %w", ErrUnsupported)
-	case !bytes.HasPrefix(head, magicGzip):
-		b.idx.Compression = Uncompressed
-		return blob, func() inflate.In { return inflate.In(b.idx.OutSize) }, nil
+		b.idx.Compression = Zstd
+		z, err := newZstdStream(blob, b.addFrame)
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		return z, z.in, z.close, nil
 	}
-	b.idx.Compression = Gzip
-	z, err := inflate.NewReader(blob, inflate.Options{Interval: b.opts.PointInterval, OnPoint: b.addPoint})
-	if err != nil {
-		return nil, nil, err
+	b.idx.Compression = Uncompressed
+	return blob, func() inflate.In { return inflate.In(b.idx.OutSize) }, func() {}, nil
+}
+
+// addFrame makes the start of a zstd frame a seek point, unless the last one is
+// near: a writer may make a frame of every few bytes.
+func (b *builder) addFrame(out inflate.Out, in inflate.In) {
+	points := b.idx.Points
+	if len(points) == 0 || out >= points[len(points)-1].Out+b.opts.PointInterval {
+		b.idx.Points = append(points, Point{Out: out, In: in})
 	}
-	return z, z.In, nil
 }
 
 func (b *builder) addPoint(p inflate.Point) error {
@@ -269,62 +284,3 @@ func (b *builder) hash(ctx context.Context, from <-chan *chunk) error {
 		}
 	}
 }
-
-// SeekPoint returns the last seek point at or before off, with its window
-// expanded. For an uncompressed layer that is off itself.
-func (x *Index) SeekPoint(off inflate.Out) (inflate.Point, error) {
-	if x.Compression == Uncompressed {
-		return inflate.Point{Out: off, In: inflate.In(off)}, nil
-	}
-	p := x.Points[x.pointAt(off)]
-	q := inflate.Point{Out: p.Out, In: p.In, Bit: p.Bit, State: p.State}
-	if len(p.Window) == 0 {
-		return q, nil
-	}
-	window, err := windowDecoder.DecodeAll(p.Window, nil)
-	if err != nil {
-		return q, fmt.Errorf("layer %s: window of the seek point at %d: %w", x.DiffID, p.Out, err)
-	}
-	if len(window) > inflate.WindowSize {
-		return q, fmt.Errorf("layer %s: window of the seek point at %d has %d bytes", x.DiffID, p.Out, len(window))
-	}
-	q.Window = window
-	return q, nil
-}
-
-// DecodeRange returns where decoding starts in order to read off, and where it
-// could start next: the seek points around off. An uncompressed layer can be
-// read anywhere.
-func (x *Index) DecodeRange(off inflate.Out) (start, next inflate.Out) {
-	if x.Compression == Uncompressed {
-		return off, off
-	}
-	i := x.pointAt(off)
-	if i+1 == len(x.Points) {
-		return x.Points[i].Out, x.OutSize
-	}
-	return x.Points[i].Out, x.Points[i+1].Out
-}
-
-// pointAt returns the number of the last seek point at or before off.
-func (x *Index) pointAt(off inflate.Out) int {
-	lo, hi := 0, len(x.Points)
-	for lo+1 < hi {
-		if mid := (lo + hi) / 2; x.Points[mid].Out <= off {
-			lo = mid
-		} else {
-			hi = mid
-		}
-	}
-	return lo
-}
-
-// windowDecoder is safe for concurrent DecodeAll. Its memory bound keeps a
-// forged window from expanding beyond what a window can be.
-var windowDecoder = func() *zstd.Decoder {
-	d, err := zstd.NewReader(nil, zstd.WithDecoderMaxMemory(2*inflate.WindowSize), zstd.WithDecoderConcurrency(0))
-	if err != nil {
-		panic(err) // only if the options contradict each other
-	}
-	return d
-}()

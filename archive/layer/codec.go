@@ -105,13 +105,13 @@ func DecodeSpans(b []byte) (*Index, error) {
 	}
 	x.Compression = Compression(r.byte())
 	x.SpanSize = inflate.Out(r.uint(maxSpanSize, "span size"))
-	r.check(x.Compression <= Gzip, "compression")
+	r.check(x.Compression <= Zstd, "compression")
 	r.check(r.err != nil || x.DiffID.Algorithm() == digest.SHA256, "diff ID")
 	r.check(x.SpanSize >= minSpanSize && x.SpanSize%64 == 0, "span size")
 	x.Spans = r.spans(x)
 	x.Points = r.points(x)
 	r.check(len(r.b) == 0, "bytes after its end")
-	r.check(x.Compression == Gzip || inflate.Out(x.Size) == x.OutSize, "blob size")
+	r.check(x.Compression != Uncompressed || inflate.Out(x.Size) == x.OutSize, "blob size")
 	r.check(r.err != nil || x.spansFollowPoints(), "span ends before its seek point")
 	if r.err != nil {
 		return nil, r.err
@@ -148,7 +148,7 @@ func (r *cursor) points(x *Index) []Point {
 	if r.err != nil {
 		return nil
 	}
-	r.check((x.Compression == Gzip && x.OutSize > 0) == (n > 0) || x.OutSize == 0, "number of seek points")
+	r.check((x.Compression != Uncompressed && x.OutSize > 0) == (n > 0) || x.OutSize == 0, "number of seek points")
 	if n == 0 {
 		return nil
 	}
@@ -175,7 +175,7 @@ func (r *cursor) points(x *Index) []Point {
 func (x *Index) spansFollowPoints() bool {
 	for i, s := range x.Spans {
 		start, _ := x.SpanRange(i)
-		if x.Compression == Gzip && x.Points[x.pointAt(start)].In > s.InEnd {
+		if x.Compression != Uncompressed && x.Points[x.pointAt(start)].In > s.InEnd {
 			return false
 		}
 	}

@@ -67,7 +67,7 @@ func TestDecodeSpansMalformed(t *testing.T) {
 		{"diff ID", func(x *layer.Index) { x.DiffID = digest.SHA512.FromString("x") }},
 		{"blob size", func(x *layer.Index) { x.Size = -1 }},
 		{"uncompressed size", func(x *layer.Index) { x.OutSize = -1 }},
-		{"compression", func(x *layer.Index) { x.Compression = 2 }},
+		{"compression", func(x *layer.Index) { x.Compression = 3 }},
 		{"blob size", func(x *layer.Index) { x.Compression, x.Points = layer.Uncompressed, nil }},
 		{"seek points", func(x *layer.Index) { x.Compression, x.Size = layer.Uncompressed, inflate.In(x.OutSize) }},
 		{"span size", func(x *layer.Index) { x.SpanSize = 0 }},

@@ -30,6 +30,7 @@ type Compression uint8
 const (
 	Uncompressed Compression = iota
 	Gzip
+	Zstd
 )
 
 func (c Compression) String() string {
@@ -38,6 +39,8 @@ func (c Compression) String() string {
 		return "uncompressed"
 	case Gzip:
 		return "gzip"
+	case Zstd:
+		return "zstd"
 	default:
 		return "unknown"
 	}

@@ -75,10 +75,10 @@ func (c *counter) Done(i int, notLazy error) {
 
 func TestProgressAndNotLazyLayer(t *testing.T) {
 	img := testImage(t, 3)
-	// zstd is sound and cannot be read lazily.
+	// A frame whose window is 2^40 bytes is sound and cannot be read lazily.
 	in := input(img)
 	in.Layers = append([]ocispec.Descriptor(nil), img.Layers...)
-	in.Layers[1] = img.Blobs.Add("application/vnd.oci.image.layer.v1.tar+zstd", []byte("\x28\xb5\x2f\xfd is how zstd starts"))
+	in.Layers[1] = img.Blobs.Add("application/vnd.oci.image.layer.v1.tar+zstd", []byte("\x28\xb5\x2f\xfd\x00\xf0\x01\x00\x00"))
 	c := &counter{read: map[int]int64{}, done: map[int]error{}}
 	out, err := Run(t.Context(), img.Blobs, in, Options{Progress: c})
 	require.NoError(t, err)

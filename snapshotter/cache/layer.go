@@ -192,10 +192,11 @@ func (l *Layer) fetch(ctx context.Context, first, end int) (int, error) {
 		return first, openError{err}
 	}
 	defer rc.Close()
-	stream, err := l.decode(rc, p)
+	stream, err := l.index.Decode(rc, p)
 	if err != nil {
 		return first, err
 	}
+	defer stream.Close()
 	if _, err := io.CopyN(io.Discard, stream, int64(start-p.Out)); err != nil {
 		return first, err
 	}
@@ -213,13 +214,6 @@ func (l *Layer) fetch(ctx context.Context, first, end int) (int, error) {
 		}
 	}
 	return end, nil
-}
-
-func (l *Layer) decode(r io.Reader, p inflate.Point) (io.Reader, error) {
-	if l.index.Compression == layer.Uncompressed {
-		return r, nil
-	}
-	return inflate.Resume(r, p)
 }
 
 // put stores a verified span and ends its flight.

@@ -147,6 +147,7 @@ func TestPath(t *testing.T) {
 		"several":      {output: dir + "/a.clip", several: true, want: dir + "/a-linux-arm-v7.clip"},
 		"default":      {want: "app-1.clip"},
 		"a directory":  {output: dir, message: "is a directory"},
+		"a device":     {output: "/dev/null", message: "is not an ordinary file"},
 		"below none":   {output: dir + "/no/a.clip", message: "no such file"},
 		"below a file": {output: file + "/a.clip", message: "not a directory"},
 	} {

@@ -198,6 +198,8 @@ func (o indexOptions) path(image string, m export.Manifest, several bool) (strin
 	}
 	if st, err := os.Stat(path); err == nil && st.IsDir() {
 		return "", nil, fmt.Errorf("output %s is a directory; name a file in it", path)
+	} else if err == nil && !st.Mode().IsRegular() {
+		return "", nil, fmt.Errorf("output %s is not an ordinary file and would be replaced by one; name another", path)
 	}
 	if st, err := os.Stat(filepath.Dir(path)); err != nil {
 		return "", nil, fmt.Errorf("output %s: %w", path, err)
