@@ -37,7 +37,8 @@ type Options struct {
 	Progress func(n int64)
 }
 
-func (o Options) withDefaults() (Options, error) {
+// Normalize returns o with its defaults filled in, or what is wrong with it.
+func (o Options) Normalize() (Options, error) {
 	if o.SpanSize == 0 {
 		o.SpanSize = DefaultSpanSize
 	}
@@ -80,7 +81,7 @@ type builder struct {
 // caller to compare. The error wraps ErrUnsupported, inflate.ErrCorrupt,
 // ErrMismatch or archive/tar's where these are the cause.
 func Build(ctx context.Context, blob io.Reader, desc ocispec.Descriptor, opts Options) (*Index, error) {
-	opts, err := opts.withDefaults()
+	opts, err := opts.Normalize()
 	if err != nil {
 		return nil, err
 	}

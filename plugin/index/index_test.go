@@ -58,7 +58,7 @@ func TestWorkersDoNotChangeTheArchive(t *testing.T) {
 type counter struct {
 	mu   sync.Mutex // guards the fields below
 	read map[int]int64
-	done map[int]error
+	done map[int]Outcome
 }
 
 func (c *counter) Read(i int, n int64) {
@@ -67,10 +67,10 @@ func (c *counter) Read(i int, n int64) {
 	c.read[i] += n
 }
 
-func (c *counter) Done(i int, notLazy error) {
+func (c *counter) Done(i int, how Outcome) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.done[i] = notLazy
+	c.done[i] = how
 }
 
 func TestProgressAndNotLazyLayer(t *testing.T) {
@@ -79,18 +79,18 @@ func TestProgressAndNotLazyLayer(t *testing.T) {
 	in := input(img)
 	in.Layers = append([]ocispec.Descriptor(nil), img.Layers...)
 	in.Layers[1] = img.Blobs.Add("application/vnd.oci.image.layer.v1.tar+zstd", []byte("\x28\xb5\x2f\xfd\x00\xf0\x01\x00\x00"))
-	c := &counter{read: map[int]int64{}, done: map[int]error{}}
+	c := &counter{read: map[int]int64{}, done: map[int]Outcome{}}
 	out, err := Run(t.Context(), img.Blobs, in, Options{Progress: c})
 	require.NoError(t, err)
 	require.Len(t, c.done, 3)
 	for i, l := range out.Layers {
 		if i == 1 {
-			require.ErrorIs(t, c.done[i], layer.ErrUnsupported)
+			require.ErrorIs(t, c.done[i].NotLazy, layer.ErrUnsupported)
 			require.Nil(t, l.Index)
-			require.Equal(t, c.done[i].Error(), l.Reason)
+			require.Equal(t, c.done[i].NotLazy.Error(), l.Reason)
 			continue
 		}
-		require.NoError(t, c.done[i])
+		require.NoError(t, c.done[i].NotLazy)
 		require.Equal(t, img.DiffIDs[i], l.Index.DiffID)
 		require.Empty(t, l.Reason)
 		require.Equal(t, img.Layers[i].Size, c.read[i])

@@ -99,6 +99,8 @@ func TestIndexKeepsOldArchive(t *testing.T) {
 	before := filesIn(t, filepath.Dir(file))
 	require.NoError(t, os.Remove(w.builder.ContentPath(w.layers(images.SmallName)[0])))
 	_, err = w.builder.Clipctl(w.ctx, "index", w.ref(images.SmallName), "-o", file)
+	require.NoError(t, err, "the layer's index is in the cache, so the layer is not needed")
+	_, err = w.builder.Clipctl(w.ctx, "index", "--force", w.ref(images.SmallName), "-o", file)
 	require.Error(t, err)
 	require.Equal(t, before, filesIn(t, filepath.Dir(file)))
 }

@@ -132,7 +132,7 @@ func TestProgress(t *testing.T) {
 
 	options, err := harness.Installed()
 	require.NoError(t, err)
-	words := append([]string{filepath.Join(options.Product, "clipctl")}, args...)
+	words := append([]string{filepath.Join(options.Product, "clipctl")}, append(args, "--cache-dir", w.lab.Path("script-cache"))...)
 	screen, err := exec.CommandContext(w.ctx, "script", "--quiet", "--return", "--command", strings.Join(words, " "), w.lab.Path("typescript")).CombinedOutput()
 	require.NoError(t, err, string(screen))
 	require.Contains(t, string(screen), "\x1b", "a terminal is drawn on:\n%s", screen)
