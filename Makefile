@@ -34,7 +34,7 @@ test: deps parts lint unit e2e ## everything: lint, unit tests with -race, end-t
 # The inflater starts no goroutines: the race detector would only make its tests 20 times slower.
 INFLATE = %/archive/inflate
 
-unit: ## unit tests, with the race detector
+unit: deps ## unit tests, with the race detector
 	$(GO) test -timeout 15m $(filter $(INFLATE),$(UNIT))
 	$(GO) test -race -timeout 15m $(filter-out $(INFLATE),$(UNIT))
 

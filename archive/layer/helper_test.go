@@ -135,6 +135,9 @@ func check(tb testing.TB, x *layer.Index, blob, data []byte) {
 		require.Equal(tb, i, x.SpanAt(start))
 		require.Equal(tb, i, x.SpanAt(end-1))
 		require.NoError(tb, x.VerifySpan(i, data[start:end]))
+		if len(x.Points) == 1 && i%16 != 0 && i < len(x.Spans)-1 {
+			continue // each is decoded from the start of the stream
+		}
 		if got := read(tb, x, blob, i); !bytes.Equal(got, data[start:end]) {
 			tb.Fatalf("span %d: wrong bytes", i)
 		}
