@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
@@ -60,18 +59,12 @@ func (o Options) Normalize() (Options, error) {
 	return o, nil
 }
 
-const (
-	sourceChunk  = 256 << 10 // compressed bytes read at a time
-	sourceChunks = 4
-	outChunks    = 6 // spans in flight between inflating, hashing and tar
-)
-
 // builder is the state of one Build. Each stage writes its own fields of idx;
 // they are read together after all stages have ended.
 type builder struct {
 	idx   *Index
 	opts  Options
-	enc   *zstd.Encoder
+	mem   *buffers
 	ends  []inflate.In // span ends, from the inflate stage
 	spans [][32]byte   // span digests, from the hash stage
 }
@@ -88,16 +81,17 @@ func Build(ctx context.Context, blob io.Reader, desc ocispec.Descriptor, opts Op
 	if err := desc.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("layer %q: %w", desc.Digest, err)
 	}
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false), zstd.WithWindowSize(inflate.WindowSize))
+	mem, err := takeBuffers(int(opts.SpanSize))
 	if err != nil {
 		return nil, err
 	}
-	b := &builder{opts: opts, enc: enc, idx: &Index{
+	b := &builder{opts: opts, mem: mem, idx: &Index{
 		Digest: desc.Digest, Size: inflate.In(desc.Size), SpanSize: opts.SpanSize,
 	}}
 	if err := b.run(ctx, blob, desc); err != nil {
 		return nil, fmt.Errorf("layer %s: %w", desc.Digest, err)
 	}
+	mem.giveBack()
 	for i := range b.ends {
 		b.idx.Spans = append(b.idx.Spans, Span{InEnd: b.ends[i], Digest: b.spans[i]})
 	}
@@ -124,11 +118,10 @@ func (b *builder) run(ctx context.Context, blob io.Reader, desc ocispec.Descript
 
 // readBlob reads and digests the compressed bytes.
 func (b *builder) readBlob(ctx context.Context, blob io.Reader, desc ocispec.Descriptor, to chan *chunk) error {
-	pool := newPool(sourceChunks, sourceChunk)
 	verifier := desc.Digest.Verifier()
 	var size int64
 	for {
-		c, err := take(ctx, pool)
+		c, err := take(ctx, b.mem.source)
 		if err != nil {
 			return err
 		}
@@ -148,6 +141,8 @@ func (b *builder) readBlob(ctx context.Context, blob io.Reader, desc ocispec.Des
 			if err := send(ctx, c, to); err != nil {
 				return err
 			}
+		} else {
+			c.putBack()
 		}
 		if err != nil {
 			break
@@ -165,14 +160,12 @@ func (b *builder) readBlob(ctx context.Context, blob io.Reader, desc ocispec.Des
 
 // inflate decompresses the blob span by span and records seek points.
 func (b *builder) inflate(ctx context.Context, blob *chunkReader, to ...chan *chunk) error {
-	stream, in, end, err := b.open(bufio.NewReaderSize(blob, 4<<10))
+	stream, in, err := b.open(bufio.NewReaderSize(blob, 4<<10))
 	if err != nil {
 		return err
 	}
-	defer end()
-	pool := newPool(outChunks, int(b.opts.SpanSize))
 	for {
-		c, err := take(ctx, pool)
+		c, err := take(ctx, b.mem.out)
 		if err != nil {
 			return err
 		}
@@ -184,6 +177,8 @@ func (b *builder) inflate(ctx context.Context, blob *chunkReader, to ...chan *ch
 			if err := send(ctx, c, to...); err != nil {
 				return err
 			}
+		} else {
+			c.putBack()
 		}
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) && n > 0 && !errors.Is(err, inflate.ErrCorrupt) {
 			break
@@ -210,31 +205,32 @@ var (
 	magicZstdSkippable = []byte{0x2a, 0x4d, 0x18}
 )
 
-// open returns the uncompressed stream of blob, a function that tells how far
-// into the compressed one its reading has come, and one that ends its use.
-func (b *builder) open(blob *bufio.Reader) (stream io.Reader, in func() inflate.In, end func(), err error) {
+// open returns the uncompressed stream of blob and a function that tells how
+// far into the compressed one its reading has come.
+func (b *builder) open(blob *bufio.Reader) (io.Reader, func() inflate.In, error) {
 	head, err := blob.Peek(4)
 	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, nil, nil, err
+		return nil, nil, err
 	}
 	switch {
 	case bytes.HasPrefix(head, magicGzip):
 		b.idx.Compression = Gzip
 		z, err := inflate.NewReader(blob, inflate.Options{Interval: b.opts.PointInterval, OnPoint: b.addPoint})
 		if err != nil {
-			return nil, nil, nil, err
+			return nil, nil, err
 		}
-		return z, z.In, func() {}, nil
+		return z, z.In, nil
 	case bytes.HasPrefix(head, magicZstd), len(head) == 4 && head[0]&0xf0 == 0x50 && bytes.Equal(head[1:], magicZstdSkippable):
 		b.idx.Compression = Zstd
-		z, err := newZstdStream(blob, b.addFrame)
+		dec, err := b.mem.decoder()
 		if err != nil {
-			return nil, nil, nil, err
+			return nil, nil, err
 		}
-		return z, z.in, z.close, nil
+		z := newZstdStream(blob, dec, b.addFrame)
+		return z, z.in, nil
 	}
 	b.idx.Compression = Uncompressed
-	return blob, func() inflate.In { return inflate.In(b.idx.OutSize) }, func() {}, nil
+	return blob, func() inflate.In { return inflate.In(b.idx.OutSize) }, nil
 }
 
 // addFrame makes the start of a zstd frame a seek point, unless the last one is
@@ -249,7 +245,7 @@ func (b *builder) addFrame(out inflate.Out, in inflate.In) {
 func (b *builder) addPoint(p inflate.Point) error {
 	q := Point{Out: p.Out, In: p.In, Bit: p.Bit, State: p.State}
 	if len(p.Window) > 0 {
-		q.Window = b.enc.EncodeAll(p.Window, nil)
+		q.Window = b.mem.enc.EncodeAll(p.Window, nil)
 	}
 	b.idx.Points = append(b.idx.Points, q)
 	return nil

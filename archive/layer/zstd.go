@@ -33,18 +33,15 @@ func newZstdDecoder(r io.Reader) (*zstd.Decoder, error) {
 // knows where they start.
 type zstdStream struct {
 	frames  frameReader
-	dec     *zstd.Decoder // of the current frame; nil before the first
+	dec     *zstd.Decoder // of the current frame
 	out     inflate.Out
 	onFrame func(out inflate.Out, in inflate.In)
 }
 
-// newZstdStream returns the uncompressed stream of blob. It calls onFrame
-// where a frame starts.
-func newZstdStream(blob *bufio.Reader, onFrame func(inflate.Out, inflate.In)) (*zstdStream, error) {
-	z := &zstdStream{frames: frameReader{r: blob}, onFrame: onFrame}
-	var err error
-	z.dec, err = newZstdDecoder(nil)
-	return z, err
+// newZstdStream returns the uncompressed stream of blob, decoded with dec. It
+// calls onFrame where a frame starts.
+func newZstdStream(blob *bufio.Reader, dec *zstd.Decoder, onFrame func(inflate.Out, inflate.In)) *zstdStream {
+	return &zstdStream{frames: frameReader{r: blob}, dec: dec, onFrame: onFrame}
 }
 
 // in returns how far into the compressed stream decoding has come.
@@ -90,8 +87,6 @@ func (z *zstdStream) fail(err error) error {
 	}
 	return fmt.Errorf("zstd stream at compressed offset %d (uncompressed %d): %w: %w", z.frames.in, z.out, inflate.ErrCorrupt, err)
 }
-
-func (z *zstdStream) close() { z.dec.Close() }
 
 // frameReader reads one frame of a zstd stream after the other.
 type frameReader struct {

@@ -37,9 +37,10 @@ type frame struct {
 // decodeZstd returns what blob decompresses to and where its frames start.
 func decodeZstd(tb testing.TB, r io.Reader) (data []byte, frames []frame, err error) {
 	tb.Helper()
-	z, err := newZstdStream(bufio.NewReaderSize(r, 32), func(out inflate.Out, in inflate.In) { frames = append(frames, frame{out, in}) })
+	dec, err := newZstdDecoder(nil)
 	require.NoError(tb, err)
-	defer z.close()
+	defer dec.Close()
+	z := newZstdStream(bufio.NewReaderSize(r, 32), dec, func(out inflate.Out, in inflate.In) { frames = append(frames, frame{out, in}) })
 	data, err = io.ReadAll(z)
 	return data, frames, err
 }
@@ -115,9 +116,10 @@ func FuzzZstd(f *testing.F) {
 		defer dec.Close()
 		want, wantErr := io.ReadAll(io.LimitReader(dec, most))
 		var frames []frame
-		z, err := newZstdStream(bufio.NewReader(bytes.NewReader(blob)), func(out inflate.Out, in inflate.In) { frames = append(frames, frame{out, in}) })
+		again, err := newZstdDecoder(nil)
 		require.NoError(t, err)
-		defer z.close()
+		defer again.Close()
+		z := newZstdStream(bufio.NewReader(bytes.NewReader(blob)), again, func(out inflate.Out, in inflate.In) { frames = append(frames, frame{out, in}) })
 		got, gotErr := io.ReadAll(io.LimitReader(z, most))
 		require.Equal(t, wantErr == nil, gotErr == nil, "%v, %v", wantErr, gotErr)
 		if wantErr != nil {

@@ -6,11 +6,17 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
+	"runtime/metrics"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/klauspost/compress/zstd"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
 
@@ -166,4 +172,62 @@ func TestCancel(t *testing.T) {
 func TestLargestFirst(t *testing.T) {
 	layers := []ocispec.Descriptor{{Size: 1}, {Size: 9}, {Size: 5}, {Size: 9}}
 	require.Equal(t, []int{1, 3, 2, 0}, largestFirst(layers))
+}
+
+// TestMemory indexes a large layer and many layers: what that needs depends on
+// neither.
+func TestMemory(t *testing.T) {
+	const most = 64 << 20
+	noise := make([]byte, 16<<10) // near enough for gzip to find it again
+	_, _ = rand.NewChaCha8([32]byte{2}).Read(noise)
+	tarOf := func(size int) []byte {
+		return testutil.Tar(t, testutil.File{Name: "file", Data: strings.Repeat(string(noise), size/len(noise))})
+	}
+	enc, err := zstd.NewWriter(nil)
+	require.NoError(t, err)
+	for _, c := range []struct{ layers, size int }{{1, 128 << 20}, {16, 8 << 20}} {
+		blobs := func(data []byte) map[string][]byte {
+			return map[string][]byte{"gzip": testutil.Gzip(t, data), "zstd": enc.EncodeAll(data, nil)}
+		}(tarOf(c.size))
+		for name, blob := range blobs {
+			t.Run(fmt.Sprintf("%d %s layers of %d MiB", c.layers, name, c.size>>20), func(t *testing.T) {
+				blobs := testutil.Blobs{}
+				img := Image{Layers: slices.Repeat([]ocispec.Descriptor{blobs.Add("", blob)}, c.layers)}
+				peak := peakHeap(func() {
+					_, err := Run(t.Context(), blobs, img, Options{Workers: 2})
+					require.NoError(t, err)
+				})
+				t.Logf("%d MiB", peak>>20)
+				require.Less(t, peak, int64(most))
+			})
+		}
+	}
+}
+
+// peakHeap returns by how many bytes the heap grows while do runs, garbage
+// included.
+func peakHeap(do func()) int64 {
+	samples := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}}
+	read := func() int64 {
+		metrics.Read(samples)
+		return int64(samples[0].Value.Uint64())
+	}
+	runtime.GC()
+	before, peak := read(), int64(0)
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			peak = max(peak, read()-before)
+			select {
+			case <-stop:
+				return
+			case <-time.After(time.Millisecond):
+			}
+		}
+	}()
+	do()
+	close(stop)
+	<-stopped
+	return peak
 }
