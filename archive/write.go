@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -65,15 +66,18 @@ func verify(r io.ReaderAt, size int64, img *Image) error {
 	if err != nil {
 		return err
 	}
+	var g errgroup.Group
+	g.SetLimit(runtime.GOMAXPROCS(0))
 	for i, l := range img.Layers {
 		if l.Index == nil {
 			continue
 		}
-		if _, err := a.Layer(i); err != nil {
+		g.Go(func() error {
+			_, err := a.Layer(i)
 			return err
-		}
+		})
 	}
-	return nil
+	return g.Wait()
 }
 
 // Write writes the archive of img to w. Equal images give equal bytes.

@@ -34,7 +34,7 @@ func takeBuffers(spanSize int) (*buffers, error) {
 	if m, ok := buffersPool.Get().(*buffers); ok && m.spanSize == spanSize {
 		return m, nil
 	}
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false), zstd.WithWindowSize(inflate.WindowSize))
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false), zstd.WithWindowSize(inflate.WindowSize), zstd.WithEncoderLevel(zstd.SpeedFastest))
 	return &buffers{
 		spanSize: spanSize, enc: enc,
 		source: newPool(sourceChunks, sourceChunk), out: newPool(outChunks, spanSize),
