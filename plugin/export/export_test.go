@@ -376,6 +376,7 @@ func TestParse(t *testing.T) {
 		{"registry.example.com:5000/app:1", "containerd", "registry.example.com:5000/app:1", ""},
 		{"oci:" + dir, "oci", dir, ""},
 		{"oci:" + dir + ":1", "oci", dir, "1"},
+		{"oci:" + dir + ":example.com:5000/app:1", "oci", dir, "example.com:5000/app:1"},
 		{"oci:" + colon, "oci", colon, ""},
 		{"oci:" + colon + ":1", "oci", colon, "1"},
 		{"oci:/no/such:dir/layout", "oci", "/no/such:dir/layout", ""},

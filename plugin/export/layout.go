@@ -41,9 +41,8 @@ func (dir layoutProvider) ReaderAt(_ context.Context, desc ocispec.Descriptor) (
 
 // selectTag finds the image in a layout's index.json.
 func (s *Source) selectTag(marker, raw []byte, tag string) error {
-	var layout ocispec.ImageLayout
-	if err := json.Unmarshal(marker, &layout); err != nil || layout.Version != ocispec.ImageLayoutVersion {
-		return fmt.Errorf("%s: OCI layout version %q is not %s: %w", s.Name, layout.Version, ocispec.ImageLayoutVersion, errdefs.ErrInvalidArgument)
+	if err := checkMarker(s.Name, marker); err != nil {
+		return err
 	}
 	var index ocispec.Index
 	if err := json.Unmarshal(raw, &index); err != nil {
@@ -170,6 +169,15 @@ func Parse(arg string) (kind, location, tag string) {
 		}
 		if _, err := os.Stat(rest); err == nil {
 			return kind, rest, ""
+		}
+		// A tag may be a whole reference, with colons of its own.
+		for i, c := range rest {
+			if c != ':' {
+				continue
+			}
+			if _, err := os.Stat(rest[:i]); err == nil {
+				return kind, rest[:i], rest[i+1:]
+			}
 		}
 		if i := strings.LastIndexByte(rest, ':'); i > strings.LastIndexByte(rest, '/') {
 			return kind, rest[:i], rest[i+1:]

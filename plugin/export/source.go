@@ -63,10 +63,35 @@ type Selection struct {
 	All   bool // all that match, not only the best match
 }
 
+// AllPlatforms selects every platform that is at hand.
+var AllPlatforms = Selection{Name: "any", Match: platforms.All, All: true}
+
+// ThisPlatform selects what runs best on this machine.
+var ThisPlatform = Selection{Name: platforms.DefaultString(), Match: platforms.Default()}
+
+// OnePlatform selects p, or what runs best on it.
+func OnePlatform(p ocispec.Platform) Selection {
+	return Selection{Name: platforms.Format(p), Match: platforms.Only(p)}
+}
+
 // Manifests returns the manifests of the source that are selected, in the
 // order of the index. It fails with errdefs.ErrNotFound if there is none or if
 // content of one is missing.
 func (s *Source) Manifests(ctx context.Context, sel Selection) ([]Manifest, error) {
+	found, err := s.selected(ctx, sel)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range found {
+		if err := s.checkLayers(ctx, m); err != nil {
+			return nil, err
+		}
+	}
+	return found, nil
+}
+
+// selected is Manifests without a look at the layers.
+func (s *Source) selected(ctx context.Context, sel Selection) ([]Manifest, error) {
 	var found []Manifest
 	var seen []string
 	err := s.walk(ctx, s.Target, 0, func(desc ocispec.Descriptor) error {
@@ -101,11 +126,6 @@ func (s *Source) Manifests(ctx context.Context, sel Selection) ([]Manifest, erro
 		}
 		found = found[best : best+1]
 	}
-	for _, m := range found {
-		if err := s.checkLayers(ctx, m); err != nil {
-			return nil, err
-		}
-	}
 	return found, nil
 }
 
@@ -130,7 +150,7 @@ func (s *Source) walk(ctx context.Context, desc ocispec.Descriptor, depth int, f
 		return fmt.Errorf("image %s: index %s: %w", s.Name, desc.Digest, err)
 	}
 	for _, child := range index.Manifests {
-		if child.Platform != nil && child.Platform.OS == "unknown" {
+		if isAttestation(child) {
 			continue
 		}
 		if err := s.walk(ctx, child, depth+1, fn); err != nil {
@@ -195,8 +215,12 @@ func (s *Source) checkLayers(ctx context.Context, m Manifest) error {
 		}
 	}
 	if len(missing) > 0 {
-		return fmt.Errorf("image %s: layers are missing in the local store: %s (pulled lazily, or for another platform? pull the image with --snapshotter overlayfs to fetch them): %w",
-			s.Name, strings.Join(missing, ", "), errdefs.ErrNotFound)
+		remedy := ""
+		if s.Kind == "containerd" {
+			remedy = `; the image was pulled lazily, or for another platform: "clipctl content ensure" fetches them`
+		}
+		return fmt.Errorf("image %s: layers are missing in the local store: %s%s: %w",
+			s.Name, strings.Join(missing, ", "), remedy, errdefs.ErrNotFound)
 	}
 	return nil
 }

@@ -178,18 +178,18 @@ func TestPath(t *testing.T) {
 }
 
 func TestSelection(t *testing.T) {
-	s, err := indexOptions{}.selection()
+	s, err := platformFlags{}.selection()
 	require.NoError(t, err)
 	require.Equal(t, platforms.DefaultString(), s.Name)
-	s, err = indexOptions{platform: "linux/arm64"}.selection()
+	s, err = platformFlags{platform: "linux/arm64"}.selection()
 	require.NoError(t, err)
 	require.False(t, s.All)
 	require.True(t, s.Match.Match(platforms.MustParse("linux/arm64")))
 	require.False(t, s.Match.Match(platforms.MustParse("linux/amd64")))
-	s, err = indexOptions{allPlatforms: true}.selection()
+	s, err = platformFlags{all: true}.selection()
 	require.NoError(t, err)
 	require.True(t, s.All)
-	_, err = indexOptions{platform: "a/b/c/d"}.selection()
+	_, err = platformFlags{platform: "a/b/c/d"}.selection()
 	require.Error(t, err)
 	_, err = run(t, "index", "x", "--platform", "linux/amd64", "--all-platforms")
 	require.Error(t, err)
@@ -300,4 +300,29 @@ func TestCache(t *testing.T) {
 	}
 	_, err := run(t, "index", "oci:"+dir, "-o", output, "--storage-ref", "example.com/app:1", "--cache-dir", output)
 	require.ErrorContains(t, err, "layer-index cache")
+}
+
+func TestExport(t *testing.T) {
+	dir, img := layout(t)
+	for _, target := range []string{filepath.Join(t.TempDir(), "layout"), filepath.Join(t.TempDir(), "image.tar")} {
+		out, err := run(t, "export", "oci:"+dir, target, "--name", "example.com/app:1")
+		require.NoError(t, err)
+		require.Contains(t, out, img.Descriptor.Digest.String())
+		require.Contains(t, out, "3 blobs")
+		kind := "oci:"
+		if isTar(target) {
+			kind = "oci-archive:"
+		}
+		_, err = run(t, "index", kind+target+":1", "-o", filepath.Join(t.TempDir(), "a.clip"))
+		require.NoError(t, err, "it has the name that it was given")
+	}
+	_, err := run(t, "export", "oci:"+dir, dir+"/index.json")
+	require.Error(t, err)
+	require.True(t, isTar("a.tar"))
+	require.False(t, isTar("a"))
+	tarDirectory := filepath.Join(t.TempDir(), "a.tar")
+	require.NoError(t, os.Mkdir(tarDirectory, 0o755))
+	require.False(t, isTar(tarDirectory))
+	_, err = run(t, "content", "ensure", "example.com/app:1", "--address", filepath.Join(t.TempDir(), "s"))
+	require.ErrorContains(t, err, "is containerd running?")
 }

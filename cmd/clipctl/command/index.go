@@ -23,14 +23,13 @@ import (
 )
 
 type indexOptions struct {
-	storageRef   string
-	platform     string
-	allPlatforms bool
-	output       string
-	push         bool
-	cacheDir     string
-	force        bool
-	spanSize     string
+	platforms  platformFlags
+	storageRef string
+	output     string
+	push       bool
+	cacheDir   string
+	force      bool
+	spanSize   string
 }
 
 func newIndexCommand(g *globals) *cobra.Command {
@@ -56,19 +55,17 @@ runs the image; --push checks it.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.storageRef, "storage-ref", "", "remote reference to store (default: the image's own name)")
-	f.StringVar(&o.platform, "platform", "", "platform to index, as os/arch[/variant] (default: this machine's)")
-	f.BoolVar(&o.allPlatforms, "all-platforms", false, "index every platform that is in the local store")
+	o.platforms.add(cmd, "index")
 	f.StringVarP(&o.output, "output", "o", "", "archive to write (default: IMAGE's last part + .clip, in the current directory)")
 	f.BoolVar(&o.push, "push", false, "push the archive to the image's repository, as an artifact that refers to the image; without -o no file is kept")
 	f.StringVar(&o.cacheDir, "cache-dir", os.Getenv("CLIPCTL_CACHE_DIR"), "where indexes of layers are kept, for other images with the same layers (default: "+systemCacheDir+" for root, else containerd-clip in the user's cache directory) [$CLIPCTL_CACHE_DIR]")
 	f.BoolVar(&o.force, "force", false, "index every layer, also those whose index is in the cache")
 	f.StringVar(&o.spanSize, "span-size", units.BytesSize(float64(layer.DefaultPointInterval)), "distance of the places in a layer where reading can start: less fetches less per read, more makes a smaller archive")
-	cmd.MarkFlagsMutuallyExclusive("platform", "all-platforms")
 	return cmd
 }
 
 func runIndex(ctx context.Context, g *globals, image string, o indexOptions, stdout, stderr io.Writer) error {
-	selection, err := o.selection()
+	selection, err := o.platforms.selection()
 	if err != nil {
 		return err
 	}
@@ -101,20 +98,6 @@ func runIndex(ctx context.Context, g *globals, image string, o indexOptions, std
 		}
 	}
 	return nil
-}
-
-func (o indexOptions) selection() (export.Selection, error) {
-	switch {
-	case o.allPlatforms:
-		return export.Selection{Name: "any", Match: platforms.All, All: true}, nil
-	case o.platform == "":
-		return export.Selection{Name: platforms.DefaultString(), Match: platforms.Default()}, nil
-	}
-	p, err := platforms.Parse(o.platform)
-	if err != nil {
-		return export.Selection{}, fmt.Errorf("platform %q: %w", o.platform, err)
-	}
-	return export.Selection{Name: platforms.Format(p), Match: platforms.Only(p)}, nil
 }
 
 // systemCacheDir is where root's layer indexes are kept.

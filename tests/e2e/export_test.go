@@ -1,0 +1,191 @@
+package e2e
+
+import (
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+
+	containerdimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/validate"
+	"github.com/opencontainers/go-digest"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
+	"github.com/beam-cloud/containerd-clip/tests/internal/images"
+)
+
+// requireLayout has go-containerregistry read a layout, and checks all blobs: it would take every layer for gzip.
+func requireLayout(t *testing.T, dir string) {
+	t.Helper()
+	p, err := layout.FromPath(dir)
+	require.NoError(t, err)
+	x, err := p.ImageIndex()
+	require.NoError(t, err)
+	require.NoError(t, validate.Index(x, validate.Fast))
+	blobs, err := filepath.Glob(filepath.Join(dir, "blobs/sha256/*"))
+	require.NoError(t, err)
+	for _, file := range blobs {
+		b, err := os.ReadFile(file)
+		require.NoError(t, err)
+		require.Equal(t, filepath.Base(file), digest.FromBytes(b).Encoded())
+	}
+}
+
+// TestExport writes images out of containerd's store into one layout and into tars. Others can use them: containerd
+// imports the tars, BuildKit builds from the layout, and we index both. Nobody asks the registry.
+func TestExport(t *testing.T) {
+	w := newWorld(t)
+	ref := w.ref(images.SmallName)
+	dir, file := w.lab.Path("layout"), w.lab.Path("image.tar")
+	w.registry.Reset()
+	for _, name := range []string{images.SmallName, images.SiblingName} {
+		_, err := w.builder.Clipctl(w.ctx, "export", w.ref(name), dir)
+		require.NoError(t, err)
+	}
+	requireLayout(t, dir)
+	for _, l := range w.layers(images.SmallName) {
+		var a, b unix.Stat_t
+		require.NoError(t, unix.Stat(w.builder.ContentPath(l), &a))
+		require.NoError(t, unix.Stat(filepath.Join(dir, "blobs", strings.Replace(l, ":", "/", 1)), &b))
+		require.Equal(t, a.Size, b.Size)
+		if a.Ino != b.Ino {
+			requireClones(t, w.lab.Dir)
+		}
+	}
+	_, err := w.builder.Clipctl(w.ctx, "export", ref, file)
+	require.NoError(t, err)
+
+	stock := w.stock()
+	w.ctr(stock, "image", "import", file)
+	require.Equal(t, "hello from clip\n", w.run(stock, eager, ref, "sh", "/app/run.sh"))
+	require.Equal(t, w.manifest(w.builder, ref), w.manifest(stock, ref))
+
+	const built = "example.com/built/app:1"
+	b, err := w.lab.StartBuildkit(w.ctx, "buildkit", stock, eager, w.registry)
+	require.NoError(t, err)
+	dockerfile := w.dockerfile("FROM base\nRUN echo built > /app/name\n")
+	tagged := w.lab.Path("tagged")
+	_, err = w.builder.Clipctl(w.ctx, "export", ref, tagged, "--name", "example.com/base:v1", "--copy")
+	require.NoError(t, err)
+	for _, base := range []string{tagged + "=base:v1", dir + "=base@" + w.subject(ref, runtime.GOARCH).Digest.String()} {
+		from, name, _ := strings.Cut(base, "=")
+		_, err = b.BuildWith(w.ctx, dockerfile, "type=image,name="+built, "--oci-layout", "base="+from, "--opt", "context:base=oci-layout://"+name)
+		require.NoError(t, err)
+	}
+	require.Equal(t, "hello from built\n", w.run(stock, eager, built, "sh", "/app/run.sh"))
+
+	var archives []string
+	for _, source := range []string{ref, "oci:" + dir + ":" + ref, "oci-archive:" + file} {
+		out := w.lab.Path("a.clip")
+		_, err := w.builder.Clipctl(w.ctx, "index", source, "--storage-ref", ref, "-o", out)
+		require.NoError(t, err)
+		b, err := os.ReadFile(out)
+		require.NoError(t, err)
+		archives = append(archives, digest.FromBytes(b).String())
+	}
+	require.Equal(t, archives[0], archives[1])
+	require.Equal(t, archives[0], archives[2])
+	require.Empty(t, w.registry.Requests())
+}
+
+// dockerfile makes a build context of a Dockerfile alone.
+func (w *world) dockerfile(text string) string {
+	w.Helper()
+	dir, err := os.MkdirTemp(w.lab.Dir, "context-")
+	require.NoError(w, err)
+	require.NoError(w, os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte(text), 0o644))
+	return dir
+}
+
+// image is an image record of a containerd.
+func (w *world) image(c *harness.Containerd, ref string) containerdimages.Image {
+	w.Helper()
+	image, err := c.Client().ImageService().Get(w.ctx, ref)
+	require.NoError(w, err)
+	return image
+}
+
+// requireClones fails where files cannot be cloned: blobs must be hard links then.
+func requireClones(t *testing.T, dir string) {
+	t.Helper()
+	src, err := os.CreateTemp(dir, "src")
+	require.NoError(t, err)
+	defer src.Close()
+	dst, err := os.CreateTemp(dir, "dst")
+	require.NoError(t, err)
+	defer dst.Close()
+	require.NoError(t, unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())), "blobs are neither clones nor links")
+}
+
+// TestExportPlatforms exports one of two platforms, and both.
+func TestExportPlatforms(t *testing.T) {
+	w := newWorld(t)
+	w.publish(images.PlatformName)
+	ref := w.ref(images.PlatformName)
+	for platform, want := range map[string]digest.Digest{
+		"--platform=linux/arm64": w.subject(ref, "arm64").Digest,
+		"--platform=linux/amd64": w.subject(ref, "amd64").Digest,
+		"--all-platforms":        w.image(w.builder, ref).Target.Digest,
+	} {
+		dir := w.lab.Path("layout" + platform[2:])
+		result, err := w.builder.Clipctl(w.ctx, "export", ref, filepath.Clean(dir), platform)
+		require.NoError(t, err)
+		require.Contains(t, result.Stdout, want.String())
+		requireLayout(t, filepath.Clean(dir))
+	}
+}
+
+// TestContentEnsure pulls lazily, and then does what needs the layers: it is refused with the remedy, and works after
+// the remedy.
+func TestContentEnsure(t *testing.T) {
+	w := newWorld(t)
+	ref, layers := w.ref(images.SmallName), w.layers(images.SmallName)
+	w.index(images.SmallName)
+	require.Empty(t, w.pull(w.worker, lazy, ref).Gets(layers...))
+	dir, file := w.lab.Path("layout"), w.lab.Path("image.tar")
+	result, err := w.worker.Clipctl(w.ctx, "export", ref, dir)
+	require.Error(t, err)
+	requireClear(t, result.Stderr, append(layers, "clipctl content ensure")...)
+	require.NoDirExists(t, dir)
+	_, err = w.worker.Ctr(w.ctx, "image", "export", file, ref)
+	require.Error(t, err)
+
+	// The tag moves on: what is fetched is the image that was pulled.
+	w.ctr(w.builder, "image", "tag", "--force", images.BaseName, ref)
+	w.ctr(w.builder, "image", "push", ref)
+	w.registry.Reset()
+	result, err = w.worker.Clipctl(w.ctx, "content", "ensure", ref)
+	require.NoError(t, err)
+	require.Len(t, w.registry.Requests().Gets(layers...), len(layers))
+	require.Contains(t, result.Stdout, "0 layers were there")
+	w.registry.Reset()
+	result, err = w.worker.Clipctl(w.ctx, "content", "ensure", ref)
+	require.NoError(t, err)
+	require.Contains(t, result.Stdout, "0 blobs fetched")
+	require.Empty(t, w.registry.Requests())
+
+	_, err = w.worker.Clipctl(w.ctx, "export", ref, dir)
+	require.NoError(t, err)
+	requireLayout(t, dir)
+	w.ctr(w.worker, "image", "export", file, ref)
+	elsewhere := w.registry.Ref("elsewhere/copy:1")
+	w.ctr(w.worker, "image", "tag", ref, elsewhere)
+	w.ctr(w.worker, "image", "push", elsewhere)
+	stock := w.stock()
+	w.pull(stock, eager, elsewhere)
+	require.Equal(t, "hello from clip\n", w.run(stock, eager, elsewhere, "sh", "/app/run.sh"))
+	require.Equal(t, "hello from clip\n", w.run(w.worker, eager, ref, "sh", "/app/run.sh"))
+
+	// What was fetched belongs to the image: collected with it, and not before.
+	w.removeImage(w.worker, elsewhere)
+	for _, l := range layers {
+		require.FileExists(t, w.worker.ContentPath(l))
+	}
+	result, err = w.worker.Clipctl(w.ctx, "content", "ensure", "example.com/none:1")
+	require.Error(t, err)
+	requireClear(t, result.Stderr, "example.com/none:1")
+}
