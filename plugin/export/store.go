@@ -30,10 +30,16 @@ func FromStore(ctx context.Context, client *containerd.Client, name string) (_ *
 		Name:     name,
 		Kind:     "containerd",
 		Ref:      img.Name,
-		Provider: &storeProvider{Store: client.ContentStore(), root: contentRoot(ctx, client)},
+		Provider: Store(ctx, client),
 		Target:   img.Target,
 		closer:   release,
 	}, nil
+}
+
+// Store returns containerd's content store. Blobs that are files which this
+// process can open are read as files.
+func Store(ctx context.Context, client *containerd.Client) content.Store {
+	return &storeProvider{Store: client.ContentStore(), root: contentRoot(ctx, client)}
 }
 
 // hold leases target and all content that its labels lead to.

@@ -169,10 +169,6 @@ func openSource(ctx context.Context, g *globals, image string) (context.Context,
 
 // indexOne indexes one platform's image, and publishes it if asked to.
 func indexOne(ctx context.Context, source *export.Source, m export.Manifest, ref string, o indexOptions, indexing index.Options, several bool, stdout, stderr io.Writer) (err error) {
-	platform := platforms.Format(m.Platform)
-	log.G(ctx).WithField("image", source.Name).WithField("source", source.Kind).WithField("storage-ref", ref).
-		WithField("platform", platform).WithField("layers", len(m.Layers)).
-		Info("indexing from local OCI layout with remote storage reference")
 	path, cleanup, err := o.path(source.Name, m, several)
 	if err != nil {
 		return err
@@ -181,22 +177,10 @@ func indexOne(ctx context.Context, source *export.Source, m export.Manifest, ref
 	start := time.Now()
 	progress := newProgress(stderr, m.Layers)
 	indexing.Progress = progress
-	img, err := index.Run(ctx, source.Provider, index.Image{
-		StorageRef: ref, Platform: m.Platform, Descriptor: m.Descriptor,
-		Manifest: m.Raw, Config: m.Config, Layers: m.Layers,
-	}, indexing)
+	st, err := index.WriteArchive(ctx, source, m, ref, path, indexing)
 	progress.close(err)
 	if err != nil {
-		return fmt.Errorf("indexing %s: %w", source.Name, err)
-	}
-	st, err := archive.WriteFile(path, img)
-	if err != nil {
-		return fmt.Errorf("writing the archive of %s: %w", source.Name, err)
-	}
-	for i, l := range img.Layers {
-		if l.Index == nil {
-			log.G(ctx).WithField("layer", m.Layers[i].Digest).Warnf("workers will unpack this layer and those above it: %s", l.Reason)
-		}
+		return err
 	}
 	if o.output != "" || !o.push {
 		fmt.Fprintf(stdout, "%s\t%s\t%d layers\t%d files\t%.1fs\n",

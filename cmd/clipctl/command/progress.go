@@ -23,7 +23,9 @@ type progress struct {
 	start  time.Time
 	bars   *mpb.Progress // nil elsewhere
 	bar    []*mpb.Bar
-	mu     sync.Mutex // serialises lines
+
+	mu   sync.Mutex // serialises lines, guards done
+	done int        // layers that have ended
 }
 
 func newProgress(w io.Writer, layers []ocispec.Descriptor) *progress {
@@ -58,12 +60,16 @@ func (p *progress) Read(i int, n int64) {
 
 // Done implements index.Progress.
 func (p *progress) Done(i int, how index.Outcome) {
-	if p.bars != nil {
-		p.bar[i].SetTotal(-1, true)
-		return
-	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.done++
+	if p.bars != nil {
+		p.bar[i].SetTotal(-1, true)
+		if p.done == len(p.layers) {
+			p.bars.Wait() // the terminal is the log's again
+		}
+		return
+	}
 	outcome := "indexed"
 	switch {
 	case how.NotLazy != nil:
@@ -77,7 +83,9 @@ func (p *progress) Done(i int, how index.Outcome) {
 
 // close ends the display.
 func (p *progress) close(err error) {
-	if p.bars == nil {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.bars == nil || p.done == len(p.layers) {
 		return
 	}
 	if err != nil {

@@ -24,6 +24,7 @@ type Containerd struct {
 	lab    *Lab
 	dir    string
 	daemon *Daemon // nil when it has none
+	binary string  // what to run, if not the parts' containerd
 	client *containerd.Client
 }
 
@@ -47,22 +48,38 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
 // StartContainerd starts a containerd. name is unique in the lab. With a daemon it has the clip snapshotter; nil is a
 // containerd that knows nothing of it.
 func (l *Lab) StartContainerd(ctx context.Context, name string, d *Daemon) (*Containerd, error) {
-	dir := l.Path(name)
-	c := &Containerd{Name: name, Socket: filepath.Join(dir, "containerd.sock"), lab: l, dir: dir, daemon: d}
+	c := &Containerd{Name: name, binary: "containerd", daemon: d}
+	return c, l.firstStart(ctx, c, "")
+}
+
+// StartCustomContainerd starts a containerd that somebody built, with more configuration.
+func (l *Lab) StartCustomContainerd(ctx context.Context, name, binary, config string) (*Containerd, error) {
+	c := &Containerd{Name: name, binary: binary}
+	return c, l.firstStart(ctx, c, config)
+}
+
+func (l *Lab) firstStart(ctx context.Context, c *Containerd, more string) error {
+	dir := l.Path(c.Name)
+	c.Socket, c.lab, c.dir = filepath.Join(dir, "containerd.sock"), l, dir
 	config := fmt.Sprintf(containerdConfig, filepath.Join(dir, "root"), filepath.Join(dir, "state"), c.Socket,
 		c.Socket+".ttrpc", filepath.Join(dir, "opt"), filepath.Join(dir, "conf.d", "*.toml"))
 	if err := os.MkdirAll(filepath.Join(dir, "conf.d"), 0o700); err != nil {
-		return nil, err
+		return err
 	}
 	if err := os.WriteFile(c.configFile(), []byte(config), 0o600); err != nil {
-		return nil, err
+		return err
 	}
-	if d != nil {
-		if err := d.writeExample(filepath.Join(dir, "conf.d", "50-clip.toml")); err != nil {
-			return nil, err
+	if more != "" {
+		if err := os.WriteFile(filepath.Join(dir, "conf.d", "60-more.toml"), []byte("version = 3\n"+more), 0o600); err != nil {
+			return err
 		}
 	}
-	return c, l.RestartContainerd(ctx, c)
+	if c.daemon != nil {
+		if err := c.daemon.writeExample(filepath.Join(dir, "conf.d", "50-clip.toml")); err != nil {
+			return err
+		}
+	}
+	return l.RestartContainerd(ctx, c)
 }
 
 // writeExample writes what config.toml.example tells an administrator to write, with the daemon's own paths.
@@ -96,7 +113,7 @@ func (l *Lab) RestartContainerd(ctx context.Context, c *Containerd) error {
 		_, err = c.client.Version(ctx)
 		return err
 	}
-	process, err := l.start(ctx, c.Name, ready, "containerd", "--config", c.configFile())
+	process, err := l.start(ctx, c.Name, ready, c.binary, "--config", c.configFile())
 	if err != nil {
 		return err
 	}
