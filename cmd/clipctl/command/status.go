@@ -21,9 +21,12 @@ import (
 func newStatusCommand(g *globals) *cobra.Command {
 	return &cobra.Command{
 		Use:   "status",
-		Short: "Show the image layers that the snapshotter has, which are lazy, and why others are not",
+		Short: "Show the images that were indexed by themselves, and the layers that the snapshotter has: which are lazy, and why others are not",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := showIndexed(cmd.Context(), g, cmd.OutOrStdout()); err != nil {
+				return err
+			}
 			return runStatus(cmd.Context(), g.clipAddress, cmd.OutOrStdout())
 		},
 	}

@@ -25,6 +25,7 @@ type Config struct {
 	LogLevel string         `toml:"log_level" comment:"trace, debug, info, warn or error"`
 	Discover DiscoverConfig `toml:"discover" comment:"where archives are looked for, besides <root>/archives/*.clip"`
 	Registry RegistryConfig `toml:"registry" comment:"how registries are reached"`
+	Watch    WatchConfig    `toml:"watch" comment:"images that are indexed as they come into containerd"`
 }
 
 // DiscoverConfig says where archives are looked for.
@@ -45,6 +46,7 @@ func DefaultConfig() Config {
 		LogLevel: "info",
 		Discover: DiscoverConfig{Referrers: true},
 		Registry: RegistryConfig{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}},
+		Watch:    defaultWatchConfig(),
 	}
 }
 
@@ -84,7 +86,7 @@ func (c Config) Validate() error {
 	if len(c.Address) > 107 {
 		return fmt.Errorf("address %q is longer than the 107 bytes a socket path may have", c.Address)
 	}
-	return nil
+	return c.validateWatch()
 }
 
 func newConfigCommand() *cobra.Command {

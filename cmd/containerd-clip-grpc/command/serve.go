@@ -43,11 +43,11 @@ func New() *cobra.Command {
 			return serve(cmd.Context(), c)
 		},
 	}
-	cmd.Flags().StringVar(&f.config, "config", "", "configuration file (default "+DefaultConfigPath+" if it exists)")
-	cmd.Flags().StringVar(&f.root, "root", "", "directory of all state")
-	cmd.Flags().StringVar(&f.address, "address", "", "socket to listen on")
-	cmd.Flags().StringVar(&f.logLevel, "log-level", "", "trace, debug, info, warn or error")
-	cmd.AddCommand(newConfigCommand())
+	cmd.PersistentFlags().StringVar(&f.config, "config", "", "configuration file (default "+DefaultConfigPath+" if it exists)")
+	cmd.PersistentFlags().StringVar(&f.root, "root", "", "directory of all state")
+	cmd.PersistentFlags().StringVar(&f.address, "address", "", "socket to listen on")
+	cmd.PersistentFlags().StringVar(&f.logLevel, "log-level", "", "trace, debug, info, warn or error")
+	cmd.AddCommand(newConfigCommand(), newWatchCommand(&f))
 	return cmd
 }
 
@@ -109,6 +109,15 @@ func serve(ctx context.Context, c Config) (err error) {
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
 	stopped := context.AfterFunc(ctx, server.Stop)
 	defer stopped()
+	if len(c.Watch.Rules) > 0 {
+		watching, stop := context.WithCancel(ctx)
+		ended, err := keepWatch(watching, c)
+		defer stop()
+		if err != nil {
+			return err
+		}
+		defer func() { stop(); <-ended }()
+	}
 	log.G(ctx).WithField("address", c.Address).WithField("root", c.Root).Info("containerd-clip-grpc is ready")
 	if err := server.Serve(l); err != nil && ctx.Err() == nil {
 		return err

@@ -1,0 +1,167 @@
+package command
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"time"
+
+	"github.com/containerd/log"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/beam-cloud/containerd-clip/plugin/index"
+	"github.com/beam-cloud/containerd-clip/plugin/watch"
+)
+
+// WatchConfig says which images are indexed as they come into containerd.
+type WatchConfig struct {
+	Containerd string      `toml:"containerd" comment:"containerd's socket"`
+	Namespaces []string    `toml:"namespaces" comment:"containerd's namespaces that are watched"`
+	Directory  string      `toml:"directory" comment:"where the actions index and both keep archives; empty is <root>/archives"`
+	CacheDir   string      `toml:"cache_dir" comment:"where indexes of layers are kept"`
+	Workers    int         `toml:"workers" comment:"layers that are indexed at the same time"`
+	Nice       int         `toml:"nice" comment:"niceness of indexing, 0 to 19"`
+	Rules      []WatchRule `toml:"rules" comment:"[[watch.rules]] tables with names, labels, platforms, action and storage_ref: docs/operating.md; without one nothing is watched"`
+}
+
+// WatchRule is a watch.Rule in the configuration file.
+type WatchRule struct {
+	Names      []string          `toml:"names"`
+	Labels     map[string]string `toml:"labels"`
+	Platforms  []string          `toml:"platforms"`
+	Action     string            `toml:"action"`
+	StorageRef string            `toml:"storage_ref"`
+}
+
+func defaultWatchConfig() WatchConfig {
+	return WatchConfig{
+		Containerd: "/run/containerd/containerd.sock",
+		Namespaces: []string{"default"},
+		CacheDir:   "/var/cache/containerd-clip",
+		Workers:    1,
+		Nice:       10,
+		Rules:      []WatchRule{},
+	}
+}
+
+// watchOptions are those that c describes, without a cache.
+func (c Config) watchOptions() watch.Options {
+	o := watch.Options{
+		Address: c.Watch.Containerd, Namespaces: c.Watch.Namespaces,
+		Directory: c.Watch.Directory, Index: index.Options{Workers: c.Watch.Workers},
+	}
+	if o.Directory == "" {
+		o.Directory = filepath.Join(c.Root, "archives")
+	}
+	for _, r := range c.Watch.Rules {
+		o.Rules = append(o.Rules, watch.Rule(r))
+	}
+	return o
+}
+
+// validateWatch checks what would else be found out in another process.
+func (c Config) validateWatch() error {
+	w := c.Watch
+	if len(w.Rules) == 0 {
+		return nil
+	}
+	if w.Workers < 1 || w.Nice < 0 || w.Nice > 19 {
+		return fmt.Errorf("watch: workers must be 1 or more and nice 0 to 19; they are %d and %d", w.Workers, w.Nice)
+	}
+	if _, err := watch.New(c.watchOptions()); err != nil {
+		return fmt.Errorf("watch: %w", err)
+	}
+	return nil
+}
+
+func newWatchCommand(f *flags) *cobra.Command {
+	return &cobra.Command{
+		Use:   "watch",
+		Short: "Only watch for images to index, without the snapshotter",
+		Long: `Index images as they come into containerd, as the rules in the section watch of
+the configuration say. The daemon starts this by itself when there are rules; a
+machine that only builds images can run it alone.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := f.load()
+			if err != nil {
+				return err
+			}
+			return runWatch(cmd.Context(), c)
+		},
+	}
+}
+
+func runWatch(ctx context.Context, c Config) error {
+	if len(c.Watch.Rules) == 0 {
+		return errors.New("there are no [[watch.rules]] in the configuration: nothing to watch for")
+	}
+	if err := log.SetLevel(c.LogLevel); err != nil {
+		return err
+	}
+	// All threads of the process group have to be named: niceness is a thread's.
+	if err := unix.Setpriority(unix.PRIO_PGRP, 0, c.Watch.Nice); err != nil {
+		log.G(ctx).WithError(err).Warn("cannot be nice")
+	}
+	cache, err := index.OpenCache(c.Watch.CacheDir, index.DefaultCacheSize)
+	if err != nil {
+		return err
+	}
+	o := c.watchOptions()
+	o.Index.Cache = cache
+	w, err := watch.New(o)
+	if err != nil {
+		return err
+	}
+	return w.Run(ctx)
+}
+
+// restartWatch is how long after its end the watcher is started again.
+const restartWatch = 5 * time.Second
+
+// keepWatch runs the watcher as a process of its own until ctx ends, and again
+// whenever it ends before: indexing must not be able to take the daemon's
+// memory or processors, or to end it. The channel is closed when all is over.
+func keepWatch(ctx context.Context, c Config) (<-chan struct{}, error) {
+	program, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	var config bytes.Buffer
+	if err := writeConfig(&config, c); err != nil {
+		return nil, err
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // Pdeathsig is about the thread that starts the process
+		defer runtime.UnlockOSThread()
+		for ctx.Err() == nil {
+			err := watchProcess(ctx, program, config.Bytes())
+			if ctx.Err() != nil {
+				return
+			}
+			log.G(ctx).WithError(err).Error("the process that watches for images ended; it is started again")
+			select {
+			case <-ctx.Done():
+			case <-time.After(restartWatch):
+			}
+		}
+	}()
+	return done, nil
+}
+
+func watchProcess(ctx context.Context, program string, config []byte) error {
+	cmd := exec.CommandContext(ctx, program, "watch", "--config", "/dev/stdin")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(config), os.Stdout, os.Stderr
+	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
+	cmd.WaitDelay = 5 * time.Second
+	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGTERM}
+	return cmd.Run()
+}

@@ -1,0 +1,171 @@
+package watch
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/containerd/platforms"
+
+	"github.com/beam-cloud/containerd-clip/plugin/export"
+	"github.com/beam-cloud/containerd-clip/plugin/index"
+	"github.com/beam-cloud/containerd-clip/plugin/publish"
+)
+
+const (
+	firstRetry = 2 * time.Second
+	lastRetry  = 5 * time.Minute
+	// quiet is how many failures in a row are nothing to tell: an image is in
+	// the store before its content is whole, and before it is pushed.
+	quiet = 2
+)
+
+// backoff is how long to wait after so many failures: twice as long each time,
+// and not the same for all.
+func backoff(attempt int) time.Duration {
+	d := lastRetry
+	if attempt < 8 {
+		d = min(firstRetry<<attempt, lastRetry)
+	}
+	return d*3/4 + rand.N(d/2)
+}
+
+// process does what a rule says with the image called k, if there is still
+// something to do, and labels the image with the result.
+func (w *Watcher) process(ctx context.Context, client *containerd.Client, k key, attempt int) again {
+	ctx = log.WithLogger(ctx, log.G(ctx).WithField("namespace", k.namespace).WithField("image", k.name))
+	image, err := client.ImageService().Get(ctx, k.name)
+	if errdefs.IsNotFound(err) {
+		return again{}
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("cannot look at the image")
+		return again{after: backoff(attempt), failed: true}
+	}
+	r, ok := w.match(image)
+	if !ok {
+		return again{}
+	}
+	at, err := r.reference(image.Name)
+	s := status{target: image.Target.Digest, plan: r.plan(at)}
+	if old := readStatus(image.Labels); old.sameWork(s) {
+		if old.err == "" || old.retry.IsZero() {
+			return again{}
+		}
+		if wait := time.Until(old.retry); wait > 0 {
+			return again{after: wait}
+		}
+	}
+	if err == nil {
+		s.archives, err = w.archives(ctx, client, image, r, at, s)
+	}
+	if ctx.Err() != nil {
+		return again{}
+	}
+	next := again{}
+	if err != nil {
+		s.err = err.Error()
+		if !errdefs.IsInvalidArgument(err) && !errdefs.IsDataLoss(err) {
+			next = again{after: backoff(attempt), failed: true}
+			s.retry = time.Now().Add(next.after)
+			if attempt < quiet {
+				log.G(ctx).WithError(err).WithField("retry", next.after).Debug("image cannot be indexed yet")
+				return next
+			}
+		}
+		log.G(ctx).WithError(err).WithField("retry", next.after).Warn("image is not indexed")
+	}
+	if err := s.write(ctx, client.ImageService(), image.Name); err != nil && !errdefs.IsNotFound(err) {
+		log.G(ctx).WithError(err).Warn("cannot label the image with what became of it")
+		return again{after: backoff(attempt), failed: true}
+	}
+	return next
+}
+
+// plan says in words what the rule does with an image: what is the same plan
+// for the same manifest is the same work.
+func (r rule) plan(at place) string {
+	return strings.Join([]string{r.action, r.selection.Name, at.repository}, " ")
+}
+
+// archives makes the archives of an image, by platform. What was made under
+// another of its names is taken from there.
+func (w *Watcher) archives(ctx context.Context, client *containerd.Client, image images.Image, r rule, at place, s status) (map[string]string, error) {
+	if made, err := siblings(ctx, client, image, s); err != nil || made != nil {
+		return made, err
+	}
+	source, err := export.FromStore(ctx, client, image.Name)
+	if err != nil {
+		return nil, err
+	}
+	defer source.Close()
+	manifests, err := source.Manifests(ctx, r.selection)
+	if err != nil {
+		return nil, err
+	}
+	made := map[string]string{}
+	for _, m := range manifests {
+		if made[platforms.Format(m.Platform)], err = w.archive(ctx, source, m, r, at.ref); err != nil {
+			return nil, err
+		}
+	}
+	return made, nil
+}
+
+// siblings returns the archives of an image that has the same work to do and
+// has it done; nil if there is none.
+func siblings(ctx context.Context, client *containerd.Client, image images.Image, s status) (map[string]string, error) {
+	same, err := client.ImageService().List(ctx, fmt.Sprintf("target.digest==%s", image.Target.Digest))
+	if err != nil {
+		return nil, err
+	}
+	for _, other := range same {
+		if old := readStatus(other.Labels); other.Name != image.Name && old.sameWork(s) && old.err == "" {
+			log.G(ctx).WithField("other", other.Name).Info("image was indexed under another name")
+			return old.archives, nil
+		}
+	}
+	return nil, nil
+}
+
+// archive makes the archive of one manifest. It returns the digest of the
+// artifact in the registry, or else the name of the file.
+func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.Manifest, r rule, ref string) (string, error) {
+	start := time.Now()
+	path := filepath.Join(w.opts.Directory, m.Descriptor.Digest.Encoded()+".clip")
+	if r.keep {
+		if err := os.MkdirAll(w.opts.Directory, 0o755); err != nil {
+			return "", err
+		}
+	} else {
+		dir, err := os.MkdirTemp("", "clip-watch-")
+		if err != nil {
+			return "", err
+		}
+		defer os.RemoveAll(dir)
+		path = filepath.Join(dir, "image.clip")
+	}
+	st, err := index.WriteArchive(ctx, source, m, ref, path, w.opts.Index)
+	if err != nil {
+		return "", err
+	}
+	made := path
+	if r.push {
+		id, _, err := publish.Push(ctx, path, ref)
+		if err != nil {
+			return "", err
+		}
+		made = id.String()
+	}
+	log.G(ctx).WithField("platform", platforms.Format(m.Platform)).WithField("archive", made).WithField("size", st.Size).
+		WithField("took", time.Since(start).Round(time.Millisecond)).Info("indexed")
+	return made, nil
+}

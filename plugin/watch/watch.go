@@ -1,0 +1,187 @@
+// Package watch indexes images as they come into containerd's store.
+//
+// A Watcher follows the image events of the namespaces it is told. An image
+// that a rule names is indexed once all its content is there, and its archive
+// kept as a file, pushed to its registry, or both. What became of it is said in
+// labels of the image; they are all the state there is. Events are not durable:
+// at the start, and whenever the stream of events was lost, all images are
+// looked at again.
+//
+// Images are worked on one after the other. An image with another name of one
+// that is done is not indexed again if its archive would go to the same place.
+//
+// The package does not say where images come from: a build, an import and a
+// pull are the same to it. It does not remove archives.
+package watch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	eventsapi "github.com/containerd/containerd/api/events"
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/events"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/log"
+	"github.com/containerd/typeurl/v2"
+
+	"github.com/beam-cloud/containerd-clip/plugin/index"
+)
+
+// Options configures a Watcher.
+type Options struct {
+	Address    string        // containerd's socket
+	Namespaces []string      // that are watched
+	Rules      []Rule        // the first that matches an image holds
+	Directory  string        // of archives that are kept
+	Index      index.Options // workers and cache
+}
+
+// Watcher indexes images as they come. New makes one.
+type Watcher struct {
+	opts  Options
+	rules []rule
+	queue *queue
+}
+
+// New checks the rules and returns a watcher, which does nothing until Run.
+func New(opts Options) (*Watcher, error) {
+	w := &Watcher{opts: opts, queue: newQueue()}
+	if len(opts.Namespaces) == 0 {
+		return nil, errors.New("no namespace to watch is named")
+	}
+	for i, r := range opts.Rules {
+		compiled, err := r.compile()
+		if err != nil {
+			return nil, fmt.Errorf("rule %d: %w", i+1, err)
+		}
+		if compiled.keep && opts.Directory == "" {
+			return nil, fmt.Errorf("rule %d keeps archives, and no directory for them is named", i+1)
+		}
+		w.rules = append(w.rules, compiled)
+	}
+	return w, nil
+}
+
+const (
+	// settle is how long an image must have been left alone before it is
+	// looked at: builds and pulls write it several times.
+	settle = time.Second
+	// reconnect is the longest time between two attempts to reach containerd.
+	reconnect = 15 * time.Second
+)
+
+// Run watches until ctx ends. It waits for a containerd that is not there yet,
+// or not there any more.
+func (w *Watcher) Run(ctx context.Context) error {
+	for wait := time.Second; ; wait = min(2*wait, reconnect) {
+		began := time.Now()
+		err := w.session(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		log.G(ctx).WithError(err).WithField("address", w.opts.Address).Warn("lost containerd's events; all images are looked at once it is back")
+		if time.Since(began) > reconnect {
+			wait = time.Second
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(wait):
+		}
+	}
+}
+
+// session watches over one connection, until that breaks.
+func (w *Watcher) session(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	client, err := containerd.New(w.opts.Address)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	stream, errs := client.Subscribe(ctx, w.filters()...) // before List: nothing falls between
+	if err := w.reconcile(ctx, client); err != nil {
+		return err
+	}
+	log.G(ctx).WithField("namespaces", w.opts.Namespaces).Info("watching for images to index")
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		w.work(ctx, client)
+	}()
+	defer func() { <-ended }()
+	defer cancel()
+	for {
+		select {
+		case e := <-stream:
+			w.handle(ctx, e)
+		case err := <-errs:
+			if err == nil {
+				err = errors.New("the stream of events ended")
+			}
+			return err
+		}
+	}
+}
+
+func (w *Watcher) filters() []string {
+	var all []string
+	for _, ns := range w.opts.Namespaces {
+		all = append(all, fmt.Sprintf(`namespace==%q,topic~="^/images/(create|update)$"`, ns))
+	}
+	return all
+}
+
+// reconcile queues all images that are there.
+func (w *Watcher) reconcile(ctx context.Context, client *containerd.Client) error {
+	for _, ns := range w.opts.Namespaces {
+		images, err := client.ImageService().List(namespaces.WithNamespace(ctx, ns))
+		if err != nil {
+			return fmt.Errorf("listing the images of namespace %s: %w", ns, err)
+		}
+		for _, image := range images {
+			if w.mayMatch(image.Name) {
+				w.queue.add(key{ns, image.Name}, time.Now())
+			}
+		}
+	}
+	return nil
+}
+
+// handle queues the image of an event.
+func (w *Watcher) handle(ctx context.Context, e *events.Envelope) {
+	event, err := typeurl.UnmarshalAny(e.Event)
+	if err != nil {
+		log.G(ctx).WithError(err).WithField("topic", e.Topic).Warn("event is not understood")
+		return
+	}
+	var name string
+	switch event := event.(type) {
+	case *eventsapi.ImageCreate:
+		name = event.Name
+	case *eventsapi.ImageUpdate:
+		name = event.Name
+	}
+	if w.mayMatch(name) {
+		w.queue.add(key{e.Namespace, name}, time.Now().Add(settle))
+	}
+}
+
+// work takes images from the queue, one after the other, until ctx ends.
+func (w *Watcher) work(ctx context.Context, client *containerd.Client) {
+	for {
+		k, attempt, ok := w.queue.next(ctx)
+		if !ok {
+			return
+		}
+		again := w.process(namespaces.WithNamespace(ctx, k.namespace), client, k, attempt)
+		if ctx.Err() != nil {
+			return // what was cut short is queued again by the next session
+		}
+		w.queue.done(k, again)
+	}
+}

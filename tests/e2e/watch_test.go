@@ -1,0 +1,262 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
+	containerdimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/opencontainers/go-digest"
+	"github.com/stretchr/testify/require"
+
+	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
+	"github.com/beam-cloud/containerd-clip/tests/internal/images"
+)
+
+const (
+	labelArchive = "cloud.beam.clip/archive.linux/" + runtime.GOARCH
+	labelError   = "cloud.beam.clip/error"
+	labelRetry   = "cloud.beam.clip/retry"
+)
+
+// watched is a world whose builder is watched: what is called auto/* in the registry is pushed to it, and
+// example.com/kept/* is kept, for the registry's kept/*.
+type watched struct {
+	*world
+	watcher   *harness.Daemon
+	directory string
+}
+
+func newWatched(t *testing.T) *watched {
+	w := &watched{world: newWorld(t)}
+	w.directory = w.lab.Path("kept")
+	var err error
+	w.watcher, err = w.lab.StartDaemon(w.ctx, "watcher", fmt.Sprintf(`
+[watch]
+containerd = %q
+namespaces = ["default", "second"]
+directory = %q
+cache_dir = %q
+
+[[watch.rules]]
+names = [%q]
+action = "push"
+
+[[watch.rules]]
+names = ["example.com/kept/*"]
+action = "index"
+storage_ref = "%s/{{.Path}}:{{.Tag}}"
+
+[[watch.rules]]
+names = ["example.com/labelled/*"]
+labels = {clip = "auto"}
+action = "index"
+`, w.builder.Socket, w.directory, w.lab.Path("watch-cache"), w.registry.Ref("auto/*"), w.registry.Host()))
+	require.NoError(t, err)
+	return w
+}
+
+// label is a label of a builder's image; empty if there is no such label or image.
+func (w *watched) label(ref, label string) string {
+	image, err := w.builder.Client().ImageService().Get(w.ctx, ref)
+	if err != nil {
+		return ""
+	}
+	return image.Labels[label]
+}
+
+// requireArchive waits until an image is labelled with its archive, and returns the label.
+func (w *watched) requireArchive(ref string) string {
+	w.Helper()
+	w.eventually("an archive of "+ref, func() bool { return w.label(ref, labelArchive) != "" })
+	require.Empty(w, w.label(ref, labelError))
+	require.Empty(w, w.label(ref, labelRetry))
+	return w.label(ref, labelArchive)
+}
+
+// requireKept waits for an archive in a file, and checks what it is of.
+func (w *watched) requireKept(ref, storageRef string) {
+	w.Helper()
+	file := w.requireArchive(ref)
+	require.Equal(w, w.directory, filepath.Dir(file))
+	a, err := archive.OpenFile(file)
+	require.NoError(w, err)
+	defer a.Close()
+	require.Equal(w, w.subject(ref, runtime.GOARCH).Digest, a.Info().Descriptor.Digest)
+	require.Equal(w, storageRef, a.Info().StorageRef)
+}
+
+// requireLazy pulls an image on the worker: its archive is in the registry.
+func (w *watched) requireLazy(ref string) {
+	w.Helper()
+	var layers []string
+	for _, l := range w.manifest(w.builder, ref).Layers {
+		layers = append(layers, l.Digest.String())
+	}
+	require.Empty(w, w.pull(w.worker, lazy, ref).Gets(layers...))
+}
+
+// indexed counts how often an image was indexed under a name.
+func (w *watched) indexed(ref string) (n int) {
+	for line := range strings.Lines(w.watcher.Log()) {
+		if strings.Contains(line, indexing) && strings.Contains(line, ref) {
+			n++
+		}
+	}
+	return n
+}
+
+// TestWatchBuildkit builds, and nothing more: the archive is in the registry, and a worker runs the image lazily.
+func TestWatchBuildkit(t *testing.T) {
+	w := newWatched(t)
+	base := w.ref(images.SmallName)
+	dir := w.dockerfile("FROM " + base + "\nRUN echo built > /app/name\nCOPY Dockerfile /opaque/\n")
+	built := w.registry.Ref("auto/built:1")
+	b, err := w.lab.StartBuildkit(w.ctx, "buildkit", w.builder, eager, w.registry)
+	require.NoError(t, err)
+	_, err = b.BuildWith(w.ctx, dir, "type=image,name="+built+",push=true")
+	require.NoError(t, err)
+	require.True(t, strings.HasPrefix(w.requireArchive(built), "sha256:"))
+	w.requireLazy(built)
+	require.Equal(t, "hello from built\n", w.run(w.worker, lazy, built, "sh", "/app/run.sh"))
+
+	// The OCI worker's images are in no containerd. nerdctl has it write a tar, imports that, and unpacks.
+	oci, err := w.lab.StartBuildkitOCI(w.ctx, "buildkit-oci", w.registry)
+	require.NoError(t, err)
+	const name = "example.com/kept/oci:1"
+	file := w.lab.Path("built.tar")
+	_, err = oci.BuildWith(w.ctx, dir, "type=docker,name="+name+",dest="+file)
+	require.NoError(t, err)
+	f, err := os.Open(file)
+	require.NoError(t, err)
+	defer f.Close()
+	imported, err := w.builder.Client().Import(w.ctx, f)
+	require.NoError(t, err)
+	require.Len(t, imported, 1)
+	require.NoError(t, containerd.NewImage(w.builder.Client(), imported[0]).Unpack(w.ctx, eager))
+	w.requireKept(name, w.registry.Ref("kept/oci:1"))
+}
+
+// TestWatchImages has images come in every other way.
+func TestWatchImages(t *testing.T) {
+	w := newWatched(t)
+	client := w.builder.Client()
+
+	// A tag, and then a push: it is indexed before, and pushed after.
+	pushed := w.registry.Ref("auto/app:1")
+	w.ctr(w.builder, "image", "tag", images.SmallName, pushed)
+	w.eventually("the reason", func() bool { return w.label(pushed, labelError) != "" })
+	require.Contains(t, w.label(pushed, labelError), "push the image first")
+	require.NotEmpty(t, w.label(pushed, labelRetry))
+	w.ctr(w.builder, "image", "push", pushed)
+	id := w.requireArchive(pushed)
+	w.requireLazy(pushed)
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, pushed, "sh", "/app/run.sh"))
+
+	// More names of it in that repository are no more work.
+	second := w.registry.Ref("auto/app:2")
+	before := w.indexed("auto/app")
+	w.ctr(w.builder, "image", "tag", pushed, second)
+	require.Equal(t, id, w.requireArchive(second))
+	w.ctr(w.builder, "image", "label", second, "other=label")
+	w.ctr(w.builder, "image", "tag", "--force", pushed, second)
+	require.Equal(t, id, w.requireArchive(second))
+	require.Equal(t, before, w.indexed("auto/app"))
+
+	// A name that moves is another image.
+	w.ctr(w.builder, "image", "tag", "--force", w.ref(images.SiblingName), second)
+	w.ctr(w.builder, "image", "push", second)
+	w.eventually("another archive", func() bool { l := w.label(second, labelArchive); return l != "" && l != id })
+	w.requireLazy(second)
+
+	// Pull and import, in another namespace too.
+	w.ctr(w.builder, "image", "rm", w.ref(images.BaseName))
+	pulledRef := w.registry.Ref("auto/pulled:1")
+	w.ctr(w.builder, "image", "tag", images.BaseName, pulledRef)
+	w.ctr(w.builder, "image", "push", pulledRef)
+	ctx := namespaces.WithNamespace(w.ctx, "second")
+	w.ctrIn(ctx, w.builder, "image", "pull", pulledRef)
+	w.eventually("an archive", func() bool {
+		image, err := client.ImageService().Get(ctx, pulledRef)
+		return err == nil && image.Labels[labelArchive] != ""
+	})
+	const kept = "example.com/kept/imported:1"
+	layout, file := w.lab.Path("one"), w.lab.Path("one.tar")
+	_, err := w.builder.Clipctl(w.ctx, "export", images.SmallName, file, "--name", kept)
+	require.NoError(t, err)
+	w.ctr(w.builder, "image", "import", file)
+	w.requireKept(kept, w.registry.Ref("kept/imported:1"))
+	require.NoDirExists(t, layout)
+
+	// What no rule names is left alone; a label may be what names it.
+	const labelled = "example.com/labelled/app:1"
+	w.ctr(w.builder, "image", "tag", images.ZstdName, labelled)
+	w.ctr(w.builder, "image", "tag", images.ZstdName, "example.com/kept/last:1")
+	w.requireKept("example.com/kept/last:1", w.registry.Ref("kept/last:1"))
+	require.Empty(t, w.label(labelled, labelArchive))
+	w.ctr(w.builder, "image", "label", labelled, "clip=auto")
+	w.requireKept(labelled, labelled)
+	require.Empty(t, w.label(images.ZstdName, labelArchive))
+
+	status, err := w.builder.Clipctl(w.ctx, "status", "--clip-address", w.watcher.Socket)
+	require.NoError(t, err)
+	require.Regexp(t, "auto/app:1 .*"+id[:19], status.Stdout)
+}
+
+// TestWatchIncomplete has an image in the store before its layers are, as BuildKit publishes it.
+func TestWatchIncomplete(t *testing.T) {
+	w := newWatched(t)
+	client := w.builder.Client()
+	ctx, done, err := client.WithLease(w.ctx, leases.WithRandomID())
+	require.NoError(t, err)
+	defer func() { require.NoError(t, done(ctx)) }()
+	layer := w.manifest(w.builder, images.SiblingName).Layers[3]
+	b, err := content.ReadBlob(ctx, client.ContentStore(), layer)
+	require.NoError(t, err)
+	require.NoError(t, client.ContentStore().Delete(ctx, layer.Digest))
+	const name = "example.com/kept/early:1"
+	_, err = client.ImageService().Create(ctx, containerdimages.Image{Name: name, Target: w.image(w.builder, images.SiblingName).Target})
+	require.NoError(t, err)
+	w.eventually("the reason", func() bool { return strings.Contains(w.label(name, labelError), layer.Digest.String()) })
+	require.Zero(t, w.indexed(name))
+	require.NoError(t, content.WriteBlob(ctx, client.ContentStore(), "late", strings.NewReader(string(b)), layer))
+	require.Equal(t, layer.Digest, digest.FromBytes(b))
+	w.requireKept(name, w.registry.Ref("kept/early:1"))
+	require.Equal(t, 1, w.indexed(name))
+}
+
+// TestWatchInterrupted has registry, watcher and containerd away, by turns. What was missed is made up for.
+func TestWatchInterrupted(t *testing.T) {
+	w := newWatched(t)
+	first := w.registry.Ref("auto/first:1")
+	w.ctr(w.builder, "image", "tag", images.SmallName, first)
+	w.ctr(w.builder, "image", "push", first)
+	require.NoError(t, w.registry.SwitchOff())
+	w.ctr(w.builder, "image", "label", first, "cloud.beam.clip/target=")
+	w.eventually("the reason", func() bool { return w.label(first, labelError) != "" || w.label(first, labelArchive) != "" })
+	require.NoError(t, w.registry.SwitchOn())
+	w.requireArchive(first)
+
+	require.NoError(t, w.watcher.Stop())
+	const missed = "example.com/kept/missed:1"
+	w.ctr(w.builder, "image", "tag", images.SmallName, missed)
+	indexed := w.indexed(first)
+	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.watcher))
+	w.requireKept(missed, w.registry.Ref("kept/missed:1"))
+	require.Equal(t, indexed, w.indexed(first), "what is done is not done again")
+
+	w.builder.Kill()
+	require.NoError(t, w.lab.RestartContainerd(w.ctx, w.builder))
+	const after = "example.com/kept/after:1"
+	w.ctr(w.builder, "image", "tag", w.ref(images.SiblingName), after)
+	w.requireKept(after, w.registry.Ref("kept/after:1"))
+	require.Equal(t, indexed, w.indexed(first))
+}
