@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/beam-cloud/containerd-clip/plugin/export"
 	"github.com/beam-cloud/containerd-clip/plugin/index"
@@ -113,7 +114,7 @@ func (w *Watcher) archives(ctx context.Context, client *containerd.Client, image
 	}
 	made := map[string]string{}
 	for _, m := range manifests {
-		if made[platforms.Format(m.Platform)], err = w.archive(ctx, source, m, r, at.ref); err != nil {
+		if made[platforms.Format(m.Platform)], err = w.archive(ctx, source, m, r, at); err != nil {
 			return nil, err
 		}
 	}
@@ -138,9 +139,9 @@ func siblings(ctx context.Context, client *containerd.Client, image images.Image
 
 // archive makes the archive of one manifest. It returns the digest of the
 // artifact in the registry, or else the name of the file.
-func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.Manifest, r rule, ref string) (string, error) {
+func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.Manifest, r rule, at place) (string, error) {
 	start := time.Now()
-	path := filepath.Join(w.opts.Directory, m.Descriptor.Digest.Encoded()+".clip")
+	path := filepath.Join(w.opts.Directory, fileName(at.repository, m.Descriptor.Digest))
 	if r.keep {
 		if err := os.MkdirAll(w.opts.Directory, 0o755); err != nil {
 			return "", err
@@ -153,13 +154,13 @@ func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.M
 		defer os.RemoveAll(dir)
 		path = filepath.Join(dir, "image.clip")
 	}
-	st, err := index.WriteArchive(ctx, source, m, ref, path, w.opts.Index)
+	st, err := index.WriteArchive(ctx, source, m, at.ref, path, w.opts.Index)
 	if err != nil {
 		return "", err
 	}
 	made := path
 	if r.push {
-		id, _, err := publish.Push(ctx, path, ref)
+		id, _, err := publish.Push(ctx, path, at.ref)
 		if err != nil {
 			return "", err
 		}
@@ -168,4 +169,13 @@ func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.M
 	log.G(ctx).WithField("platform", platforms.Format(m.Platform)).WithField("archive", made).WithField("size", st.Size).
 		WithField("took", time.Since(start).Round(time.Millisecond)).Info("indexed")
 	return made, nil
+}
+
+// fileName is of an archive that is kept: readable, and one for each manifest
+// and repository.
+func fileName(repository string, manifest digest.Digest) string {
+	const readable = 100 // bytes; a name may have 255
+	name := strings.ReplaceAll(repository, "/", "_")
+	name = name[max(0, len(name)-readable):]
+	return name + "-" + digest.FromString(repository + "@" + manifest.String()).Encoded()[:32] + ".clip"
 }

@@ -73,9 +73,12 @@ func (r Rule) compile() (rule, error) {
 	if c.storageRef, err = template.New("storage_ref").Option("missingkey=error").Parse(text); err != nil {
 		return c, err
 	}
-	_, err = c.reference("registry.example.com/team/app:1")
+	_, err = c.reference(example)
 	return c, err
 }
+
+// example is a name with all that a name can have, to try a template with.
+const example = "registry.example.com/team/app:1@sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 func selection(names []string) (export.Selection, error) {
 	if len(names) == 0 {

@@ -189,12 +189,11 @@ func TestWatchImages(t *testing.T) {
 		return err == nil && image.Labels[labelArchive] != ""
 	})
 	const kept = "example.com/kept/imported:1"
-	layout, file := w.lab.Path("one"), w.lab.Path("one.tar")
+	file := w.lab.Path("one.tar")
 	_, err := w.builder.Clipctl(w.ctx, "export", images.SmallName, file, "--name", kept)
 	require.NoError(t, err)
 	w.ctr(w.builder, "image", "import", file)
 	w.requireKept(kept, w.registry.Ref("kept/imported:1"))
-	require.NoDirExists(t, layout)
 
 	// What no rule names is left alone; a label may be what names it.
 	const labelled = "example.com/labelled/app:1"
@@ -204,6 +203,7 @@ func TestWatchImages(t *testing.T) {
 	require.Empty(t, w.label(labelled, labelArchive))
 	w.ctr(w.builder, "image", "label", labelled, "clip=auto")
 	w.requireKept(labelled, labelled)
+	w.requireKept("example.com/kept/last:1", w.registry.Ref("kept/last:1"))
 	require.Empty(t, w.label(images.ZstdName, labelArchive))
 
 	status, err := w.builder.Clipctl(w.ctx, "status", "--clip-address", w.watcher.Socket)

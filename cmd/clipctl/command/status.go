@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/proxy"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
+	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -61,7 +62,7 @@ func runStatus(ctx context.Context, address string, stdout io.Writer) error {
 			size(usage.Size), info.Labels[discover.LabelNotLazy])
 		return err
 	})
-	if err != nil {
+	if err != nil && !errdefs.IsNotFound(err) { // that is a snapshotter that was never used
 		return fmt.Errorf("asking the daemon at %s: %w", address, err)
 	}
 	return w.Flush()

@@ -169,3 +169,37 @@ func TestUnknownArguments(t *testing.T) {
 	_, err = run(t, "--surprise")
 	require.ErrorContains(t, err, "surprise")
 }
+
+func TestWatchConfig(t *testing.T) {
+	text := "[watch]\nnamespaces = ['default', 'k8s.io']\n[[watch.rules]]\nnames = ['a/*']\naction = 'both'\nlabels = {x = 'y'}\nplatforms = ['all']\nstorage_ref = 'r.example.com/{{.Path}}:{{.Tag}}'\n"
+	c, err := LoadConfig(writeFile(t, text))
+	require.NoError(t, err)
+	require.NoError(t, c.Validate())
+	require.Equal(t, []WatchRule{{
+		Names: []string{"a/*"}, Labels: map[string]string{"x": "y"}, Platforms: []string{"all"},
+		Action: "both", StorageRef: "r.example.com/{{.Path}}:{{.Tag}}",
+	}}, c.Watch.Rules)
+	o := c.watchOptions()
+	require.Equal(t, "/var/lib/containerd-clip-grpc/archives", o.Directory)
+	require.Equal(t, []string{"default", "k8s.io"}, o.Namespaces)
+
+	// What the daemon tells the process that watches is what it was told.
+	var b bytes.Buffer
+	require.NoError(t, writeConfig(&b, c))
+	again, err := LoadConfig(writeFile(t, b.String()))
+	require.NoError(t, err)
+	require.Equal(t, c, again)
+
+	for broken, message := range map[string]string{
+		strings.Replace(text, "both", "all", 1):                         `watch: rule 1: action "all"`,
+		strings.Replace(text, "'default', 'k8s.io'", "", 1):             "watch: no namespace",
+		strings.Replace(text, "[watch]\n", "[watch]\nnice = -1\n", 1):   "nice",
+		strings.Replace(text, "[watch]\n", "[watch]\nworkers = 0\n", 1): "workers",
+	} {
+		c, err := LoadConfig(writeFile(t, broken))
+		require.NoError(t, err)
+		require.ErrorContains(t, c.Validate(), message)
+	}
+	_, err = run(t, "watch", "--config", writeFile(t, "[watch]\nnamespaces = ['default']\n"))
+	require.ErrorContains(t, err, "[[watch.rules]]")
+}

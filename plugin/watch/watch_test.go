@@ -1,0 +1,244 @@
+package watch
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/stretchr/testify/require"
+)
+
+func TestNewRefuses(t *testing.T) {
+	push := Rule{Action: "push"}
+	for name, c := range map[string]struct {
+		opts    Options
+		message string
+	}{
+		"no namespace":     {Options{Rules: []Rule{push}}, "no namespace"},
+		"no action":        {Options{Namespaces: []string{"default"}, Rules: []Rule{push, {}}}, `rule 2: action ""`},
+		"unknown action":   {Options{Namespaces: []string{"default"}, Rules: []Rule{{Action: "pull"}}}, `action "pull" is none of`},
+		"no directory":     {Options{Namespaces: []string{"default"}, Rules: []Rule{{Action: "both"}}}, "rule 1 keeps archives"},
+		"bad platform":     {Options{Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", Platforms: []string{"a/b/c/d"}}}}, `platform "a/b/c/d"`},
+		"bad template":     {Options{Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", StorageRef: "{{.Name"}}}, "storage_ref"},
+		"unknown field":    {Options{Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", StorageRef: "{{.Image}}"}}}, "Image"},
+		"not a reference":  {Options{Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", StorageRef: "Not A Ref"}}}, "Not A Ref"},
+		"all that is good": {Options{Namespaces: []string{"default"}, Rules: []Rule{push, {Action: "index", Platforms: []string{"all"}}}, Directory: "/d"}, ""},
+	} {
+		_, err := New(c.opts)
+		if c.message == "" {
+			require.NoError(t, err, name)
+			continue
+		}
+		require.ErrorContains(t, err, c.message, name)
+	}
+}
+
+func compiled(t *testing.T, r Rule) rule {
+	t.Helper()
+	if r.Action == "" {
+		r.Action = "push"
+	}
+	c, err := r.compile()
+	require.NoError(t, err)
+	return c
+}
+
+func TestMatch(t *testing.T) {
+	for _, c := range []struct {
+		rule  Rule
+		name  string
+		label map[string]string
+		want  bool
+	}{
+		{Rule{}, "example.com/app:1", nil, true},
+		{Rule{Names: []string{"example.com/*"}}, "example.com/a/b:1", nil, true},
+		{Rule{Names: []string{"other/*", "*:1"}}, "example.com/a/b:1", nil, true},
+		{Rule{Names: []string{"example.com/*"}}, "exampleXcom/a", nil, false},
+		{Rule{Names: []string{"example.com/*"}}, "my.example.com/a", nil, false},
+		{Rule{Names: []string{"example.com/a"}}, "example.com/a:1", nil, false},
+		{Rule{Labels: map[string]string{"clip": "auto"}}, "a:1", map[string]string{"clip": "auto"}, true},
+		{Rule{Labels: map[string]string{"clip": "auto"}}, "a:1", map[string]string{"clip": "no"}, false},
+		{Rule{Labels: map[string]string{"clip": ""}}, "a:1", map[string]string{"clip": "no"}, true},
+		{Rule{Labels: map[string]string{"clip": ""}}, "a:1", nil, false},
+		{Rule{}, "sha256:" + strings.Repeat("a", 64), nil, false},
+		{Rule{}, "overlayfs@sha256:0123", nil, false},
+		{Rule{}, "import-2026-11-23@sha256:0123", nil, false},
+		{Rule{}, "example.com/app:1-tmp-reduced-platform", nil, false},
+		{Rule{}, "example.com/app:1-tmp-esgz", nil, false},
+	} {
+		w := &Watcher{rules: []rule{compiled(t, c.rule)}}
+		_, ok := w.match(images.Image{Name: c.name, Labels: c.label})
+		require.Equal(t, c.want, ok, "%+v %s", c.rule, c.name)
+		if ok {
+			require.True(t, w.mayMatch(c.name))
+		}
+	}
+	w := &Watcher{rules: []rule{compiled(t, Rule{Names: []string{"a*"}, Action: "push"}), compiled(t, Rule{Action: "index"})}}
+	first, _ := w.match(images.Image{Name: "app:1"})
+	second, _ := w.match(images.Image{Name: "other:1"})
+	require.Equal(t, []string{"push", "index"}, []string{first.action, second.action}, "the first rule that matches holds")
+}
+
+func TestReference(t *testing.T) {
+	sha := "sha256:" + strings.Repeat("a", 64)
+	for _, c := range []struct{ text, name, ref, repository string }{
+		{"", "example.com/team/app:1", "example.com/team/app:1", "example.com/team/app"},
+		{"", "example.com/team/app@" + sha, "example.com/team/app@" + sha, "example.com/team/app"},
+		{"registry.local:5000/{{.Path}}:{{.Tag}}", "docker.io/library/app:2", "registry.local:5000/library/app:2", "registry.local:5000/library/app"},
+		{"registry.local/{{.Domain}}/{{.Path}}@{{.Digest}}", "example.com/app@" + sha, "registry.local/example.com/app@" + sha, "registry.local/example.com/app"},
+	} {
+		got, err := compiled(t, Rule{StorageRef: c.text}).reference(c.name)
+		require.NoError(t, err, c.name)
+		require.Equal(t, place{c.ref, c.repository}, got)
+	}
+	_, err := compiled(t, Rule{}).reference("Not A Name")
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+	_, err = compiled(t, Rule{StorageRef: "registry.local/{{.Path}}:{{.Tag}}"}).reference("example.com/app@" + sha)
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument, "no tag")
+}
+
+func TestSelection(t *testing.T) {
+	amd64, arm64 := platforms.MustParse("linux/amd64"), platforms.MustParse("linux/arm64")
+	s, err := selection([]string{"linux/amd64", "linux/arm64"})
+	require.NoError(t, err)
+	require.True(t, s.All && s.Match.Match(amd64) && s.Match.Match(arm64))
+	require.False(t, s.Match.Match(platforms.MustParse("linux/riscv64")))
+	s, err = selection(nil)
+	require.NoError(t, err)
+	require.False(t, s.All)
+	require.Equal(t, platforms.DefaultString(), s.Name)
+}
+
+func TestQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		q, start := newQueue(), time.Now()
+		a, b := key{"ns", "a"}, key{"ns", "b"}
+		q.add(a, start.Add(3*time.Second))
+		q.add(b, start.Add(2*time.Second))
+		q.add(a, start.Add(time.Second))
+		type taken struct {
+			key
+			at time.Duration
+		}
+		var got []taken
+		for range 2 {
+			k, attempt, ok := q.next(t.Context())
+			require.True(t, ok)
+			require.Zero(t, attempt)
+			got = append(got, taken{k, time.Since(start)})
+		}
+		require.Equal(t, []taken{{a, time.Second}, {b, 2 * time.Second}}, got)
+
+		// Something added while next waits, and failures.
+		go func() {
+			time.Sleep(time.Minute)
+			q.add(b, time.Now())
+		}()
+		for attempt := range 3 {
+			k, n, ok := q.next(t.Context())
+			require.True(t, ok)
+			require.Equal(t, b, k)
+			require.Equal(t, attempt, n)
+			q.done(k, again{after: time.Second, failed: attempt < 2})
+		}
+		_, n, _ := q.next(t.Context())
+		require.Equal(t, 2, n, "a wait that is no failure forgets none")
+		q.done(b, again{})
+		require.Empty(t, q.tries)
+
+		// What came while it was worked on comes first.
+		q.add(a, time.Now())
+		k, _, _ := q.next(t.Context())
+		q.add(a, time.Now().Add(time.Second))
+		q.done(k, again{after: time.Hour, failed: true})
+		before := time.Now()
+		k, n, _ = q.next(t.Context())
+		require.Equal(t, a, k)
+		require.Equal(t, 1, n)
+		require.Equal(t, time.Second, time.Since(before))
+
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		_, _, ok := q.next(ctx)
+		require.False(t, ok)
+	})
+}
+
+func TestBackoff(t *testing.T) {
+	for attempt, most := range map[int]time.Duration{0: 3 * time.Second, 1: 5 * time.Second, 7: 320 * time.Second, 8: 375 * time.Second, 100000: 375 * time.Second} {
+		for range 100 {
+			d := backoff(attempt)
+			require.LessOrEqual(t, d, most, attempt)
+			require.GreaterOrEqual(t, d, most*5/10, attempt)
+		}
+	}
+}
+
+// record is an image store with one image.
+type record struct {
+	images.Store
+	image   images.Image
+	updates int
+}
+
+func (r *record) Get(context.Context, string) (images.Image, error) { return r.image, nil }
+
+func (r *record) Update(_ context.Context, image images.Image, paths ...string) (images.Image, error) {
+	r.updates++
+	for _, path := range paths {
+		label, ok := strings.CutPrefix(path, "labels.")
+		if !ok {
+			return image, errors.New("only labels may be changed")
+		}
+		if image.Labels[label] == "" {
+			delete(r.image.Labels, label)
+		} else {
+			r.image.Labels[label] = image.Labels[label]
+		}
+	}
+	return r.image, nil
+}
+
+func TestStatus(t *testing.T) {
+	target := digest.FromString("target")
+	r := &record{image: images.Image{Name: "a:1", Target: ocispec.Descriptor{Digest: target}, Labels: map[string]string{"mine": "yes"}}}
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	for _, s := range []status{
+		{target: target, plan: "push linux/amd64 example.com/app", err: "why", retry: at, archives: map[string]string{}},
+		{target: target, plan: "push linux/amd64 example.com/app", archives: map[string]string{"linux/arm/v7": "sha256:1", "linux/amd64": "sha256:2"}},
+		{target: target, plan: "index any example.com/app", archives: map[string]string{"linux/amd64": "/file"}},
+	} {
+		require.NoError(t, s.write(t.Context(), r, "a:1"))
+		require.Equal(t, s, readStatus(r.image.Labels))
+		require.Equal(t, "yes", r.image.Labels["mine"])
+		before := r.updates
+		require.NoError(t, s.write(t.Context(), r, "a:1"))
+		require.Equal(t, before, r.updates, "nothing changed, nothing written: an update would be an event")
+	}
+	long := status{target: target, err: strings.Repeat("ä", 5000)}
+	require.NoError(t, long.write(t.Context(), r, "a:1"))
+	require.Less(t, len(r.image.Labels[LabelError]), 1100)
+	require.False(t, status{target: target, plan: "a"}.sameWork(status{target: target, plan: "b"}))
+}
+
+func TestFileName(t *testing.T) {
+	one, two := digest.FromString("1"), digest.FromString("2")
+	names := map[string]bool{}
+	for _, repository := range []string{"example.com/a", "example.com/b", "example.com/" + strings.Repeat("a/", 150) + "a"} {
+		for _, d := range []digest.Digest{one, two} {
+			name := fileName(repository, d)
+			require.Less(t, len(name), 160)
+			require.NotContains(t, name, "/")
+			names[name] = true
+		}
+	}
+	require.Len(t, names, 6)
+}
