@@ -181,7 +181,15 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 // Walk implements snapshots.Snapshotter.
 func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
 	return s.meta.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return storage.WalkInfo(ctx, fn, filters...)
+		called := false
+		err := storage.WalkInfo(ctx, func(ctx context.Context, info snapshots.Info) error {
+			called = true
+			return fn(ctx, info)
+		}, filters...)
+		if errdefs.IsNotFound(err) && !called {
+			return nil // nothing was ever stored
+		}
+		return err
 	})
 }
 

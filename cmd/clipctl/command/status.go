@@ -11,7 +11,6 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/proxy"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
-	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -62,7 +61,7 @@ func runStatus(ctx context.Context, address string, stdout io.Writer) error {
 			size(usage.Size), info.Labels[discover.LabelNotLazy])
 		return err
 	})
-	if err != nil && !errdefs.IsNotFound(err) { // that is a snapshotter that was never used
+	if err != nil {
 		return fmt.Errorf("asking the daemon at %s: %w", address, err)
 	}
 	return w.Flush()
