@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -15,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
@@ -259,4 +261,59 @@ func TestWatchInterrupted(t *testing.T) {
 	w.ctr(w.builder, "image", "tag", w.ref(images.SiblingName), after)
 	w.requireKept(after, w.registry.Ref("kept/after:1"))
 	require.Equal(t, indexed, w.indexed(first))
+}
+
+// TestWatchProcess has the process that indexes die, and the daemon die: the one is started again, and does not outlive
+// the other.
+func TestWatchProcess(t *testing.T) {
+	w := newWatched(t)
+	const first, second = "example.com/kept/first:1", "example.com/kept/second:1"
+	w.ctr(w.builder, "image", "tag", images.SmallName, first)
+	w.requireKept(first, w.registry.Ref("kept/first:1"))
+	child := children(t, w.watcher.Pid())
+	require.Len(t, child, 1)
+	for _, thread := range threads(t, child[0]) {
+		nice, err := unix.Getpriority(unix.PRIO_PROCESS, thread)
+		require.NoError(t, err)
+		require.Equal(t, 20-10, nice, "niceness of every thread is 10")
+	}
+	require.NoError(t, unix.Kill(child[0], unix.SIGKILL))
+	w.ctr(w.builder, "image", "tag", w.ref(images.SiblingName), second)
+	w.requireKept(second, w.registry.Ref("kept/second:1"))
+	require.Equal(t, 1, w.indexed("kept/first"))
+
+	child = children(t, w.watcher.Pid())
+	require.Len(t, child, 1)
+	w.watcher.Kill()
+	w.eventually("the end of the process", func() bool { return unix.Kill(child[0], 0) != nil })
+}
+
+// children are the processes that a process started.
+func children(t *testing.T, pid int) (found []int) {
+	t.Helper()
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	require.NoError(t, err)
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		require.NoError(t, err)
+		for _, field := range strings.Fields(string(text)) {
+			child, err := strconv.Atoi(field)
+			require.NoError(t, err)
+			found = append(found, child)
+		}
+	}
+	return found
+}
+
+// threads are the ids of a process's threads.
+func threads(t *testing.T, pid int) (found []int) {
+	t.Helper()
+	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	require.NoError(t, err)
+	for _, e := range entries {
+		id, err := strconv.Atoi(e.Name())
+		require.NoError(t, err)
+		found = append(found, id)
+	}
+	return found
 }
