@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -325,4 +327,31 @@ func TestExport(t *testing.T) {
 	require.False(t, isTar(tarDirectory))
 	_, err = run(t, "content", "ensure", "example.com/app:1", "--address", filepath.Join(t.TempDir(), "s"))
 	require.ErrorContains(t, err, "is containerd running?")
+}
+
+func TestDownload(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/a.clip" {
+			http.NotFound(w, r)
+			return
+		}
+		_, err := w.Write([]byte("archive"))
+		require.NoError(t, err)
+	}))
+	t.Cleanup(server.Close)
+	t.Setenv("TMPDIR", t.TempDir())
+	file, err := download(t.Context(), server.URL+"/a.clip")
+	require.NoError(t, err)
+	b, err := os.ReadFile(file)
+	require.NoError(t, err)
+	require.Equal(t, "archive", string(b))
+	_, err = run(t, "load", server.URL+"/b.clip")
+	require.ErrorContains(t, err, "404")
+	missing := filepath.Join(t.TempDir(), "s")
+	_, err = run(t, "load", server.URL+"/a.clip", "--address", missing)
+	require.ErrorContains(t, err, missing)
+	require.NoError(t, os.Remove(file))
+	entries, err := os.ReadDir(os.Getenv("TMPDIR"))
+	require.NoError(t, err)
+	require.Empty(t, entries, "nothing is left behind")
 }

@@ -1,0 +1,100 @@
+package command
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/spf13/cobra"
+
+	"github.com/beam-cloud/containerd-clip/snapshotter/load"
+)
+
+type loadOptions struct {
+	name        string
+	snapshotter string
+}
+
+func newLoadCommand(g *globals) *cobra.Command {
+	var o loadOptions
+	cmd := &cobra.Command{
+		Use:   "load FILE|URL",
+		Short: "Make an image in containerd out of its archive alone",
+		Long: `Make an image in containerd out of its archive alone, without a request to the
+image's registry. The image has the digest that it was built with, and runs with
+the clip snapshotter; its files come from the registry when they are read.
+
+URL is http:// or https://.`,
+		Example: `  clipctl load app.clip && ctr run --snapshotter clip registry.example.com/team/app:1 app`,
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return runLoad(cmd.Context(), g, args[0], o, cmd.OutOrStdout())
+		},
+	}
+	cmd.Flags().StringVar(&o.name, "name", "", "name of the image (default: the reference that the archive stores)")
+	cmd.Flags().StringVar(&o.snapshotter, "snapshotter", "clip", "what containerd calls the clip snapshotter")
+	return cmd
+}
+
+func runLoad(ctx context.Context, g *globals, source string, o loadOptions, stdout io.Writer) error {
+	start := time.Now()
+	path := source
+	if strings.HasPrefix(source, "http://") || strings.HasPrefix(source, "https://") {
+		file, err := download(ctx, source)
+		if err != nil {
+			return fmt.Errorf("downloading %s: %w", source, err)
+		}
+		defer os.Remove(file)
+		path = file
+	}
+	ctx, client, err := g.connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	l, err := load.Load(ctx, client, o.snapshotter, path, o.name)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "loaded %s\t%s\t%d layers\t%.1fs\n", l.Name, l.Target.Digest, l.Layers, time.Since(start).Seconds())
+	return nil
+}
+
+// maxDownload bounds an archive, as the snapshotter does.
+const maxDownload = 2 << 30
+
+// download fetches url into a temporary file.
+func download(ctx context.Context, url string) (_ string, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return "", err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return "", fmt.Errorf("the server answers %s", resp.Status)
+	}
+	f, err := os.CreateTemp("", "clipctl-")
+	if err != nil {
+		return "", err
+	}
+	defer func() {
+		if err = errors.Join(err, f.Close()); err != nil {
+			os.Remove(f.Name())
+		}
+	}()
+	n, err := io.Copy(f, io.LimitReader(resp.Body, maxDownload+1))
+	if err == nil && n > maxDownload {
+		err = fmt.Errorf("it has more than %d bytes: %w", int64(maxDownload), errdefs.ErrInvalidArgument)
+	}
+	return f.Name(), err
+}
