@@ -57,7 +57,7 @@ func run(m *testing.M) (code int, err error) {
 	if fixture.registry, err = lab.StartBareRegistry(ctx); err != nil {
 		return 0, err
 	}
-	fixture.scratch = lab.Path()
+	fixture.scratch = lab.Dir
 	if err := push(ctx, images.BenchGzip); err != nil {
 		return 0, fmt.Errorf("pushing %s: %w", images.BenchGzip, err)
 	}

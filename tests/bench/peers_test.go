@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -16,6 +17,7 @@ import (
 	"github.com/klauspost/compress/flate"
 	kgzip "github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/beam-cloud/containerd-clip/archive"
@@ -162,22 +164,36 @@ func decompressAndHash(layers []ocispec.Descriptor, open engine) error {
 		if err != nil {
 			return err
 		}
-		blob, diff := sha256.New(), sha256.New()
-		r, err := open(io.TeeReader(f, blob))
-		if err == nil {
-			_, err = io.CopyBuffer(struct{ io.Writer }{diff}, struct{ io.Reader }{r}, make([]byte, 256<<10))
-		}
-		if err := f.Close(); err != nil {
-			return err
-		}
-		if err != nil {
-			return err
-		}
-		if got := fmt.Sprintf("%x", blob.Sum(nil)); got != l.Digest.Encoded() {
-			return fmt.Errorf("layer %s hashes to %s", l.Digest, got)
+		err = hashBoth(f, l.Digest, open)
+		if err := errors.Join(err, f.Close()); err != nil {
+			return fmt.Errorf("layer %s: %w", l.Digest, err)
 		}
 	}
 	return nil
 }
 
-func klauspostZstd(r io.Reader) (io.Reader, error) { return zstd.NewReader(r) }
+func hashBoth(compressed io.Reader, want digest.Digest, open engine) error {
+	blob, diff := sha256.New(), sha256.New()
+	r, err := open(io.TeeReader(compressed, blob))
+	if err != nil {
+		return err
+	}
+	if c, ok := r.(io.Closer); ok {
+		defer c.Close()
+	}
+	if _, err := io.CopyBuffer(struct{ io.Writer }{diff}, struct{ io.Reader }{r}, make([]byte, 256<<10)); err != nil {
+		return err
+	}
+	if got := digest.NewDigest(digest.SHA256, blob); got != want {
+		return fmt.Errorf("it hashes to %s", got)
+	}
+	return nil
+}
+
+func klauspostZstd(r io.Reader) (io.Reader, error) {
+	d, err := zstd.NewReader(r)
+	if err != nil {
+		return nil, err
+	}
+	return d.IOReadCloser(), nil
+}

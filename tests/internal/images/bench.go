@@ -47,7 +47,7 @@ END
 const benchNode = `mkdir -p /srv/web
 cd /srv/web
 NODE_EXTRA_CA_CERTS=/tmp/trusted.crt npm install --before=2024-11-01 --no-audit --no-fund \
-	typescript @babel/core @babel/preset-env webpack eslint lodash react
+	typescript @babel/core @babel/preset-env webpack eslint lodash react date-fns core-js
 ` + apt + " purge -y --auto-remove npm\n"
 
 func makeBench(ctx context.Context, work string) (dir string, err error) {
