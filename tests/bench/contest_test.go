@@ -73,7 +73,7 @@ func compare(b *testing.B, title string, n int64, contestants ...contestant) {
 			b.ReportMetric(cpuRatio, unit(c.name)+"-cpu-x")
 		}
 		t.add(c.name, decimals(medianOf(costs[i], wall)), decimals(cpuSeconds), fmt.Sprintf("%.0f", float64(n)/1e6/cpuSeconds),
-			decimals(wallRatio), decimals(cpuRatio), verdict("wall", wallRatio, c.wantWall)+verdict("CPU", cpuRatio, c.wantCPU))
+			decimals(wallRatio), decimals(cpuRatio), strings.TrimSpace(verdict("wall", wallRatio, c.wantWall)+" "+verdict("CPU", cpuRatio, c.wantCPU)))
 	}
 	report = append(report, t)
 }
@@ -94,9 +94,9 @@ func verdict(what string, got, want float64) string {
 	case want == 0:
 		return ""
 	case got < want:
-		return fmt.Sprintf("%s ≥ %.2f: **missed** ", what, want)
+		return fmt.Sprintf("%s ≥ %.2f: **missed**", what, want)
 	}
-	return fmt.Sprintf("%s ≥ %.2f: met ", what, want)
+	return fmt.Sprintf("%s ≥ %.2f: met", what, want)
 }
 
 func medianOf(costs []cost, of func(cost) float64) float64 {
@@ -150,6 +150,7 @@ const mark = "<!-- figures -->"
 // writeReport prints the tables, and puts them into the report file.
 func writeReport() error {
 	var text strings.Builder
+	fmt.Fprintf(&text, "Go %s, %s/%s, %d CPUs.\n\n", strings.TrimPrefix(runtime.Version(), "go"), runtime.GOOS, runtime.GOARCH, runtime.NumCPU())
 	for _, t := range report {
 		text.WriteString(t.String())
 	}

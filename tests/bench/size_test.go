@@ -25,13 +25,9 @@ func indexed(_ *archive.Image, _ archive.Stats, err error) error { return err }
 
 // imageTable describes an image by its layers; zstd are the same layers in another compression.
 func imageTable(img *archive.Image, zstd []ocispec.Descriptor) {
-	t := table{title: "The image", header: []string{"layer", "entries", "uncompressed", "gzip", "zstd"}}
+	t := table{title: "The image", header: []string{"layer", "entries", "uncompressed MB", "gzip MB", "zstd MB"}}
 	add := func(layer string, numbers []int64) {
-		row := []string{layer}
-		for _, n := range numbers {
-			row = append(row, fmt.Sprint(n))
-		}
-		t.add(row...)
+		t.add(layer, fmt.Sprint(numbers[0]), megabytes(numbers[1]), megabytes(numbers[2]), megabytes(numbers[3]))
 	}
 	all := make([]int64, 4)
 	for i, l := range img.Layers {
@@ -66,13 +62,13 @@ func sizeTable(b *testing.B, img *archive.Image, stats archive.Stats, ztocs int6
 	if err != nil {
 		b.Fatal(err)
 	}
-	t := table{title: "Size of the archive", header: []string{"part", "bytes", "% of the compressed image", "wanted"}}
+	t := table{title: "Size of the archive", header: []string{"part", "MB", "% of the compressed image", "wanted"}}
 	share := func(n int64) float64 { return 100 * float64(n) / float64(compressed) }
-	add := func(part string, n int64) { t.add(part, fmt.Sprint(n), decimals(share(n)), "") }
+	add := func(part string, n int64) { t.add(part, megabytes(n), decimals(share(n)), "") }
 	add("compressed image", compressed)
 	add("archive", stats.Size)
 	add("· what upstream CLIP reads", stats.Compat)
-	t.add("· ours", fmt.Sprint(stats.Sections), decimals(share(stats.Sections)), atMost(share(stats.Sections), 1))
+	t.add("· ours", megabytes(stats.Sections), decimals(share(stats.Sections)), atMost(share(stats.Sections), 1))
 	add("·· spans and seek points", spans)
 	add("··· windows", windows)
 	add("··· span digests", digests)
@@ -85,6 +81,8 @@ func sizeTable(b *testing.B, img *archive.Image, stats archive.Stats, ztocs int6
 	b.ReportMetric(share(stats.Compat), "%compat")
 	report = append(report, t)
 }
+
+func megabytes(n int64) string { return fmt.Sprintf("%.3f", float64(n)/1e6) }
 
 func atMost(got, want float64) string {
 	if got > want {
@@ -100,7 +98,7 @@ func seekPointTable(b *testing.B) {
 		b.Fatal(err)
 	}
 	t := table{title: "Distance of seek points", header: []string{
-		"MiB", "archive without CLIP's part", "% of the image", "windows", "python's start: MB", "in ranges", "one small file: kB",
+		"MiB", "our part of the archive: MB", "% of the image", "windows: MB", "python's start: MB", "in ranges", "one small file: kB",
 	}}
 	for _, distance := range []inflate.Out{512 << 10, 1 << 20, 2 << 20, 4 << 20} {
 		img, stats, err := clipctl(b.Context(), images.BenchGzip, index.Options{Layer: layer.Options{PointInterval: distance}})
@@ -122,8 +120,8 @@ func seekPointTable(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		t.add(decimals(float64(distance)/(1<<20)), fmt.Sprint(stats.Sections), decimals(100*float64(stats.Sections)/float64(compressed)),
-			fmt.Sprint(windows), fmt.Sprintf("%.1f", float64(all)/1e6), fmt.Sprint(ranges), fmt.Sprintf("%.0f", small/1e3))
+		t.add(decimals(float64(distance)/(1<<20)), megabytes(stats.Sections), decimals(100*float64(stats.Sections)/float64(compressed)),
+			megabytes(windows), megabytes(all), fmt.Sprint(ranges), fmt.Sprintf("%.0f", small/1e3))
 	}
 	report = append(report, t)
 }

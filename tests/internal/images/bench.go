@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -28,7 +29,7 @@ func Bench(ctx context.Context, cache string) (dir string, err error) {
 	return cached(cache, benchRecipe, func(work string) (string, error) { return makeBench(ctx, work) })
 }
 
-// BenchStart is a file of the layout: the paths that benchStart opens, one a line, as the layers name them.
+// BenchStart is a file in the layout: the paths that benchStart opens, one a line, as the layers name them.
 const BenchStart = "start.txt"
 
 // benchStart is a typical start. What it opens is left where no layer keeps it.
@@ -58,39 +59,30 @@ func makeBench(ctx context.Context, work string) (dir string, err error) {
 	if err := debian(ctx, work, steps...); err != nil {
 		return "", err
 	}
-	start, err := os.ReadFile(filepath.Join(work, "python", BenchStart))
-	if err == nil {
-		err = os.Remove(filepath.Join(work, "python", BenchStart))
-	}
-	if err != nil {
-		return "", err
-	}
-	var shared []func(io.Writer) error
-	for _, name := range []string{"base", "python", "node"} {
-		shared = append(shared, func(w io.Writer) error { return WriteUpper(w, filepath.Join(work, name)) })
-	}
 	layout, err := NewLayout(filepath.Join(work, "layout"))
 	if err != nil {
 		return "", err
 	}
-	if err := os.WriteFile(filepath.Join(layout.Dir, BenchStart), start, 0o644); err != nil {
+	if err := os.Rename(filepath.Join(work, "python", BenchStart), filepath.Join(layout.Dir, BenchStart)); err != nil {
 		return "", err
 	}
-	gzipped, err := addLayers(layout.AddLayer, append(shared, benchApp(1), benchApp(2))...)
+	upper := func(name string) func(io.Writer) error {
+		return func(w io.Writer) error { return WriteUpper(w, filepath.Join(work, name)) }
+	}
+	gzipped, err := addLayers(layout.AddLayer, upper("base"), upper("python"), upper("node"), benchApp(1), benchApp(2))
 	if err != nil {
 		return "", err
 	}
-	zstded, err := addLayers(layout.AddZstdLayer, append(shared, benchApp(1))...)
+	zstded, err := addLayers(layout.AddZstdLayer, upper("base"), upper("python"), upper("node"), benchApp(1))
 	if err != nil {
 		return "", err
 	}
-	top := len(shared)
 	for _, img := range []struct {
 		name   string
 		layers []Layer
 	}{
-		{BenchGzip, gzipped[:top+1]},
-		{BenchChanged, append(gzipped[:top:top], gzipped[top+1])},
+		{BenchGzip, gzipped[:4]},
+		{BenchChanged, append(slices.Clone(gzipped[:3]), gzipped[4])},
 		{BenchZstd, zstded},
 	} {
 		if _, err := layout.AddImage(img.name, ocispec.ImageConfig{Cmd: []string{"python3"}}, img.layers...); err != nil {

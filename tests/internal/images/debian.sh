@@ -37,8 +37,8 @@ stack() {
 		-o "lowerdir=$3,upperdir=$work/$1,workdir=$work/scratch-$1,redirect_dir=off,metacopy=off,index=off"
 	mount -t proc proc "$work/root/proc"
 	cp /etc/resolv.conf "$work/root/etc/resolv.conf"
-	# The authorities that this machine trusts, for programs that bring their own.
-	cp /etc/ssl/certs/ca-certificates.crt "$work/root/tmp/trusted.crt"
+	# The authorities that this machine trusts, for programs that bring their own list.
+	[ ! -e /etc/ssl/certs/ca-certificates.crt ] || cp /etc/ssl/certs/ca-certificates.crt "$work/root/tmp/trusted.crt"
 	# No service is to start in there.
 	printf '#!/bin/sh\nexit 101\n' >"$work/root/usr/sbin/policy-rc.d"
 	chmod 755 "$work/root/usr/sbin/policy-rc.d"
