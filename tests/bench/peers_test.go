@@ -25,6 +25,7 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/plugin/index"
 	"github.com/beam-cloud/containerd-clip/tests/bench/zlib"
+	"github.com/beam-cloud/containerd-clip/tests/internal/images"
 )
 
 // Distances of seek points, where a contestant makes them: ours at its default, SOCI's at its own.
@@ -120,6 +121,29 @@ func clipctl(ctx context.Context, image string, opts index.Options) (*archive.Im
 		err = fmt.Errorf("%d layers were not indexed", stats.NotLazy)
 	}
 	return img, stats, err
+}
+
+// indexAgain indexes the changed image with the cache in dir, which stays as it is.
+func indexAgain(ctx context.Context, dir string) error {
+	again, err := os.MkdirTemp(fixture.scratch, "cache-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(again)
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		if err := os.Link(filepath.Join(dir, f.Name()), filepath.Join(again, f.Name())); err != nil {
+			return err
+		}
+	}
+	cache, err := index.OpenCache(again, index.DefaultCacheSize)
+	if err != nil {
+		return err
+	}
+	return indexed(clipctl(ctx, images.BenchChanged, index.Options{Cache: cache}))
 }
 
 // upstreamCLIP indexes an image from the registry.
