@@ -105,7 +105,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if s.meta, err = storage.NewMetaStore(filepath.Join(s.dir, "metadata.db")); err != nil {
 		return nil, err
 	}
-	client := remote.New(opts.ConfigPath)
+	client := remote.New(remote.Options{ConfigPath: opts.ConfigPath})
 	if s.layers, err = cache.Open(filepath.Join(s.dir, "layers"), client); err != nil {
 		return nil, err
 	}
