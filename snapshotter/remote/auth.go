@@ -62,12 +62,12 @@ func newAuthorizer(scheme, host string, credentials func(string) (string, string
 	}
 }
 
-// use sets the client that tokens are fetched with.
-func (a *authorizer) use(client *http.Client) {
+// use sets what tokens are fetched through.
+func (a *authorizer) use(transport http.RoundTripper) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.client = &http.Client{
-		Transport: limited{client.Transport},
+		Transport: limited{transport},
 		CheckRedirect: func(req *http.Request, via []*http.Request) error {
 			if req.URL.Scheme != via[0].URL.Scheme || req.URL.Host != via[0].URL.Host || len(via) > maxRedirects {
 				return fmt.Errorf("token server %s redirects elsewhere; credentials are not sent there", via[0].URL.Host)

@@ -28,8 +28,8 @@ const (
 
 // Open returns the bytes [off, off+n) of the blob d. Each source is an image
 // reference whose repository should hold the blob. They are asked in order,
-// and again after a pause, until the bytes have come or ctx ends: the caller
-// gives it a deadline. The caller closes the reader, which is a *Reader.
+// and again after a pause, until the bytes have come, ctx ends or nothing has
+// arrived for Options.GiveUp. The caller closes the reader, which is a *Reader.
 //
 // The error is errdefs.ErrNotFound, ErrPermissionDenied or ErrOutOfRange if
 // every candidate has refused, ErrUnavailable or ErrDataLoss otherwise, and
@@ -41,7 +41,7 @@ func (c *Client) Open(ctx context.Context, sources []string, d digest.Digest, of
 	if off < 0 || n <= 0 || off+n < off {
 		return nil, fmt.Errorf("blob %s: range of %d bytes at %d: %w", d, n, off, errdefs.ErrInvalidArgument)
 	}
-	r := &Reader{client: c, ctx: ctx, digest: d, off: off, end: off + n, pause: firstPause}
+	r := &Reader{client: c, ctx: ctx, digest: d, off: off, end: off + n, pause: firstPause, until: time.Now().Add(c.opts.GiveUp)}
 	var failed []error
 	for _, source := range sources {
 		if err := r.addSource(source); err != nil {
@@ -69,6 +69,7 @@ type Reader struct {
 	candidates []*candidate
 	body       *body         // nil between two
 	from       *candidate    // whom body is from
+	until      time.Time     // when to give up
 	got        int64         // bytes of body so far
 	pause      time.Duration // before the next round
 	fruitless  int           // bodies since the last that brought something
@@ -82,10 +83,11 @@ type candidate struct {
 	place  place
 	url    *url.URL
 	scope  string // of tokens
-	client *http.Client
 	auth   *authorizer
 	served bool  // bytes of the read are from it
 	final  error // it has refused
+
+	transport http.RoundTripper
 }
 
 // addSource adds the hosts of a source.
@@ -116,7 +118,8 @@ func (r *Reader) addSource(source string) error {
 		}
 		c := &candidate{
 			place: place{u.Scheme, u.Host, u.Path, r.digest},
-			url:   u, scope: scope, client: host.Client, auth: host.Authorizer.(*authorizer),
+			url:   u, scope: scope, auth: host.Authorizer.(*authorizer),
+			transport: host.Client.Transport.(redirecting).hostTransport,
 		}
 		if !slices.ContainsFunc(r.candidates, func(o *candidate) bool { return o.place == c.place }) {
 			r.candidates = append(r.candidates, c)
@@ -155,6 +158,9 @@ func (r *Reader) readBody(p []byte) int {
 	n, err := r.body.Read(p)
 	r.off += int64(n)
 	r.got += int64(n)
+	if n > 0 && r.got >= fruitful {
+		r.until = time.Now().Add(r.client.opts.GiveUp)
+	}
 	r.from.served = r.from.served || n > 0
 	if err != nil || r.body.n == 0 {
 		r.drop()
@@ -222,7 +228,11 @@ func (r *Reader) sleep(wait time.Duration, failed error) error {
 	if failed == nil {
 		failed = fmt.Errorf("answers are too short to be of use: %w", errdefs.ErrUnavailable)
 	}
-	if until, ok := r.ctx.Deadline(); ok && r.ctx.Err() == nil && time.Until(until) < wait {
+	until := r.until
+	if deadline, ok := r.ctx.Deadline(); ok && deadline.Before(until) {
+		until = deadline
+	}
+	if r.ctx.Err() == nil && time.Until(until) < wait {
 		return r.wrap(fmt.Errorf("no time is left for another try: %w: %w", failed, errdefs.ErrUnavailable))
 	}
 	select {
@@ -325,7 +335,7 @@ func (r *Reader) try(c *candidate, force, drain bool) error {
 	}
 	drain = drain || r.client.rank(c.place) == 2
 	ctx := docker.WithScope(r.ctx, c.scope)
-	b, err := r.client.open(ctx, query{candidate: c, off: r.off, end: r.end, force: force, drain: drain})
+	b, err := r.client.open(ctx, query{candidate: c, off: r.off, end: r.end, until: r.until, force: force, drain: drain})
 	if err == nil {
 		r.body, r.from = b, c
 		if c != r.candidates[0] {

@@ -52,7 +52,12 @@ func (e *unavailable) Error() string {
 	}
 	return fmt.Sprintf("%s failed a moment ago", e.host)
 }
-func (e *unavailable) Unwrap() error { return errdefs.ErrUnavailable }
+func (e *unavailable) Unwrap() error {
+	if e.refused {
+		return errdefs.ErrResourceExhausted
+	}
+	return errdefs.ErrUnavailable
+}
 
 // admit says whether the endpoint may be asked now, and how long its answer
 // may take if patience is what an answer may usually take. With force an open

@@ -5,12 +5,11 @@ import (
 	"errors"
 	"io"
 	"net/url"
-	"strconv"
+	"regexp"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
-	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -75,33 +74,34 @@ func redacted(err error) error {
 	if err == nil {
 		return nil
 	}
-	text := err.Error()
-	if e, ok := errors.AsType[*url.Error](err); ok {
-		text = withoutURL(text, e.URL)
-	}
-	if e, ok := errors.AsType[remoteerrors.ErrUnexpectedStatus](err); ok {
-		text = withoutURL(text, e.RequestURL)
-	}
+	text := quotedText.ReplaceAllStringFunc(err.Error(), func(s string) string {
+		if !strings.Contains(s, "://") {
+			return s
+		}
+		return `"` + bare(s[1:len(s)-1]) + `"`
+	})
+	text = plainURL.ReplaceAllStringFunc(text, bare)
 	if text == err.Error() {
 		return err
 	}
 	return &redactedError{text, err}
 }
 
-// withoutURL takes a URL out of a text, which may have it quoted.
-func withoutURL(text, raw string) string {
-	quoted := strconv.Quote(raw)
-	text = strings.ReplaceAll(text, quoted[1:len(quoted)-1], bare(raw))
-	return strings.ReplaceAll(text, raw, bare(raw))
-}
+var (
+	quotedText = regexp.MustCompile(`"(?:[^"\\]|\\.)*"`) // as strconv.Quote has it
+	plainURL   = regexp.MustCompile(`[a-zA-Z]+://[^\s"]+`)
+)
 
-// bare is a URL's scheme, host and path.
+// bare returns what there is of a URL before its query, without its user.
 func bare(raw string) string {
-	u, err := url.Parse(raw)
-	if err != nil {
-		return "(a URL)"
+	raw, _, _ = strings.Cut(raw, "?")
+	scheme, rest, _ := strings.Cut(raw, "://")
+	host, path, slash := strings.Cut(rest, "/")
+	host = host[strings.LastIndex(host, "@")+1:]
+	if slash {
+		host += "/"
 	}
-	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+	return scheme + "://" + host + path
 }
 
 type redactedError struct {

@@ -57,6 +57,8 @@ type Options struct {
 	// SilenceTimeout bounds how long an endpoint may be silent: before its
 	// answer, connecting included, and between two pieces of a body; 10 seconds.
 	SilenceTimeout time.Duration
+	// GiveUp is how long a read goes on when nothing arrives; 55 seconds.
+	GiveUp time.Duration
 }
 
 // Bounds on what an endpoint may cost.
@@ -80,9 +82,16 @@ type Client struct {
 
 // config is what is known of a registry's hosts.
 type config struct {
-	hosts   []docker.RegistryHost
-	state   [sha256.Size]byte // of the files that it was made from
-	checked time.Time
+	hosts      []docker.RegistryHost
+	transports []*http.Transport
+	state      [sha256.Size]byte // of the files that it was made from
+	checked    time.Time
+}
+
+func (c *config) closeIdle() {
+	for _, t := range c.transports {
+		t.CloseIdleConnections()
+	}
 }
 
 // checkPeriod is how long a change of a registry's files may go unnoticed.
@@ -95,6 +104,9 @@ func New(opts Options) *Client {
 	}
 	if opts.SilenceTimeout == 0 {
 		opts.SilenceTimeout = 10 * time.Second
+	}
+	if opts.GiveUp == 0 {
+		opts.GiveUp = 55 * time.Second
 	}
 	return &Client{
 		opts: opts, configs: map[string]*config{}, auths: map[string]*authorizer{},
@@ -119,17 +131,15 @@ func (c *Client) hostsOf(registry string) ([]docker.RegistryHost, error) {
 		known.checked = time.Now()
 		return known.hosts, nil
 	}
-	hosts, err := c.configureLocked(registry)
-	if err != nil {
+	fresh := &config{state: state, checked: time.Now()}
+	if err := c.configureLocked(registry, fresh); err != nil {
 		return nil, fmt.Errorf("configuration of registry %s: %w", registry, err)
 	}
 	if known != nil {
-		for _, host := range known.hosts {
-			host.Client.CloseIdleConnections()
-		}
+		known.closeIdle()
 	}
-	c.configs[registry] = &config{hosts: hosts, state: state, checked: time.Now()}
-	return hosts, nil
+	c.configs[registry] = fresh
+	return fresh.hosts, nil
 }
 
 // stateOf sums up the files of a directory by name, size and time.
@@ -160,30 +170,30 @@ func hostDir(configPath []string) func(string) (string, error) {
 	}
 }
 
-func (c *Client) configureLocked(registry string) ([]docker.RegistryHost, error) {
-	first := true
+func (c *Client) configureLocked(registry string, conf *config) error {
 	update := func(client *http.Client) error {
 		t, ok := client.Transport.(*http.Transport)
 		if !ok {
 			return fmt.Errorf("unexpected transport %T", client.Transport)
 		}
-		c.tune(t, first)
-		first = false
+		c.tune(t, len(conf.transports) == 0)
+		conf.transports = append(conf.transports, t)
 		return nil
 	}
 	hosts, err := dockerconfig.ConfigureHosts(context.Background(), dockerconfig.HostOptions{
 		HostDir: hostDir(c.opts.ConfigPath), UpdateClient: update,
 	})(registry)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if len(hosts) == 0 {
-		return nil, fmt.Errorf("it names no hosts: %w", errdefs.ErrNotFound)
+		return fmt.Errorf("it names no hosts: %w", errdefs.ErrNotFound)
 	}
 	for i := range hosts {
 		c.adoptLocked(&hosts[i])
 	}
-	return hosts, nil
+	conf.hosts = hosts
+	return nil
 }
 
 // tune sets what containerd's configuration leaves open. The first transport
@@ -204,18 +214,15 @@ func (c *Client) tune(t *http.Transport, first bool) {
 // adoptLocked gives a host our authorizer, and takes its headers out of the
 // hands of those who log requests and follow redirects.
 func (c *Client) adoptLocked(host *docker.RegistryHost) {
-	client := &http.Client{
-		Transport:     &hostTransport{next: host.Client.Transport, scheme: host.Scheme, host: host.Host, header: canonical(host.Header)},
-		CheckRedirect: checkRedirect,
-	}
+	transport := &hostTransport{next: host.Client.Transport, scheme: host.Scheme, host: host.Host, header: canonical(host.Header)}
 	key := host.Scheme + "://" + host.Host
 	auth := c.auths[key]
 	if auth == nil {
 		auth = newAuthorizer(host.Scheme, host.Host, dockerCredentials, c.opts.SilenceTimeout)
 		c.auths[key] = auth
 	}
-	auth.use(client)
-	host.Client, host.Authorizer, host.Header = client, auth, nil
+	auth.use(transport)
+	host.Client, host.Authorizer, host.Header = &http.Client{Transport: redirecting{transport}}, auth, nil
 }
 
 func canonical(h http.Header) http.Header {
@@ -249,23 +256,41 @@ func (t *hostTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	return t.next.RoundTrip(req)
 }
 
-// CloseIdleConnections is called by http.Client's method of that name.
-func (t *hostTransport) CloseIdleConnections() {
-	(&http.Client{Transport: t.next}).CloseIdleConnections()
-}
-
 const maxRedirects = 5
 
-// checkRedirect is for requests whose redirects http.Client follows, which
-// passes credentials on to the same host whatever the scheme.
-func checkRedirect(req *http.Request, via []*http.Request) error {
-	if len(via) > maxRedirects {
-		return fmt.Errorf("stopped after %d redirects", maxRedirects)
+// redirecting follows redirects for those who only know a client and tell
+// whoever wants to hear it where it was sent. What is meant for one host is
+// not passed on to another, nor to the same one without encryption.
+type redirecting struct{ *hostTransport }
+
+// RoundTrip implements http.RoundTripper.
+func (t redirecting) RoundTrip(req *http.Request) (*http.Response, error) {
+	for range maxRedirects + 1 {
+		resp, err := t.hostTransport.RoundTrip(req)
+		if err != nil || !isRedirect(resp.StatusCode) || (req.Method != http.MethodGet && req.Method != http.MethodHead) {
+			return resp, err
+		}
+		resp.Body.Close()
+		u, err := redirectTarget(req.URL, resp.Header.Get("Location"))
+		if err != nil {
+			return nil, err
+		}
+		next := req.Clone(req.Context())
+		next.URL, next.Host = u, ""
+		if u.Scheme != req.URL.Scheme || u.Host != req.URL.Host {
+			next.Header.Del("Authorization")
+		}
+		req = next
 	}
-	if req.URL.Scheme != via[0].URL.Scheme || req.URL.Host != via[0].URL.Host {
-		req.Header.Del("Authorization")
+	return nil, fmt.Errorf("more than %d redirects", maxRedirects)
+}
+
+func isRedirect(code int) bool {
+	switch code {
+	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+		return true
 	}
-	return nil
+	return false
 }
 
 // isMirror says whether host stands in for registry, and must be told which.

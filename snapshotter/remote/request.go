@@ -16,8 +16,9 @@ import (
 type query struct {
 	*candidate
 	off, end int64
-	force    bool // ask endpoints that failed a moment ago, too
-	drain    bool // read through what lies before off if there is no other way
+	until    time.Time // when the read gives up
+	force    bool      // ask endpoints that failed a moment ago, too
+	drain    bool      // read through what lies before off if there is no other way
 }
 
 // near is how much of a blob is read through rather than asking somebody else
@@ -27,8 +28,11 @@ const near = 1 << 20
 // errWhole is returned instead of draining.
 var errWhole = fmt.Errorf("it sends the whole blob instead of a range: %w", errdefs.ErrUnavailable)
 
+// errGaveUp ends waits when a read gives up.
+var errGaveUp = fmt.Errorf("nothing arrived for too long: %w", errdefs.ErrUnavailable)
+
 // errSilent is the cause of a request's end after too long a silence.
-var errSilent = fmt.Errorf("no answer in time: %w", errdefs.ErrUnavailable)
+var errSilent = errors.New("no answer in time")
 
 // open returns the bytes from q.off on, up to q.end if the host is willing.
 func (c *Client) open(ctx context.Context, q query) (*body, error) {
@@ -102,7 +106,7 @@ func (c *Client) follow(ctx context.Context, q query, u *url.URL) (*answer, erro
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", q.off, q.end-1))
 		req.Header.Set("Accept-Encoding", "identity")
 		req.Header.Set("User-Agent", "containerd-clip")
-		if err := q.auth.Authorize(ctx, req); err != nil {
+		if err := c.authorize(ctx, q, req); err != nil {
 			if errdefs.IsUnavailable(err) {
 				c.endpoint(u).failed(ctx, err) // it is as good as dead without its token server
 			}
@@ -112,9 +116,7 @@ func (c *Client) follow(ctx context.Context, q query, u *url.URL) (*answer, erro
 		if err != nil {
 			return nil, err
 		}
-		switch a.resp.StatusCode {
-		case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
-		default:
+		if !isRedirect(a.resp.StatusCode) {
 			return a, nil
 		}
 		a.finish()
@@ -124,6 +126,12 @@ func (c *Client) follow(ctx context.Context, q query, u *url.URL) (*answer, erro
 		}
 	}
 	return nil, fmt.Errorf("%s: more than %d redirects: %w", q.url.Host, maxRedirects, errdefs.ErrUnavailable)
+}
+
+func (c *Client) authorize(ctx context.Context, q query, req *http.Request) error {
+	ctx, cancel := context.WithDeadlineCause(ctx, q.until, errGaveUp)
+	defer cancel()
+	return q.auth.Authorize(ctx, req)
 }
 
 // answer is the answer to one request, and what the request holds until close.
@@ -142,16 +150,16 @@ func (c *Client) send(q query, req *http.Request) (*answer, error) {
 	if err != nil {
 		return nil, err
 	}
-	outer := req.Context()
-	if err := ep.slots.Acquire(outer, 1); err != nil {
-		return nil, fmt.Errorf("waiting for one of the %d connections to %s: %w", maxPerEndpoint, ep.host, context.Cause(outer))
+	waiting, cancelWait := context.WithDeadlineCause(req.Context(), q.until, errGaveUp)
+	defer cancelWait()
+	if err := ep.slots.Acquire(waiting, 1); err != nil {
+		return nil, fmt.Errorf("waiting for one of the %d connections to %s: %w", maxPerEndpoint, ep.host, context.Cause(waiting))
 	}
-	ctx, cancel := context.WithCancelCause(outer)
+	patience = max(0, min(patience, time.Until(q.until)))
+	ctx, cancel := context.WithCancelCause(req.Context())
 	a := &answer{ep: ep, ctx: ctx, cancel: cancel}
 	a.silence = time.AfterFunc(patience, func() { cancel(errSilent) })
-	client := *q.client
-	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
-	if a.resp, err = client.Do(req.WithContext(ctx)); err != nil {
+	if a.resp, err = q.transport.RoundTrip(req.WithContext(ctx)); err != nil {
 		err = a.failure(err)
 		a.close()
 		return nil, err
@@ -168,9 +176,6 @@ func (a *answer) failure(err error) error {
 	}
 	if cause != nil {
 		err = cause
-	}
-	if e, ok := errors.AsType[*url.Error](err); ok {
-		err = e.Err
 	}
 	err = fmt.Errorf("%s: %w: %w", a.ep.host, redacted(err), errdefs.ErrUnavailable)
 	a.ep.failed(a.ctx, err)
