@@ -52,10 +52,12 @@ type Options struct {
 	// first that knows a host counts.
 	ConfigPath []string
 	// ConnectTimeout bounds connecting to an endpoint, and again its TLS
-	// handshake; 5 seconds. A dial_timeout in hosts.toml goes before.
+	// handshake; 5 seconds, a quarter of GiveUp at most. A dial_timeout in
+	// hosts.toml goes before.
 	ConnectTimeout time.Duration
 	// SilenceTimeout bounds how long an endpoint may be silent: before its
-	// answer, connecting included, and between two pieces of a body; 10 seconds.
+	// answer, connecting included, and between two pieces of a body; 10 seconds,
+	// a quarter of GiveUp at most.
 	SilenceTimeout time.Duration
 	// GiveUp is how long a read goes on when nothing arrives; 55 seconds.
 	GiveUp time.Duration
@@ -99,14 +101,15 @@ const checkPeriod = 10 * time.Second
 
 // New returns a client. It reads no files and talks to nobody yet.
 func New(opts Options) *Client {
-	if opts.ConnectTimeout == 0 {
-		opts.ConnectTimeout = 5 * time.Second
-	}
-	if opts.SilenceTimeout == 0 {
-		opts.SilenceTimeout = 10 * time.Second
-	}
 	if opts.GiveUp == 0 {
 		opts.GiveUp = 55 * time.Second
+	}
+	// There must be time left for another host.
+	if opts.ConnectTimeout == 0 {
+		opts.ConnectTimeout = min(5*time.Second, opts.GiveUp/4)
+	}
+	if opts.SilenceTimeout == 0 {
+		opts.SilenceTimeout = min(10*time.Second, opts.GiveUp/4)
 	}
 	return &Client{
 		opts: opts, configs: map[string]*config{}, auths: map[string]*authorizer{},
