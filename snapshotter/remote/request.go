@@ -177,6 +177,9 @@ func (a *answer) failure(err error) error {
 	if cause != nil {
 		err = cause
 	}
+	if errors.Is(err, io.EOF) {
+		err = errors.New("connection closed") // io.EOF means the end of what is read
+	}
 	err = fmt.Errorf("%s: %w: %w", a.ep.host, redacted(err), errdefs.ErrUnavailable)
 	a.ep.failed(a.ctx, err)
 	return err

@@ -24,7 +24,7 @@ import (
 // faultConfig gives up soon, so that errors can be waited for. The kernel asks again for a page whose read-ahead failed,
 // so a process waits twice.
 const (
-	faultConfig = "[registry]\nconfig_path = ['LAB/certs.d']\ngive_up = '4s'\n"
+	faultConfig = "[registry]\nconfig_path = ['LAB/certs.d']\ngive_up = "4s"\n"
 	giveUp      = 4 * time.Second
 	within      = 3 * giveUp
 )
