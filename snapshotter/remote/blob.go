@@ -29,7 +29,8 @@ const (
 // Open returns the bytes [off, off+n) of the blob d. Each source is an image
 // reference whose repository should hold the blob. They are asked in order,
 // and again after a pause, until the bytes have come, ctx ends or nothing has
-// arrived for Options.GiveUp. The caller closes the reader, which is a *Reader.
+// arrived for Options.GiveUp; right after a read that has given up the next one
+// is quicker to do so. The caller closes the reader, which is a *Reader.
 //
 // The error is errdefs.ErrNotFound, ErrPermissionDenied or ErrOutOfRange if
 // every candidate has refused, ErrUnavailable or ErrDataLoss otherwise, and
@@ -42,6 +43,9 @@ func (c *Client) Open(ctx context.Context, sources []string, d digest.Digest, of
 		return nil, fmt.Errorf("blob %s: range of %d bytes at %d: %w", d, n, off, errdefs.ErrInvalidArgument)
 	}
 	r := &Reader{client: c, ctx: ctx, digest: d, off: off, end: off + n, pause: firstPause, until: time.Now().Add(c.opts.GiveUp)}
+	if r.hasty = c.isHopeless(d); r.hasty {
+		r.until = time.Now().Add(min(c.opts.GiveUp, c.opts.SilenceTimeout/5))
+	}
 	var failed []error
 	for _, source := range sources {
 		if err := r.addSource(source); err != nil {
@@ -70,6 +74,7 @@ type Reader struct {
 	body       *body         // nil between two
 	from       *candidate    // whom body is from
 	until      time.Time     // when to give up
+	hasty      bool          // another read of the blob has just given up
 	got        int64         // bytes of body so far
 	pause      time.Duration // before the next round
 	fruitless  int           // bodies since the last that brought something
@@ -159,6 +164,7 @@ func (r *Reader) readBody(p []byte) int {
 	r.off += int64(n)
 	r.got += int64(n)
 	if n > 0 && r.got >= fruitful {
+		r.hasty = false
 		r.until = time.Now().Add(r.client.opts.GiveUp)
 	}
 	r.from.served = r.from.served || n > 0
@@ -233,6 +239,9 @@ func (r *Reader) sleep(wait time.Duration, failed error) error {
 		until = deadline
 	}
 	if r.ctx.Err() == nil && time.Until(until) < wait {
+		if !r.hasty && until == r.until {
+			r.client.gaveUp(r.digest)
+		}
 		return r.wrap(fmt.Errorf("no time is left for another try: %w: %w", failed, errdefs.ErrUnavailable))
 	}
 	select {

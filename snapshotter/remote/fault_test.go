@@ -258,7 +258,8 @@ func TestOutage(t *testing.T) {
 		}
 		serveBlob(w, r)
 	})
-	c := newClient(t)
+	dockerConfig(t, "{}")
+	c := New(Options{GiveUp: time.Second})
 	get := func() error { _, err := read(t.Context(), c, []string{h.ref()}, 0, 3); return err }
 	require.NoError(t, get())
 
@@ -272,6 +273,9 @@ func TestOutage(t *testing.T) {
 	require.ErrorIs(t, err, errdefs.ErrUnavailable, "longer than the deadline")
 	require.NotErrorIs(t, err, io.EOF, "which would be the end of the blob")
 	require.Less(t, time.Since(began), 2*time.Second)
+	began = time.Now()
+	require.Error(t, get(), "asked again at once, as the kernel does")
+	require.Less(t, time.Since(began), 500*time.Millisecond)
 	down.Store(false)
 	began = time.Now()
 	require.NoError(t, get(), "the next read")

@@ -20,6 +20,7 @@ type memory struct {
 	good      map[digest.Digest]remembered // the last place that delivered, if it was not the first
 	bad       map[place]time.Time          // delivered wrong bytes; not asked first until then
 	rangeless map[place]time.Time          // answers with the whole blob; until then
+	hopeless  map[digest.Digest]time.Time  // a read gave up; another need not wait as long until then
 }
 
 // remembered is a place that is asked first until a time.
@@ -39,13 +40,14 @@ const (
 	maxRemembered = 4096
 	preferGood    = time.Minute
 	avoidBad      = 10 * time.Minute
+	keepHopeless  = 2 * time.Second
 	oneTime       = 10 * time.Second // a redirect that ends sooner is not worth keeping
 )
 
 func newMemory() memory {
 	return memory{
 		redirects: map[place]*location{}, good: map[digest.Digest]remembered{},
-		bad: map[place]time.Time{}, rangeless: map[place]time.Time{},
+		bad: map[place]time.Time{}, rangeless: map[place]time.Time{}, hopeless: map[digest.Digest]time.Time{},
 	}
 }
 
@@ -119,6 +121,22 @@ func (c *Client) noRanges(p place) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	put(c.memory.rangeless, p, time.Now().Add(avoidBad))
+}
+
+// gaveUp remembers that a read of a blob waited in vain. The kernel asks
+// several times for what a process reads once, at once after a failure, and the
+// process should not wait each time.
+func (c *Client) gaveUp(d digest.Digest) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	put(c.memory.hopeless, d, time.Now().Add(keepHopeless))
+}
+
+// isHopeless says that a read should try once and not wait.
+func (c *Client) isHopeless(d digest.Digest) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return time.Now().Before(c.memory.hopeless[d])
 }
 
 // rank says how soon a place is asked: 0 first.
