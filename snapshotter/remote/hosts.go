@@ -13,7 +13,8 @@
 //
 // # Faults
 //
-// A read goes on until its context ends, as long as somebody may still answer.
+// A read goes on as long as somebody may still answer, until its context ends or
+// nothing has arrived for Options.GiveUp. One that begins right after tries once.
 // What one candidate does not deliver is asked of the next, in the middle of a
 // body too. An endpoint that fails is left alone for a growing pause while
 // there are others; one that says when to come back is left alone until then.
