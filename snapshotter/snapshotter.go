@@ -52,8 +52,8 @@ type Options struct {
 	Root string // directory of all state; not on overlayfs or tmpfs
 	// Referrers looks for archives in the image's registry.
 	Referrers bool
-	// ConfigPath are the directories with containerd's hosts.toml files.
-	ConfigPath []string
+	// Registry says how registries are reached.
+	Registry remote.Options
 }
 
 // Snapshotter implements snapshots.Snapshotter and snapshots.Cleaner.
@@ -105,7 +105,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if s.meta, err = storage.NewMetaStore(filepath.Join(s.dir, "metadata.db")); err != nil {
 		return nil, err
 	}
-	client := remote.New(opts.ConfigPath)
+	client := remote.New(opts.Registry)
 	if s.layers, err = cache.Open(filepath.Join(s.dir, "layers"), client); err != nil {
 		return nil, err
 	}

@@ -198,15 +198,18 @@ func (l *Layer) fetch(ctx context.Context, first, end int) (int, error) {
 	}
 	defer stream.Close()
 	if _, err := io.CopyN(io.Discard, stream, int64(start-p.Out)); err != nil {
+		blame(rc)
 		return first, err
 	}
 	buf := make([]byte, l.index.SpanSize)
 	for span := first; span < end; span++ {
 		from, to := l.index.SpanRange(span)
 		if _, err := io.ReadFull(stream, buf[:to-from]); err != nil {
+			blame(rc)
 			return span, err
 		}
 		if err := l.index.VerifySpan(span, buf[:to-from]); err != nil {
+			blame(rc)
 			return span, err
 		}
 		if err := l.put(span, buf[:to-from]); err != nil {
@@ -214,6 +217,14 @@ func (l *Layer) fetch(ctx context.Context, first, end int) (int, error) {
 		}
 	}
 	return end, nil
+}
+
+// blame tells whoever opened r that what it delivered is wrong, so that the
+// next try asks another source. Errors of r itself it knows to tell apart.
+func blame(r io.Reader) {
+	if b, ok := r.(interface{ Blame() }); ok {
+		b.Blame()
+	}
 }
 
 // put stores a verified span and ends its flight.

@@ -125,7 +125,12 @@ func (t *table) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadR
 		return filled(nil), fuse.OK
 	}
 	n, err := f.ReadAt(t.ctx, buf[:want], off)
-	if err != nil && !errors.Is(err, io.EOF) {
+	// Only the end of the file may be filled up: an error that wraps io.EOF is
+	// an error, of a connection that was closed for example.
+	if err == io.EOF && off+int64(n) < f.Size() {
+		err = io.ErrUnexpectedEOF
+	}
+	if err != nil && err != io.EOF {
 		log.G(t.ctx).WithError(err).WithField("off", in.Offset).WithField("len", in.Size).Error("reading a layer failed")
 		return nil, fuse.EIO
 	}

@@ -46,8 +46,11 @@ type world struct {
 }
 
 // newWorld has the small images in the builder's store and in the registry, under the same names in both.
-func newWorld(t *testing.T) *world {
-	w := emptyWorld(t)
+func newWorld(t *testing.T) *world { return newWorldWith(t, "") }
+
+// newWorldWith has a daemon with a configuration, in which LAB stands for the lab's directory.
+func newWorldWith(t *testing.T, config string) *world {
+	w := emptyWorld(t, config)
 	layout, err := testimages.Small(w.lab.Path("small"))
 	require.NoError(t, err)
 	file := w.lab.Path("small.tar")
@@ -63,7 +66,7 @@ func newWorld(t *testing.T) *world {
 
 // newDemoWorld has the demo image instead.
 func newDemoWorld(t *testing.T) *world {
-	w := emptyWorld(t)
+	w := emptyWorld(t, "")
 	top, err := harness.Top()
 	require.NoError(t, err)
 	file, err := testimages.Demo(w.ctx, filepath.Join(top, ".cache", "images"))
@@ -74,14 +77,14 @@ func newDemoWorld(t *testing.T) *world {
 	return w
 }
 
-func emptyWorld(t *testing.T) *world {
+func emptyWorld(t *testing.T, config string) *world {
 	w := &world{T: t, ctx: t.Context(), lab: harness.ForTest(t)}
 	var err error
 	w.registry, err = w.lab.StartRegistry(w.ctx)
 	require.NoError(t, err)
 	w.builder, err = w.lab.StartContainerd(w.ctx, "builder", nil)
 	require.NoError(t, err)
-	w.daemon, err = w.lab.StartDaemon(w.ctx, "daemon", "")
+	w.daemon, err = w.lab.StartDaemon(w.ctx, "daemon", strings.ReplaceAll(config, "LAB", w.lab.Dir))
 	require.NoError(t, err)
 	w.worker, err = w.lab.StartContainerd(w.ctx, "worker", w.daemon)
 	require.NoError(t, err)

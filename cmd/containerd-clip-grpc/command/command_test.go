@@ -35,7 +35,7 @@ func run(t *testing.T, args ...string) (string, error) {
 func TestDefaultConfigRoundTrip(t *testing.T) {
 	out, err := run(t, "config", "default")
 	require.NoError(t, err)
-	for _, key := range []string{"root", "address", "log_level", "referrers", "config_path"} {
+	for _, key := range []string{"root", "address", "log_level", "referrers", "config_path", "give_up"} {
 		require.Contains(t, out, key+" = ")
 	}
 	got, err := LoadConfig(writeFile(t, out))
@@ -58,6 +58,7 @@ func TestLoadConfig(t *testing.T) {
 		"root = 1":                  "Config.Root",
 		"root = ":                   "config.toml",
 		"[registry]\nconfig_path=1": "config_path",
+		"[registry]\ngive_up='1'":   "missing unit",
 	} {
 		path := writeFile(t, content)
 		_, err := LoadConfig(path)
@@ -94,6 +95,8 @@ func TestValidate(t *testing.T) {
 		"relative root":    {func(c *Config) { c.Root = "var/lib" }, "root"},
 		"empty root":       {func(c *Config) { c.Root = "" }, "root"},
 		"relative address": {func(c *Config) { c.Address = "clip.sock" }, "address"},
+		"never give up":    {func(c *Config) { c.Registry.GiveUp = 0 }, "give_up"},
+		"hang":             {func(c *Config) { c.Registry.GiveUp = Duration(time.Hour) }, "give_up"},
 	} {
 		conf := DefaultConfig()
 		c.edit(&conf)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/pelletier/go-toml/v2"
 	"github.com/spf13/cobra"
@@ -35,7 +36,22 @@ type DiscoverConfig struct {
 // RegistryConfig says how registries are reached.
 type RegistryConfig struct {
 	ConfigPath []string `toml:"config_path" comment:"directories with containerd's <host>/hosts.toml files"`
+	// GiveUp is how long a read tries to get an answer.
+	GiveUp Duration `toml:"give_up" comment:"how long a read goes on when nothing arrives before it is an input/output error; at most 60s"`
 }
+
+// Duration is written as Go writes durations: "1m30s".
+type Duration time.Duration
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (d *Duration) UnmarshalText(text []byte) error {
+	parsed, err := time.ParseDuration(string(text))
+	*d = Duration(parsed)
+	return err
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
 
 // DefaultConfig returns the configuration that holds where a file says nothing.
 func DefaultConfig() Config {
@@ -44,7 +60,7 @@ func DefaultConfig() Config {
 		Address:  "/run/containerd-clip-grpc/containerd-clip-grpc.sock",
 		LogLevel: "info",
 		Discover: DiscoverConfig{Referrers: true},
-		Registry: RegistryConfig{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}},
+		Registry: RegistryConfig{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, GiveUp: Duration(55 * time.Second)},
 	}
 }
 
@@ -79,6 +95,10 @@ func (c Config) Validate() error {
 	}
 	if !filepath.IsAbs(c.Address) {
 		return fmt.Errorf("address %q must be an absolute path", c.Address)
+	}
+	// The cache gives up after a minute, whatever is said here.
+	if d := time.Duration(c.Registry.GiveUp); d <= 0 || d > time.Minute {
+		return fmt.Errorf("registry.give_up %q must be between 0s and 60s", d)
 	}
 	// sockaddr_un.sun_path, see unix(7).
 	if len(c.Address) > 107 {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
@@ -19,6 +20,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter"
+	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
 )
 
 // flags override what the configuration file says.
@@ -90,9 +92,9 @@ func serve(ctx context.Context, c Config) (err error) {
 	// The registries of an image must not be able to make containers wait for
 	// the daemon's end: requests are cut off, not drained.
 	sn, err := snapshotter.New(context.WithoutCancel(ctx), snapshotter.Options{
-		Root:       c.Root,
-		Referrers:  c.Discover.Referrers,
-		ConfigPath: c.Registry.ConfigPath,
+		Root:      c.Root,
+		Referrers: c.Discover.Referrers,
+		Registry:  remote.Options{ConfigPath: c.Registry.ConfigPath, GiveUp: time.Duration(c.Registry.GiveUp)},
 	})
 	if err != nil {
 		return fmt.Errorf("opening the snapshotter in %s: %w", c.Root, err)

@@ -20,7 +20,8 @@ type Registry struct {
 	*Process
 	Root string // of its storage
 
-	proxy *proxy
+	socket string
+	proxy  *proxy
 }
 
 const registryConfig = `version: 0.1
@@ -35,17 +36,27 @@ http:
 
 // StartRegistry starts a registry. It listens on a Unix socket; only the proxy has a port.
 func (l *Lab) StartRegistry(ctx context.Context) (*Registry, error) {
-	r := &Registry{Root: l.Path("registry", "root")}
-	socket := l.Path("registry", "registry.sock")
+	r := &Registry{Root: l.Path("registry", "root"), socket: l.Path("registry", "registry.sock")}
 	var err error
-	if r.Process, err = l.serveRegistry(ctx, r.Root, "unix", socket); err != nil {
+	if r.Process, err = l.serveRegistry(ctx, r.Root, "unix", r.socket); err != nil {
 		return nil, err
 	}
-	if r.proxy, err = newProxy(socket); err != nil {
+	if r.proxy, err = newProxy(r.socket); err != nil {
 		return nil, err
 	}
 	l.OnClose(func(context.Context) error { return r.proxy.switchOff() })
 	return r, nil
+}
+
+// StartMirror starts another proxy in front of a registry's process: same content, its own port, counts and faults.
+func (l *Lab) StartMirror(r *Registry) (*Registry, error) {
+	m := *r
+	var err error
+	if m.proxy, err = newProxy(r.socket); err != nil {
+		return nil, err
+	}
+	l.OnClose(func(context.Context) error { return m.proxy.switchOff() })
+	return &m, nil
 }
 
 // StartBareRegistry starts a registry with no proxy before it, for measuring its clients. It returns host:port.
@@ -112,6 +123,13 @@ func (r *Registry) SwitchOff() error { return r.proxy.switchOff() }
 
 // SwitchOn listens on the same port again.
 func (r *Registry) SwitchOn() error { return r.proxy.switchOn() }
+
+// Misbehave has requests answered by a fault from now on; nil ends it.
+func (r *Registry) Misbehave(f Fault) {
+	r.proxy.mu.Lock()
+	defer r.proxy.mu.Unlock()
+	r.proxy.fault = f
+}
 
 // BlobPath is the file in which the registry keeps a blob.
 func (r *Registry) BlobPath(digest string) string {
