@@ -15,7 +15,8 @@ import (
 var ErrInvalid = errors.New("invalid layer")
 
 // ErrUnsupported is wrapped when containerd might accept the layers but Merge
-// cannot: resolving their paths takes more work than any real image needs.
+// cannot: resolving their paths takes more work than any real image needs, or
+// sparse files more pieces.
 var ErrUnsupported = errors.New("unsupported layer")
 
 // Merge stacks layers, the bottom one first, and returns the root directory.
@@ -24,8 +25,13 @@ var ErrUnsupported = errors.New("unsupported layer")
 // An empty stack gives an empty root.
 func Merge(layers []*layer.Index) (*Node, error) {
 	work := &budget{left: baseSteps}
+	chunks := int64(0)
 	for _, l := range layers {
 		work.left += stepsPerEntry * len(l.Entries)
+		chunks += sparseChunks(l.Entries)
+	}
+	if chunks > maxChunks {
+		return nil, fmt.Errorf("%w: sparse files of %d pieces", ErrUnsupported, chunks)
 	}
 	uppers := make([]*upper, 0, len(layers))
 	for i, l := range layers {
@@ -39,6 +45,20 @@ func Merge(layers []*layer.Index) (*Node, error) {
 		uppers = append(uppers, newUpper(0, nil, work))
 	}
 	return stack(uppers), nil
+}
+
+// maxChunks bounds the pieces of all sparse files: 64 GiB if their data is
+// aligned to 4 KiB, which takes 128 MiB in an EROFS image.
+const maxChunks = 16 << 20
+
+func sparseChunks(entries []layer.Entry) (n int64) {
+	for i := range entries {
+		if e := &entries[i]; e.Type == layer.TypeSparse {
+			_, count := layer.Chunks(e.Size, e.Extents)
+			n += min(count, maxChunks+1)
+		}
+	}
+	return n
 }
 
 // merged is a directory of the result and the directories it is made of, the

@@ -306,7 +306,7 @@ func TestAttributes(t *testing.T) {
 // TestNotATar checks entries that archive/tar does not write.
 func TestNotATar(t *testing.T) {
 	for name, e := range map[string]layer.Entry{
-		"type":             {Name: "a", Type: 'S'},
+		"type":             {Name: "a", Type: 'V'},
 		"zero in name":     {Name: "a\x00b", Type: layer.TypeReg},
 		"zero in target":   {Name: "a", Type: layer.TypeSymlink, Link: "b\x00"},
 		"zero in link":     {Name: "a", Type: layer.TypeLink, Link: "b\x00/c"},
