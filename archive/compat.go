@@ -123,9 +123,14 @@ func (c *clipNodes) walk(root *tree.Node) {
 	}
 }
 
-// add lists one path. CLIP has no words for devices and FIFOs: they are left out.
+// add lists one path. CLIP has no words for devices, FIFOs and holes: what
+// needs them is left out, since a name that is missing does less harm than
+// content that is wrong.
 func (c *clipNodes) add(path string, n *tree.Node) {
 	c.paths++
+	if n.Sparse != nil {
+		return
+	}
 	if c.inodes[n] == 0 {
 		c.inodes[n] = uint64(len(c.inodes)) + 1 // the root comes first and is inode 1, as FUSE wants it
 	}

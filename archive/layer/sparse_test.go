@@ -64,6 +64,9 @@ func requireContents(t *testing.T, x *layer.Index, data []byte) {
 	require.Equal(t, io.EOF, err)
 }
 
+// noHole as a number of extents means an ordinary file.
+const noHole = -1
+
 func TestSparse(t *testing.T) {
 	many := make([]testimage.Piece, 3000)
 	for i := range many {
@@ -78,7 +81,9 @@ func TestSparse(t *testing.T) {
 		"hole at the start":  {10_000, []testimage.Piece{piece(8192, 3, 10_000-8192-3*512)}, 1},
 		"hole at the end":    {1 << 20, []testimage.Piece{piece(0, 8, 0), {Pos: 1 << 20}}, 1},
 		"all hole":           {1 << 20, []testimage.Piece{{Pos: 1 << 20}}, 0},
-		"no hole":            {4096, []testimage.Piece{piece(0, 8, 0)}, 1},
+		"no hole":            {4097, []testimage.Piece{piece(0, 8, 1)}, noHole},
+		"two without a hole": {4096, []testimage.Piece{piece(0, 4, 0), piece(2048, 4, 0)}, noHole},
+		"nothing":            {0, []testimage.Piece{{Pos: 0}}, noHole},
 		"empty pieces":       {8192, []testimage.Piece{{Pos: 0}, piece(4096, 1, 0), {Pos: 5000}, {Pos: 8192}}, 1},
 		"touching pieces":    {8192, []testimage.Piece{piece(512, 1, 0), piece(1024, 2, 0), piece(4096, 8, 0)}, 2},
 		"part of a block":    {1<<20 + 1, []testimage.Piece{piece(1<<20, 0, 1)}, 1},
@@ -89,10 +94,13 @@ func TestSparse(t *testing.T) {
 			for name, blob := range map[string][]byte{"plain": data, "gzip": testimage.Gzip(t, 1, data)} {
 				x := mustBuild(t, blob)
 				require.Len(t, x.Entries, 6, name)
-				for _, e := range x.Entries[:1] {
+				e := x.Entries[0]
+				require.EqualValues(t, 0o640, e.Mode)
+				if c.want == noHole {
+					require.EqualValues(t, layer.TypeReg, e.Type)
+				} else {
 					require.EqualValues(t, layer.TypeSparse, e.Type)
 					require.Len(t, e.Extents, c.want)
-					require.EqualValues(t, 0o640, e.Mode)
 				}
 				requireContents(t, x, data)
 				requireRoundTrip(t, x)

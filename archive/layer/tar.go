@@ -94,6 +94,10 @@ func newEntry(hdr *tar.Header, off inflate.Out, head []byte) (e Entry, stored in
 	if err != nil {
 		return e, 0, err
 	}
+	if e.Size == 0 || len(e.Extents) == 1 && e.Extents[0].Len == e.Size {
+		e.Type, e.Extents = TypeReg, nil // it has no holes
+		return e, stored, nil
+	}
 	return e, stored, checkExtents(&e)
 }
 

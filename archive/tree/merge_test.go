@@ -18,7 +18,7 @@ import (
 )
 
 func entry(kind byte, name, link, data string) file {
-	return file{tar.Header{Typeflag: kind, Name: name, Linkname: link, Mode: 0o755, ModTime: time.Unix(1e9, 0)}, data}
+	return file{Header: tar.Header{Typeflag: kind, Name: name, Linkname: link, Mode: 0o755, ModTime: time.Unix(1e9, 0)}, Data: data}
 }
 
 func dir(name string) file           { return entry(tar.TypeDir, name, "", "") }
