@@ -24,7 +24,7 @@ build: ## static binaries in bin/
 deps: ## Debian packages that tests and demo need, installed when missing (root)
 	@tests/parts/deps
 
-parts: ## containerd, registry and linters that the tests use, in .cache/bin
+parts: ## containerd, BuildKit, registry and linters that the tests use, in .cache/bin
 	@tests/parts/build $(PARTS)
 
 images: deps ## the demo's image, in .cache/images (root)
@@ -40,7 +40,7 @@ unit: deps ## unit tests, with the race detector
 	$(GO) test -race -timeout 15m $(filter-out $(INFLATE),$(UNIT))
 
 e2e: deps parts build ## end-to-end tests on real parts (root)
-	$(GO) test -count=1 -timeout 20m -v ./tests/e2e
+	$(GO) test -count=1 -timeout 40m -v ./tests/e2e
 
 lint: deps parts ## gofmt, go vet, staticcheck, govulncheck
 	@unformatted=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \
