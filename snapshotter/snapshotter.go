@@ -273,9 +273,13 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 // Commit implements snapshots.Snapshotter.
 func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
 	return s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
-		id, _, _, err := storage.GetInfo(ctx, key)
+		id, info, _, err := storage.GetInfo(ctx, key)
 		if err != nil {
 			return err
+		}
+		if reason := info.Labels[discover.LabelNotLazy]; reason != "" {
+			// The labels of the active snapshot end with it.
+			opts = append(opts, snapshots.WithLabels(map[string]string{discover.LabelNotLazy: reason}))
 		}
 		usage, err := fs.DiskUsage(ctx, s.upper(id))
 		if err != nil {

@@ -210,6 +210,11 @@ func TestNoArchive(t *testing.T) {
 	require.NoError(t, err)
 	require.Contains(t, info.Labels[discover.LabelNotLazy], "not found")
 	require.Empty(t, info.Labels[discover.LabelLazy])
+	require.NoError(t, sn.Commit(t.Context(), "layer", "extract", snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "x"})))
+	info, err = sn.Stat(t.Context(), "layer")
+	require.NoError(t, err)
+	require.Contains(t, info.Labels[discover.LabelNotLazy], "not found", "the committed snapshot says it, too")
+	require.Len(t, info.Labels, 2)
 	require.Len(t, shorten(strings.Repeat("x", 5000)), 1003)
 }
 

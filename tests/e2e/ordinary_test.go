@@ -13,8 +13,8 @@ import (
 // somebody says which layer it was and why.
 func TestLayersThatCannotBeLazy(t *testing.T) {
 	for name, why := range map[string]string{
-		images.ZstdName:   "zstd",
-		images.SparseName: "sparse",
+		images.ZstdName: "zstd compression",
+		images.OddName:  "sparse file with data at 100",
 	} {
 		t.Run(images.ShortName(name), func(t *testing.T) {
 			w := newWorld(t)

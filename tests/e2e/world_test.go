@@ -168,11 +168,17 @@ func (w *world) size(name string) (n int64) {
 // view mounts an unpacked image's root read-only until the test ends.
 func (w *world) view(c *harness.Containerd, snapshotter, ref string) string {
 	w.Helper()
+	return w.viewChain(c, snapshotter, w.chainID(c, ref))
+}
+
+// chainID is what an image's root is called by the snapshotters of a containerd.
+func (w *world) chainID(c *harness.Containerd, ref string) string {
+	w.Helper()
 	image, err := c.Client().GetImage(w.ctx, ref)
 	require.NoError(w, err)
 	diffIDs, err := image.RootFS(w.ctx)
 	require.NoError(w, err)
-	return w.viewChain(c, snapshotter, identity.ChainID(diffIDs).String())
+	return identity.ChainID(diffIDs).String()
 }
 
 func (w *world) viewChain(c *harness.Containerd, snapshotter, chainID string) string {

@@ -52,8 +52,8 @@ NODE_EXTRA_CA_CERTS=/tmp/trusted.crt npm install --before=2024-11-01 --no-audit 
 
 func makeBench(ctx context.Context, work string) (dir string, err error) {
 	steps := []step{
-		{"python", install("python3", "python3-numpy", "python3-scipy", "python3-pandas", "python3-sklearn", "python3-matplotlib", "git", "curl") + benchStart},
-		{"node", install("nodejs", "npm") + benchNode},
+		{name: "python", commands: install("python3", "python3-numpy", "python3-scipy", "python3-pandas", "python3-sklearn", "python3-matplotlib", "git", "curl") + benchStart},
+		{name: "node", commands: install("nodejs", "npm") + benchNode},
 	}
 	if err := debian(ctx, work, steps...); err != nil {
 		return "", err

@@ -16,8 +16,12 @@ import (
 //go:embed debian.sh
 var debianScript string
 
-// step is a layer that commands make, run by sh as root on top of the layers before.
-type step struct{ name, commands string }
+// step is a layer that commands make, run by sh as root on top of the layers before, or of the base alone. Nothing is
+// on top of a step that is on the base alone.
+type step struct {
+	name, commands string
+	onBase         bool
+}
 
 const apt = "apt-get -qq -o Acquire::Retries=3 -o Dpkg::Options::=--force-unsafe-io -o Dpkg::Use-Pty=0"
 
@@ -31,7 +35,11 @@ func install(packages ...string) string {
 func debian(ctx context.Context, work string, steps ...step) error {
 	args := []string{"--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "sh", "-c", debianScript, "debian.sh", work}
 	for _, s := range steps {
-		args = append(args, s.name, s.commands)
+		on := "all"
+		if s.onBase {
+			on = "base"
+		}
+		args = append(args, s.name, on, s.commands)
 	}
 	build := exec.CommandContext(ctx, "unshare", args...)
 	build.Stdout, build.Stderr = os.Stderr, os.Stderr

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Makes directories in $1 for the layers of an image: base (a Debian root) and, for each further pair of arguments
-# NAME COMMANDS, NAME: an overlay's upper directory with what COMMANDS changed when they ran as root on top of the
-# layers before.
+# Makes directories in $1 for the layers of an image: base (a Debian root) and, for each further three arguments
+# NAME ON COMMANDS, NAME: an overlay's upper directory with what COMMANDS changed when they ran as root on top of the
+# layers before, or of base alone where ON says base.
 # Runs in a mount namespace of its own, so that no mount outlives it.
 set -eu
 work=$1
@@ -55,7 +55,12 @@ rm -f "$work/base/etc/resolv.conf" "$work/base/etc/hostname"
 scrub "$work/base"
 below=$work/base
 while [ $# -gt 0 ]; do
-	stack "$1" "$2" "$below"
-	below=$work/$1:$below
-	shift 2
+	case $2 in
+	base) stack "$1" "$3" "$work/base" ;;
+	*)
+		stack "$1" "$3" "$below"
+		below=$work/$1:$below
+		;;
+	esac
+	shift 3
 done

@@ -22,7 +22,7 @@ func Demo(ctx context.Context, cache string) (file string, err error) {
 }
 
 func makeDemo(ctx context.Context, work string) (file string, err error) {
-	if err := debian(ctx, work, step{"python", install("python3", "python3-numpy", "python3-pandas", "git")}); err != nil {
+	if err := debian(ctx, work, step{name: "python", commands: install("python3", "python3-numpy", "python3-pandas", "git")}); err != nil {
 		return "", err
 	}
 	layout, err := NewLayout(filepath.Join(work, "layout"))

@@ -19,7 +19,9 @@ const (
 	PlatformName = "example.com/small/multiplatform:1" // an index: amd64 and arm64
 	DockerName   = "example.com/small/docker:1"        // Docker's media types
 	ZstdName     = "example.com/small/zstd:1"          // a layer in the middle is zstd
-	SparseName   = "example.com/small/sparse:1"        // the top layer has a sparse file
+	SparseName   = "example.com/small/sparse:1"        // a layer in the middle has sparse files
+	OddName      = "example.com/small/odd:1"           // and one whose data does not start on a block
+	HugeName     = "example.com/small/huge:1"          // and ones with holes of a TiB
 )
 
 // busybox is Debian's busybox-static: one file that needs no library.
@@ -52,6 +54,8 @@ func Small(dir string) (*Layout, error) {
 	m.image(BaseName, config, base...)
 	m.image(ZstdName, config, base[0], m.layer(l.AddZstdLayer, writeChanges), top)
 	m.image(SparseName, config, base[0], m.raw(l.AddLayer, writeSparse), top)
+	m.image(OddName, config, base[0], m.raw(l.AddLayer, writeOddSparse), top)
+	m.image(HugeName, config, base[0], m.raw(l.AddLayer, writeHugeHole), top)
 	if m.err == nil {
 		_, m.err = l.AddDockerImage(DockerName, config, base[0], base[2], top)
 	}
