@@ -240,6 +240,9 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	if errors.Is(err, discover.ErrNoTarget) {
 		return s.create(ctx, snapshots.KindActive, key, parent, opts)
 	}
+	if diffID := info.Labels[snapshots.LabelSnapshotDiffID]; parent == "" && diffID != "" && diffID != target.ChainID.String() {
+		return nil, fmt.Errorf("layer %s without the layers below it: %w", target.ChainID, errRebase)
+	}
 	if err == nil {
 		err = s.prepareLazy(ctx, key, parent, target, info.Labels)
 	}
@@ -255,6 +258,11 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 		discover.LabelNotLazy: shorten(err.Error()),
 	})))
 }
+
+// errRebase is returned when containerd unpacks layers side by side and joins
+// them afterwards: it would lose whiteouts, and the parents of lazy snapshots.
+var errRebase = fmt.Errorf("containerd-clip does not rebase snapshots (is \"rebase\" among the capabilities of its proxy plugin in containerd's configuration? remove it): %w",
+	errdefs.ErrFailedPrecondition)
 
 // shorten keeps a reason within what containerd accepts as a label.
 func shorten(reason string) string {
@@ -272,10 +280,19 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 
 // Commit implements snapshots.Snapshotter.
 func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
+	var committed snapshots.Info
+	for _, opt := range opts {
+		if err := opt(&committed); err != nil {
+			return err
+		}
+	}
 	return s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
 		id, info, _, err := storage.GetInfo(ctx, key)
 		if err != nil {
 			return err
+		}
+		if committed.Parent != info.Parent && committed.Parent != "" {
+			return fmt.Errorf("committing %s on another parent: %w", name, errRebase)
 		}
 		if reason := info.Labels[discover.LabelNotLazy]; reason != "" {
 			// The labels of the active snapshot end with it.

@@ -218,6 +218,27 @@ func TestNoArchive(t *testing.T) {
 	require.Len(t, shorten(strings.Repeat("x", 5000)), 1003)
 }
 
+// TestRebase has containerd unpack layers without their parents, as it does for
+// a snapshotter that says it can rebase.
+func TestRebase(t *testing.T) {
+	sn := open(t, t.TempDir())
+	_, err := sn.Prepare(t.Context(), "extract", "", snapshots.WithLabels(map[string]string{
+		snapshots.LabelSnapshotRef:    digest.FromString("chain").String(),
+		snapshots.LabelSnapshotDiffID: digest.FromString("second layer").String(),
+	}))
+	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
+	require.ErrorContains(t, err, "rebase")
+	for _, key := range []string{"lower", "upper"} {
+		_, err = sn.Prepare(t.Context(), key, "")
+		require.NoError(t, err)
+	}
+	require.NoError(t, sn.Commit(t.Context(), "base", "lower"))
+	err = sn.Commit(t.Context(), "top", "upper", snapshots.WithParent("base"))
+	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
+	_, err = sn.Stat(t.Context(), "top")
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+}
+
 // TestMachineThatCannotMount unpacks everything, and says why: EROFS takes no
 // image that lies on tmpfs.
 func TestMachineThatCannotMount(t *testing.T) {

@@ -24,7 +24,7 @@ func AllStacks() []Stack {
 	return []Stack{
 		{"example.com/stacks/node:1", []string{"node", "-e", "console.log('sum', [1, 2, 3].reduce((a, b) => a + b))"}, "sum 6", []string{"nodejs"}},
 		{"example.com/stacks/java:1", []string{"java", "-version"}, "OpenJDK Runtime Environment", []string{"openjdk-17-jre-headless"}},
-		{"example.com/stacks/nginx:1", []string{"nginx", "-t"}, "test is successful", []string{"nginx-light"}},
+		{"example.com/stacks/nginx:1", []string{"sh", "-c", "mkdir -p /var/log/nginx && nginx -t"}, "test is successful", []string{"nginx-light"}},
 		{"example.com/stacks/gcc:1", []string{"sh", "-c", compile}, "42", []string{"gcc", "libc6-dev"}},
 	}
 }
