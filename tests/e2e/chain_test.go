@@ -175,7 +175,7 @@ func TestBuildkit(t *testing.T) {
 		"Dockerfile": "FROM " + base + "\n" +
 			"RUN echo built > /app/name && rm -r /many /data/a && mv /sizes/text-1M /moved\n" +
 			"COPY copied /opaque/\n" +
-			"RUN cat /opaque/copied >> /app/name && rm /opaque/before\n",
+			"RUN cat /opaque/copied >> /app/name && rm /opaque/before && touch -d '2020-01-02 03:04:05' /app/name\n",
 		"copied": "copied\n",
 	} {
 		require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644))
@@ -224,7 +224,13 @@ func TestRebaseCapability(t *testing.T) {
 			if archived {
 				w.index(testimages.SmallName)
 			}
-			w.reconfigure("[plugins.'io.containerd.transfer.v1.local']\n  max_concurrent_unpacks = 4\n[proxy_plugins.clip]\n  capabilities = [\"rebase\"]\n")
+			file := w.lab.Path("worker", "conf.d", "50-clip.toml")
+			config, err := os.ReadFile(file)
+			require.NoError(t, err)
+			claim := strings.Replace(string(config), `type = "snapshot"`, `type = "snapshot"`+"\n  capabilities = [\"rebase\"]", 1)
+			require.NotEqual(t, string(config), claim)
+			require.NoError(t, os.WriteFile(file, []byte(claim), 0o600))
+			w.reconfigure("[plugins.'io.containerd.transfer.v1.local']\n  max_concurrent_unpacks = 4\n")
 			result, err := w.worker.Ctr(w.ctx, "image", "pull", "--snapshotter", lazy, ref)
 			require.Error(t, err)
 			requireClear(t, result.Stderr, "capabilities", "rebase")
