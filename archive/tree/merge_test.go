@@ -85,7 +85,9 @@ func checkPeer(t *testing.T, root *tree.Node, tars [][]byte) {
 		}
 	}
 	if root != nil {
-		compare(t, p.scan(t, start), flatten(t, root, tars))
+		want := p.scan(t, start)
+		compare(t, want, flatten(t, root, tars))
+		compare(t, want, scanImage(t, dir, root, tars, start))
 	}
 }
 
