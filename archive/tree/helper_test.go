@@ -273,9 +273,12 @@ func scan(tb testing.TB, root string, start time.Time) map[string]attrs {
 
 func readXattrs(tb testing.TB, path string) map[string]string {
 	tb.Helper()
-	buf := make([]byte, 64<<10)
-	n, err := unix.Llistxattr(path, buf)
-	if err != nil {
+	n, err := unix.Llistxattr(path, nil)
+	if n == 0 && err == nil {
+		return nil
+	}
+	buf := make([]byte, max(n, 0))
+	if n, err = unix.Llistxattr(path, buf); err != nil {
 		tb.Fatalf("%s: %v", path, err)
 	}
 	m := map[string]string{}

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -132,4 +133,29 @@ func (w *world) requireSameAsStock(name string) {
 	stock := w.stock()
 	w.pull(stock, eager, ref)
 	requireSameRoot(w, stock, ref)
+}
+
+// TestByDigest indexes and runs an image that is named by its digest.
+func TestByDigest(t *testing.T) {
+	w := newWorld(t)
+	tag := w.ref(images.SmallName)
+	ref := tag[:strings.LastIndex(tag, ":")] + "@" + w.subject(tag, runtime.GOARCH).Digest.String()
+	w.ctr(w.builder, "image", "tag", tag, ref)
+	_, err := w.builder.Clipctl(w.ctx, "index", ref, "--push")
+	require.NoError(t, err)
+	require.Empty(t, w.pull(w.worker, lazy, ref).Gets(w.layers(images.SmallName)...))
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+}
+
+// TestMovedTag has an image's tag moved to another image after it was pulled: what was pulled is still read.
+func TestMovedTag(t *testing.T) {
+	w := newWorld(t)
+	ref := w.ref(images.SmallName)
+	w.index(images.SmallName)
+	w.pull(w.worker, lazy, ref)
+	w.ctr(w.builder, "image", "tag", "--force", images.BaseName, ref)
+	w.ctr(w.builder, "image", "push", ref)
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+	requests := w.registry.Requests()
+	require.NotEmpty(t, requests.Gets(w.manifest(w.worker, ref).Layers[0].Digest.String()), "it was not all there")
 }
