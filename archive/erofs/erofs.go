@@ -1,9 +1,10 @@
 // Package erofs writes a merged tree as an EROFS metadata image.
 //
 // The image holds inodes, directories, symlink targets and xattrs, and no file
-// contents: a regular file is one chunk that points into a device. There is
-// one device per layer, and it holds the layer's uncompressed tar stream as it
-// is. Both the image and the devices count in blocks of 512 bytes, the unit of
+// contents: a regular file is one chunk that points into a device. A file with
+// holes is cut into chunks of one size, the largest that lets each be a piece
+// of data or of a hole; those of a hole point nowhere. There is one device per
+// layer, and it holds the layer's uncompressed tar stream as it is. Both the image and the devices count in blocks of 512 bytes, the unit of
 // tar, so a file's address is its offset in the tar. Mounting needs Linux 6.4
 // or later, and every device: without any of them the kernel mounts the image
 // and fails every read.
@@ -14,7 +15,7 @@
 // The root of the image holds one directory, RootDir, which is the root of the
 // container. Inodes lie in the order of a depth-first walk: a directory's
 // blocks, then the inodes of everything in it, then its first subdirectory.
-// Each inode is followed by its xattrs and then by its chunk index, symlink
+// Each inode is followed by its xattrs and then by its chunk indexes, symlink
 // target or the end of its directory, if that fits into the block.
 //
 // Inodes are written in the compact form if nothing is lost: it has no

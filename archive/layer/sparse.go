@@ -63,6 +63,8 @@ func readExtents(hdr *tar.Header, where sparseMap, off inflate.Out, head []byte)
 		}
 		numbers = numbers[1 : 1+2*count]
 		size -= int64(len(content))
+	case len(content) > 0:
+		return nil, 0, fmt.Errorf("sparse file: its header is not where it should be: %w", ErrUnsupported)
 	case hdr.PAXRecords[paxSparseMap] != "":
 		numbers = strings.Split(hdr.PAXRecords[paxSparseMap], ",")
 	}

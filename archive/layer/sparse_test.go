@@ -283,3 +283,29 @@ func TestSparseGNUTar(t *testing.T) {
 	_, err = build(t, data, small)
 	require.ErrorIs(t, err, layer.ErrUnsupported)
 }
+
+// FuzzTar indexes tar streams: what is accepted reads as archive/tar has it.
+func FuzzTar(f *testing.F) {
+	for _, version := range []string{"0.0", "0.1", "1.0"} {
+		s := testimage.Sparse{Header: tar.Header{Typeflag: tar.TypeReg, Name: "f"}, Version: version, Size: 9000,
+			Pieces: []testimage.Piece{{Pos: 512, Data: strings.Repeat("x", 512)}, {Pos: 8192, Data: strings.Repeat("y", 808)}}}
+		f.Add(append(append(s.Bytes(f), s.Bytes(f)...), make([]byte, 1024)...))
+	}
+	f.Add(testimage.Tar(f, testimage.Dir("d/"), testimage.Reg("d/f", "content"), testimage.Symlink("s", "t"), testimage.Link("h", "d/f")))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if bytes.HasPrefix(data, []byte{0x1f, 0x8b}) {
+			return // the stream inside is not data
+		}
+		x, err := build(t, data, small)
+		if err != nil {
+			return
+		}
+		requireRoundTrip(t, x)
+		for _, e := range x.Entries {
+			if e.Size > 1<<20 {
+				return // more than there is: holes
+			}
+		}
+		requireContents(t, x, data)
+	})
+}
