@@ -210,6 +210,7 @@ func (x *Index) DecodeEntries(b []byte) error {
 	}
 	var off inflate.Out
 	var modTime int64
+	var t totals
 	for range n {
 		e := Entry{Name: r.string(maxString, "name"), Type: r.byte()}
 		e.Mode = uint32(r.uint(0o7777, "mode"))
@@ -239,6 +240,7 @@ func (x *Index) DecodeEntries(b []byte) error {
 			r.check(false, "entry type")
 		}
 		e.Xattrs = r.xattrs()
+		r.check(t.add(&e) == nil, "holes or xattrs beyond their bounds")
 		if r.err != nil {
 			return r.err
 		}

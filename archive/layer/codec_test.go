@@ -144,6 +144,14 @@ func TestDecodeEntriesMalformed(t *testing.T) {
 		require.ErrorIs(t, err, layer.ErrFormat, c.want)
 		require.ErrorContains(t, err, c.want)
 	}
+	fine := layer.Entry{Type: layer.TypeSparse, Size: 3 << 29, Extents: []layer.Extent{{Pos: 512, Len: 512}}} // more than half
+	err := (&layer.Index{OutSize: 512}).DecodeEntries((&layer.Index{Entries: []layer.Entry{fine, fine}}).AppendEntries(nil))
+	require.ErrorContains(t, err, "holes")
+	require.NoError(t, (&layer.Index{OutSize: 512}).DecodeEntries((&layer.Index{Entries: []layer.Entry{fine}}).AppendEntries(nil)))
+	many := layer.Entry{Type: layer.TypeDir, Xattrs: make([]layer.Xattr, 5<<20)}
+	err = (&layer.Index{}).DecodeEntries((&layer.Index{Entries: []layer.Entry{many, many}}).AppendEntries(nil))
+	require.ErrorContains(t, err, "xattrs")
+
 	x := gzipIndex(t)
 	b := x.AppendEntries(nil)
 	require.ErrorContains(t, x.DecodeEntries(append(b, 0)), "after its end")

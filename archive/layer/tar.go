@@ -26,11 +26,14 @@ const (
 	maxXattrs     = 250 << 10
 )
 
+// maxLayerXattrs bounds the number of xattrs of a layer.
+const maxLayerXattrs = DefaultMaxEntries
+
 // readTar records the entries of the tar stream.
 func (b *builder) readTar(r *chunkReader) error {
 	defer r.drop()
 	tr := tar.NewReader(r)
-	chunks := int64(0)
+	var t totals
 	for {
 		hdr, err := tr.Next()
 		if errors.Is(err, io.EOF) {
@@ -50,15 +53,31 @@ func (b *builder) readTar(r *chunkReader) error {
 		if err != nil {
 			return fmt.Errorf("entry %q: %w", hdr.Name, err)
 		}
-		if e.Type == TypeSparse {
-			_, n := Chunks(e.Size, e.Extents)
-			if chunks += n; chunks > maxChunks {
-				return fmt.Errorf("entry %q: sparse files of the layer take %d pieces of %d: %w", hdr.Name, chunks, maxChunks, ErrUnsupported)
-			}
+		if err := t.add(&e); err != nil {
+			return fmt.Errorf("entry %q: %w", hdr.Name, err)
 		}
 		b.idx.Entries = append(b.idx.Entries, e)
 		r.keep(blockAlign(r.pos + stored))
 	}
+}
+
+// totals counts what all entries of a layer have together.
+type totals struct{ chunks, xattrs int64 }
+
+// add counts an entry, or says what there is too much of.
+func (t *totals) add(e *Entry) error {
+	if e.Type == TypeSparse {
+		_, n := Chunks(e.Size, e.Extents)
+		t.chunks += n
+	}
+	t.xattrs += int64(len(e.Xattrs))
+	if t.chunks > maxChunks {
+		return fmt.Errorf("sparse files of the layer take %d pieces, %d at most: %w", t.chunks, maxChunks, ErrUnsupported)
+	}
+	if t.xattrs > maxLayerXattrs {
+		return fmt.Errorf("%d extended attributes in the layer, %d at most: %w", t.xattrs, maxLayerXattrs, ErrUnsupported)
+	}
+	return nil
 }
 
 // endTar reads what follows the end marker: it belongs to the diff ID.
