@@ -279,6 +279,7 @@ func (r *cursor) extents(e *Entry, end inflate.Out) []Extent {
 
 func (r *cursor) xattrs() []Xattr {
 	n := r.count(2, "xattrs")
+	r.check(n <= maxXattrs/4, "number of xattrs")
 	if r.err != nil || n == 0 {
 		return nil
 	}

@@ -33,7 +33,8 @@ func sparseFiles(t *testing.T, size int64, pieces ...testimage.Piece) []byte {
 
 // piece is n blocks of text at a position, and some bytes.
 func piece(pos int64, blocks, bytes int) testimage.Piece {
-	return testimage.Piece{Pos: pos, Data: testimage.Content(uint64(pos), blocks*512+bytes)}
+	text := fmt.Sprintf("at %d, ", pos)
+	return testimage.Piece{Pos: pos, Data: strings.Repeat(text, blocks*512/len(text)+bytes+1)[:blocks*512+bytes]}
 }
 
 // requireContents reads every file of an index as its extents say, and
@@ -223,7 +224,7 @@ func TestSparseHeaders(t *testing.T) {
 
 // TestSparseRandom compares random maps with archive/tar.
 func TestSparseRandom(t *testing.T) {
-	for seed := range uint64(200) {
+	for seed := range uint64(60) {
 		r := rand.New(rand.NewPCG(seed, 3))
 		pos, pieces := int64(0), []testimage.Piece(nil)
 		for range r.IntN(20) {
