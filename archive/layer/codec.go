@@ -287,6 +287,7 @@ func (r *cursor) xattrs() []Xattr {
 	for range n {
 		xattrs = append(xattrs, Xattr{Name: r.string(maxString, "xattr name"), Value: r.string(maxString, "xattr value")})
 	}
+	r.check(checkXattrs(xattrs) == nil, "size of xattrs")
 	return xattrs
 }
 

@@ -15,8 +15,8 @@ import (
 var ErrInvalid = errors.New("invalid layer")
 
 // ErrUnsupported is wrapped when containerd might accept the layers but Merge
-// cannot: resolving their paths takes more work than any real image needs, or
-// sparse files more pieces.
+// cannot: resolving their paths takes more work than any real image needs,
+// sparse files more pieces, or the xattrs of a file more space.
 var ErrUnsupported = errors.New("unsupported layer")
 
 // Merge stacks layers, the bottom one first, and returns the root directory.
@@ -44,7 +44,7 @@ func Merge(layers []*layer.Index) (*Node, error) {
 	if len(uppers) == 0 {
 		uppers = append(uppers, newUpper(0, nil, work))
 	}
-	return stack(uppers), nil
+	return stack(uppers)
 }
 
 // maxChunks bounds the pieces of all sparse files: 64 GiB if their data is
@@ -74,7 +74,7 @@ type held struct {
 }
 
 // stack does what overlayfs does with its lower directories.
-func stack(uppers []*upper) *Node {
+func stack(uppers []*upper) (*Node, error) {
 	roots := make(merged, 0, len(uppers))
 	for _, u := range slices.Backward(uppers) {
 		roots = append(roots, u.root) // overlayfs ignores an opaque mark on a root
@@ -105,15 +105,18 @@ func stack(uppers []*upper) *Node {
 			}
 			return cmp.Compare(a.rank, b.rank)
 		})
-		todo = fill(dirs, names, todo)
+		var err error
+		if todo, err = fill(dirs, names, todo); err != nil {
+			return nil, err
+		}
 	}
 	root.Nlink = 1 // merged at least with the container's own upper directory
-	return root
+	return root, checkXattrSpace("/", root)
 }
 
 // fill sets the children of the merged directory dirs from names, which are
 // sorted, and appends its subdirectories to todo.
-func fill(dirs merged, names []held, todo []merged) []merged {
+func fill(dirs merged, names []held, todo []merged) ([]merged, error) {
 	top := &dirs[0].Node
 	top.Children = make([]Dirent, 0, len(names))
 	subdirs := uint32(0)
@@ -128,6 +131,9 @@ func fill(dirs merged, names []held, todo []merged) []merged {
 		if in.whiteout() {
 			continue
 		}
+		if err := checkXattrSpace(group[0].name, &in.Node); err != nil {
+			return nil, err
+		}
 		top.Children = append(top.Children, Dirent{group[0].name, &in.Node})
 		if !in.dir() {
 			continue
@@ -140,7 +146,22 @@ func fill(dirs merged, names []held, todo []merged) []merged {
 	if len(dirs) == 1 {
 		top.Nlink = 2 + subdirs
 	}
-	return todo
+	return todo, nil
+}
+
+// maxXattrSpace is less than what an EROFS inode can hold. An entry stays below
+// it; several of one directory may not.
+const maxXattrSpace = 255 << 10
+
+func checkXattrSpace(name string, n *Node) error {
+	size := 0
+	for _, x := range n.Xattrs {
+		size += (4 + len(x.Name) + len(x.Value) + 3) &^ 3
+	}
+	if size > maxXattrSpace {
+		return fmt.Errorf("%w: %q has %d bytes of extended attributes", ErrUnsupported, name, size)
+	}
+	return nil
 }
 
 // mergeable is the directories of a group that are seen through each other.
