@@ -40,7 +40,7 @@ unit: ## unit tests, with the race detector
 	$(GO) test -race -timeout 15m $(filter-out $(INFLATE),$(UNIT))
 
 e2e: deps parts build ## end-to-end tests on real parts (root)
-	$(GO) test -count=1 -timeout 20m -v ./tests/e2e
+	$(GO) test -count=1 -timeout 40m -v ./tests/e2e
 
 lint: deps parts ## gofmt, go vet, staticcheck, govulncheck
 	@unformatted=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \
