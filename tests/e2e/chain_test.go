@@ -3,6 +3,7 @@ package e2e
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -119,12 +120,12 @@ func (w *world) commit(c *harness.Containerd, snapshotter, ref, container, name 
 	require.NoError(w, err)
 	spec.RootFS.DiffIDs = append(spec.RootFS.DiffIDs, digest.Digest(info.Labels["containerd.io/uncompressed"]))
 	manifest.Layers = append(manifest.Layers, desc)
-	manifest.Config = w.putJSON(c, ocispec.MediaTypeImageConfig, spec, nil)
+	manifest.Config = w.putJSON(ctx, c, ocispec.MediaTypeImageConfig, spec, nil)
 	labels := map[string]string{"containerd.io/gc.ref.content.config": manifest.Config.Digest.String()}
 	for i, l := range manifest.Layers {
 		labels[fmt.Sprintf("containerd.io/gc.ref.content.l.%d", i)] = l.Digest.String()
 	}
-	_, err = client.ImageService().Create(ctx, images.Image{Name: name, Target: w.putJSON(c, ocispec.MediaTypeImageManifest, manifest, labels)})
+	_, err = client.ImageService().Create(ctx, images.Image{Name: name, Target: w.putJSON(ctx, c, ocispec.MediaTypeImageManifest, manifest, labels)})
 	require.NoError(w, err)
 
 	ra, err := store.ReaderAt(ctx, desc)
@@ -133,12 +134,12 @@ func (w *world) commit(c *harness.Containerd, snapshotter, ref, container, name 
 	return w.listLayer(content.NewReader(ra))
 }
 
-func (w *world) putJSON(c *harness.Containerd, mediaType string, v any, labels map[string]string) ocispec.Descriptor {
+func (w *world) putJSON(ctx context.Context, c *harness.Containerd, mediaType string, v any, labels map[string]string) ocispec.Descriptor {
 	w.Helper()
 	text, err := json.Marshal(v)
 	require.NoError(w, err)
 	d := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(text), Size: int64(len(text))}
-	require.NoError(w, content.WriteBlob(w.ctx, c.Client().ContentStore(), d.Digest.String(), bytes.NewReader(text), d, content.WithLabels(labels)))
+	require.NoError(w, content.WriteBlob(ctx, c.Client().ContentStore(), d.Digest.String(), bytes.NewReader(text), d, content.WithLabels(labels)))
 	return d
 }
 
