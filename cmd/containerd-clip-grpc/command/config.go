@@ -10,6 +10,8 @@ import (
 
 	"github.com/pelletier/go-toml/v2"
 	"github.com/spf13/cobra"
+
+	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
 // DefaultConfigPath is read if it exists and --config is not given.
@@ -25,6 +27,7 @@ type Config struct {
 	LogLevel string         `toml:"log_level" comment:"trace, debug, info, warn or error"`
 	Discover DiscoverConfig `toml:"discover" comment:"where archives are looked for, besides <root>/archives/*.clip"`
 	Registry RegistryConfig `toml:"registry" comment:"how registries are reached"`
+	Mount    MountConfig    `toml:"mount" comment:"how the roots of lazy images are mounted"`
 }
 
 // DiscoverConfig says where archives are looked for.
@@ -37,6 +40,12 @@ type RegistryConfig struct {
 	ConfigPath []string `toml:"config_path" comment:"directories with containerd's <host>/hosts.toml files"`
 }
 
+// MountConfig says how the roots of lazy images are mounted.
+type MountConfig struct {
+	// Mode is a root.Mode.
+	Mode string `toml:"mode" comment:"file and loop: EROFS on files (Linux 6.12) or on loop devices (6.4); fuse: no EROFS; auto: the first of them that works"`
+}
+
 // DefaultConfig returns the configuration that holds where a file says nothing.
 func DefaultConfig() Config {
 	return Config{
@@ -45,6 +54,7 @@ func DefaultConfig() Config {
 		LogLevel: "info",
 		Discover: DiscoverConfig{Referrers: true},
 		Registry: RegistryConfig{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}},
+		Mount:    MountConfig{Mode: string(root.Auto)},
 	}
 }
 
@@ -83,6 +93,9 @@ func (c Config) Validate() error {
 	// sockaddr_un.sun_path, see unix(7).
 	if len(c.Address) > 107 {
 		return fmt.Errorf("address %q is longer than the 107 bytes a socket path may have", c.Address)
+	}
+	if _, err := root.ParseMode(c.Mount.Mode); err != nil {
+		return err
 	}
 	return nil
 }

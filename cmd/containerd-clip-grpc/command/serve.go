@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter"
+	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
 // flags override what the configuration file says.
@@ -91,6 +92,7 @@ func serve(ctx context.Context, c Config) (err error) {
 	// the daemon's end: requests are cut off, not drained.
 	sn, err := snapshotter.New(context.WithoutCancel(ctx), snapshotter.Options{
 		Root:       c.Root,
+		Mount:      root.Mode(c.Mount.Mode),
 		Referrers:  c.Discover.Referrers,
 		ConfigPath: c.Registry.ConfigPath,
 	})
