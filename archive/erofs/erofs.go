@@ -25,6 +25,7 @@
 package erofs
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -120,6 +121,10 @@ func (b *builder) putSuper() {
 		Devices:         uint16(len(b.devices)),
 		DeviceSlot:      (superOffset + sizeSuperBlock) / sizeDeviceSlot,
 	}
+	// Overlayfs names files of lower layers by it. Without one, a hard link
+	// that is made to such a file does not have the file's inode number.
+	sum := sha256.Sum256(b.buf)
+	copy(s.UUID[:], sum[:])
 	s.put(b.buf[superOffset:])
 	// The checksum is a CRC-32C without the final inversion, over the block
 	// that the superblock starts, with the checksum itself as 0.
