@@ -74,10 +74,6 @@ func (s *Snapshotter) newDirectory(kind snapshots.Kind) (_ string, err error) {
 			os.RemoveAll(dir)
 		}
 	}()
-	// Others may pass into the container's root; its own modes protect it.
-	if err := os.Chmod(dir, 0o711); err != nil {
-		return "", err
-	}
 	if err := os.Mkdir(filepath.Join(dir, "fs"), 0o755); err != nil {
 		return "", err
 	}

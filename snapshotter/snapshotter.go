@@ -93,11 +93,9 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 			return nil, err
 		}
 	}
-	// Containers with user namespaces must be able to pass.
-	for _, sub := range []string{"", "snapshots", "roots"} {
-		if err := os.Chmod(filepath.Join(s.dir, sub), 0o711); err != nil {
-			return nil, err
-		}
+	// Whoever could pass could run what images have with setuid bits.
+	if err := os.Chmod(s.dir, 0o700); err != nil {
+		return nil, err
 	}
 	if err := s.unmountStale(); err != nil {
 		return nil, err

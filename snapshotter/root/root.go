@@ -75,7 +75,7 @@ func (r Root) target() string { return filepath.Join(r.Dir, "mnt") }
 // Build does what can be done before Mount, unless it is done.
 func (r Root) Build(m Mode) error {
 	for _, dir := range []string{r.Dir, r.target()} {
-		if err := os.Mkdir(dir, 0o711); err != nil && !os.IsExist(err) {
+		if err := os.Mkdir(dir, 0o700); err != nil && !os.IsExist(err) {
 			return err
 		}
 	}

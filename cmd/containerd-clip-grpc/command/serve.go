@@ -121,7 +121,7 @@ func serve(ctx context.Context, c Config) (err error) {
 
 // lockRoot makes sure that only one daemon works in root.
 func lockRoot(root string) (unlock func() error, err error) {
-	if err := os.MkdirAll(root, 0o711); err != nil {
+	if err := os.MkdirAll(root, 0o700); err != nil {
 		return nil, err
 	}
 	f, err := os.OpenFile(filepath.Join(root, "lock"), os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
