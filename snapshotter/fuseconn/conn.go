@@ -60,6 +60,7 @@ type Conn struct {
 	server  *fuse.ProtocolServer
 	reading atomic.Int32
 	workers sync.WaitGroup
+	greeted chan struct{} // closed when the kernel has the answer to its first request, INIT
 	ended   chan struct{} // closed when the kernel has dropped the mount
 }
 
@@ -100,7 +101,8 @@ func Mount(ctx context.Context, fs fuse.RawFileSystem, o Options) (*Conn, error)
 	o.Protocol.MaxWrite = MaxRead // go-fuse derives the largest read from it
 	o.Protocol.MaxBackground = maxBackground
 	c := &Conn{
-		ctx: context.WithoutCancel(ctx), fd: fd, mount: mnt, ended: make(chan struct{}),
+		ctx: context.WithoutCancel(ctx), fd: fd, mount: mnt,
+		greeted: make(chan struct{}), ended: make(chan struct{}),
 		server: fuse.NewProtocolServer(fs, &o.Protocol),
 	}
 	c.start()
@@ -109,6 +111,11 @@ func Mount(ctx context.Context, fs fuse.RawFileSystem, o Options) (*Conn, error)
 		unix.Close(c.fd)
 		close(c.ended)
 	}()
+	select {
+	case <-c.greeted: // the kernel sets a read-ahead of its own when it learns the answer
+	case <-c.ended:
+		return nil, errors.Join(errors.New("mounting FUSE: the connection ended at once"), c.Release())
+	}
 	// Files take over the value when they are opened, not later.
 	if err := setReadAhead(mnt); err != nil {
 		log.G(ctx).WithError(err).Warn("cannot set the read-ahead of a FUSE mount; reading through it will be slower")
@@ -173,9 +180,12 @@ func (c *Conn) answer(in, out []byte) {
 	if n == 0 {
 		n = errorReply(in, out, status)
 	}
-	if binary.NativeEndian.Uint32(in[4:]) == opInit && n > initOutMaxWriteAt+4 {
-		// The read buffer must hold a write of this size, and there are none.
-		binary.NativeEndian.PutUint32(out[initOutMaxWriteAt:], maxWrite)
+	if binary.NativeEndian.Uint32(in[4:]) == opInit {
+		defer close(c.greeted)
+		if n > initOutMaxWriteAt+4 {
+			// The read buffer must hold a write of this size, and there are none.
+			binary.NativeEndian.PutUint32(out[initOutMaxWriteAt:], maxWrite)
+		}
 	}
 	if _, err := unix.Write(c.fd, out[:n]); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) {
 		log.G(c.ctx).WithError(err).Error("writing to /dev/fuse failed")
