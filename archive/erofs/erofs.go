@@ -19,7 +19,8 @@
 //
 // Inodes are written in the compact form if nothing is lost: it has no
 // modification time of its own, so the superblock takes the one that saves
-// most. The same tree gives the same bytes.
+// most. The image's UUID is a hash of the rest. The same tree gives the same
+// bytes.
 //
 // The package does not read images and does not mount them.
 package erofs

@@ -10,6 +10,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/image-spec/identity"
 	"github.com/stretchr/testify/require"
 
@@ -36,7 +37,9 @@ func (w *world) startMode(mode string) {
 	var err error
 	w.daemon, err = w.lab.StartDaemon(w.ctx, "daemon-"+mode, "[mount]\nmode = '"+mode+"'\n")
 	require.NoError(w, err)
-	require.Contains(w, w.daemon.Log(), "mode="+mode)
+	if mode != "auto" {
+		require.Contains(w, w.daemon.Log(), "mode="+mode)
+	}
 	require.NotContains(w, w.daemon.Log(), "level=warning", "this machine can do everything in each mode")
 	w.worker, err = w.lab.StartContainerd(w.ctx, "worker-"+mode, w.daemon)
 	require.NoError(w, err)
@@ -116,6 +119,44 @@ func requireNothingLeft(w *world, ref string) {
 	})
 	require.Empty(w, loopsOf(w.T, w.daemon.Root), "loop devices end with the roots")
 	require.NoError(w, w.daemon.Stop())
+}
+
+// TestModeChanges has a daemon that dies and comes back with another mode, with what the mode before left mounted.
+func TestModeChanges(t *testing.T) {
+	w := newWorld(t)
+	ref := w.ref(images.SmallName)
+	w.index(images.SmallName)
+	w.startMode("auto")
+	w.pull(w.worker, lazy, ref)
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+	for _, mode := range []string{"loop", "fuse", "file", "fuse", "loop"} {
+		require.Len(t, mountsOf(t, w.daemon.Root), 1)
+		w.daemon.Kill()
+		require.NoError(t, os.WriteFile(w.daemon.Config, []byte("[mount]\nmode = '"+mode+"'\n"), 0o600))
+		require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+		require.Empty(t, mountsOf(t, w.daemon.Root), "mounts of the daemon that died")
+		require.Empty(t, loopsOf(t, w.daemon.Root))
+		// containerd dials again only after a while if it has tried in between.
+		w.eventually("containerd has found the daemon again", func() bool {
+			result, err := w.worker.RunContainer(w.ctx, lazy, ref, "e2e-run", "sh", "/app/run.sh")
+			return err == nil && result.Stdout == "hello from clip\n"
+		})
+	}
+	require.NoError(t, w.daemon.Stop())
+	require.Empty(t, mountsOf(t, w.daemon.Root))
+	require.Empty(t, loopsOf(t, w.daemon.Root))
+}
+
+// mountsOf lists what is mounted below dir.
+func mountsOf(t *testing.T, dir string) []string {
+	t.Helper()
+	infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	require.NoError(t, err)
+	var points []string
+	for _, m := range infos {
+		points = append(points, m.Mountpoint)
+	}
+	return points
 }
 
 // TestDemoImageModes is a real image in the modes that are not the usual one.
