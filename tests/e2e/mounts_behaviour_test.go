@@ -12,12 +12,15 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
+	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
 	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
+	"github.com/beam-cloud/containerd-clip/tests/internal/images"
 	"github.com/beam-cloud/containerd-clip/tests/internal/rootdiff"
 )
 
@@ -376,4 +379,25 @@ func removals(root string, say func(string, ...any)) error {
 	_, err := os.Lstat(in("whiteout"))
 	say("seen: %v", errors.Is(err, fs.ErrNotExist))
 	return nil
+}
+
+// TestFileCapabilities has users that may not read a file run programs that may.
+func TestFileCapabilities(t *testing.T) {
+	w := newMountsWorld(t)
+	ref := w.ref(images.OwnersName)
+	read := func(root, program string) string {
+		out, _ := (&exec.Cmd{
+			Path: program, Args: []string{"busybox", "cat", "/owners/shared-directory/inside"}, Dir: "/",
+			SysProcAttr: &unix.SysProcAttr{Chroot: root, Credential: &syscall.Credential{Uid: 1000, Gid: 1000}},
+		}).CombinedOutput() // it says what it could not do
+		return string(out)
+	}
+	require.NoError(t, os.Chmod(w.lab.Dir, 0o711))
+	w.eachMode(func(w *world) {
+		w.pull(w.worker, lazy, ref)
+		root := w.prepare(w.worker, lazy, ref)
+		require.NoError(w, os.Chmod(root, 0o755))
+		require.Contains(w, read(root, "/bin/busybox"), "Permission denied")
+		require.Equal(w, "inside\n", read(root, "/bin/reader"))
+	})
 }

@@ -52,6 +52,10 @@ func writeBusybox(t *tarball, program string) {
 	for _, applet := range []string{"sh", "cat", "ls", "echo", "find", "stat", "sort", "chown", "mkdir", "mount", "umount", "chroot", "id", "wc"} {
 		t.symlink("bin/"+applet, "busybox")
 	}
+	t.put(tar.Header{Typeflag: tar.TypeReg, Name: "bin/reader", Mode: 0o755, PAXRecords: map[string]string{
+		// CAP_DAC_READ_SEARCH, effective and permitted, revision 2: who runs it reads everything.
+		paxXattr + "security.capability": "\x01\x00\x00\x02\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00",
+	}}, program)
 	t.file("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:100:user:/:/bin/sh\n")
 }
 
