@@ -137,8 +137,23 @@ func TestUserNamespaceThatCannotBe(t *testing.T) {
 	require.ErrorContains(t, err, "remap-ids")
 	_, err = sn.Stat(t.Context(), "container")
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
-	_, err = sn.Prepare(t.Context(), "container", top)
+	mounts, err := sn.Prepare(t.Context(), "copy", top)
 	require.NoError(t, err, "others can")
+
+	// What containerd does then, see client/snapshotter_opts_unix.go.
+	require.NoError(t, mount.WithTempMount(t.Context(), mounts, func(dir string) error {
+		for _, name := range []string{".", "low", "both"} {
+			require.NoError(t, os.Lchown(filepath.Join(dir, name), 100000, 200000))
+		}
+		return nil
+	}))
+	require.NoError(t, sn.Commit(t.Context(), "copied", "copy"))
+	mounts, err = sn.Prepare(t.Context(), "container", "copied", mapped)
+	require.NoError(t, err)
+	requireOwner(t, mounts, 100000, 200000, ".", "low", "both")
+	mounts, err = sn.View(t.Context(), "view", "copied", mapped)
+	require.NoError(t, err)
+	requireOwner(t, mounts, 100000, 200000, ".", "low", "both")
 	_, err = sn.Prepare(t.Context(), "half", top, snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotUIDMapping: "0:1:1"}))
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 	_, err = sn.Stat(t.Context(), "half")

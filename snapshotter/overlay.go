@@ -137,6 +137,13 @@ func (s *Snapshotter) lower(ctx context.Context, id string) (dir string, whole b
 
 // mounts returns what containerd has to mount for snap.
 func (s *Snapshotter) mounts(ctx context.Context, snap storage.Snapshot, ids idmap) ([]mount.Mount, error) {
+	done, err := s.copied(snap, ids)
+	if err != nil {
+		return nil, err
+	}
+	if done {
+		ids = idmap{}
+	}
 	if len(snap.ParentIDs) == 0 {
 		if snap.Kind == snapshots.KindView {
 			return bind(s.upper(snap.ID), "ro"), nil
@@ -161,6 +168,29 @@ func (s *Snapshotter) mounts(ctx context.Context, snap storage.Snapshot, ids idm
 	}
 	options = append(options, "lowerdir="+strings.Join(lowers, ":"))
 	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: append(options, overlayOptions()...)}}, nil
+}
+
+// copied says whether the owners of all that snap stands on have been changed
+// already. Without the capability remap-ids containerd commits a copy for that
+// and asks for the same mapping again on top of it. What tells the copy is the
+// owner of its root, which is the container's root and else the host's.
+func (s *Snapshotter) copied(snap storage.Snapshot, ids idmap) (bool, error) {
+	if ids.empty() || len(snap.ParentIDs) == 0 {
+		return false, nil
+	}
+	uid, gid, err := ids.root()
+	if err != nil {
+		return false, err
+	}
+	st, err := os.Stat(s.upper(snap.ParentIDs[0]))
+	if os.IsNotExist(err) {
+		return false, nil // a lazy snapshot
+	}
+	if err != nil {
+		return false, err
+	}
+	owner := st.Sys().(*syscall.Stat_t)
+	return (uid != 0 || gid != 0) && int(owner.Uid) == uid && int(owner.Gid) == gid, nil
 }
 
 // lowers returns the directories that snap stands on, the topmost first.

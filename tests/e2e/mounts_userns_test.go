@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"os"
+	"strings"
 	"testing"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -34,7 +35,22 @@ id -u; chown 70000 /owners/last`
 		require.Equal(w, want, requireUserns(w, w.worker, lazy, ref, labels, script))
 		require.Empty(w, rootdiff.Diff(mapped, mappedRoot(w, w.worker, lazy, ref), w.start))
 		require.Equal(w, want, requireUserns(w, w.worker, lazy, ref, usernsFlags, script), "the copy that containerd makes")
+		w.removeCapability()
+		require.Equal(w, want, requireUserns(w, w.worker, lazy, ref, labels, script), "the same copy, because containerd must not leave it to clip")
 	})
+}
+
+// removeCapability restarts the worker without the capability remap-ids of the clip snapshotter.
+func (w *world) removeCapability() {
+	w.Helper()
+	file := w.lab.Path(w.worker.Name, "conf.d", "50-clip.toml")
+	text, err := os.ReadFile(file)
+	require.NoError(w, err)
+	const capability = `capabilities = ["remap-ids"]`
+	require.Contains(w, string(text), capability)
+	require.NoError(w, os.WriteFile(file, []byte(strings.Replace(string(text), capability, "", 1)), 0o600))
+	require.NoError(w, w.worker.Stop())
+	require.NoError(w, w.lab.RestartContainerd(w.ctx, w.worker))
 }
 
 // letThrough lets everybody pass through a containerd's directory, as runc wants it for user namespaces: their root is
