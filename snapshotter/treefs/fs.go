@@ -59,7 +59,7 @@ func Mount(ctx context.Context, target string, root *tree.Node, layers []Layer) 
 			EnableAcl:            true,
 			EnableSymlinkCaching: true,
 			IDMappedMount:        true,
-			ExtraCapabilities:    fuse.CAP_ASYNC_DIO | fuse.CAP_READDIRPLUS_AUTO,
+			ExtraCapabilities:    fuse.CAP_ASYNC_DIO,
 			DisabledCapabilities: fuse.CAP_PASSTHROUGH, // it would count as a stacked file system
 		},
 	})
@@ -177,13 +177,15 @@ func (s *server) Readlink(_ <-chan struct{}, in *fuse.InHeader) ([]byte, fuse.St
 	return []byte(n.Target), fuse.OK
 }
 
-// Open and OpenDir are said not to exist. The kernel then opens by itself and
-// keeps what was read.
+// Open, OpenDir and Flush are said not to exist. The kernel then opens and
+// closes by itself and keeps what was read.
 func (s *server) Open(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status { return fuse.ENOSYS }
 
 func (s *server) OpenDir(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status {
 	return fuse.ENOSYS
 }
+
+func (s *server) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.ENOSYS }
 
 func (s *server) Release(<-chan struct{}, *fuse.ReleaseIn) {}
 

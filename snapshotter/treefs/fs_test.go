@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
@@ -22,6 +23,7 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
+	"github.com/beam-cloud/containerd-clip/snapshotter/fuseconn"
 )
 
 // memory is a layer that lies in memory, with a hook before each read.
@@ -247,4 +249,38 @@ func TestRefusedTrees(t *testing.T) {
 	err := Mount(t.Context(), t.TempDir(), dir(tree.Dirent{Name: "a", Node: twice}, tree.Dirent{Name: "b", Node: twice}), nil)
 	require.ErrorContains(t, err, "two names")
 	require.ErrorIs(t, Mount(t.Context(), "/nowhere", dir(), nil), unix.ENOENT)
+}
+
+// TestKernelMayKeepAll looks at the answers that save requests later on.
+func TestKernelMayKeepAll(t *testing.T) {
+	var s server
+	require.NoError(t, s.number(dir(tree.Dirent{Name: "a", Node: dir()}, tree.Dirent{Name: "b", Node: &tree.Node{Mode: unix.S_IFREG, Nlink: 1}})))
+	var entry fuse.EntryOut
+	const root = 2
+	require.Equal(t, fuse.OK, s.Lookup(nil, &fuse.InHeader{NodeId: root}, "missing", &entry))
+	require.Zero(t, entry.NodeId)
+	require.EqualValues(t, fuseconn.Forever, entry.EntryValid, "that there is no such name")
+	var attr fuse.AttrOut
+	require.Equal(t, fuse.OK, s.GetAttr(nil, &fuse.GetAttrIn{InHeader: fuse.InHeader{NodeId: root}}, &attr))
+	require.EqualValues(t, fuseconn.Forever, attr.AttrValid)
+
+	list := fuse.NewDirEntryList(make([]byte, 4096), 0)
+	require.Equal(t, fuse.OK, s.ReadDirPlus(nil, &fuse.ReadIn{InHeader: fuse.InHeader{NodeId: root}}, list))
+	names, entries, err := fuse.ParseDirLookupEntries(list.Bytes())
+	require.NoError(t, err)
+	require.Len(t, entries, 4)
+	for i, name := range []string{".", "..", "a", "b"} {
+		require.Equal(t, name, names[i].Name)
+		if i < 2 {
+			require.Zero(t, entries[i].NodeId, "the kernel would take them for names of their own")
+			continue
+		}
+		require.Equal(t, names[i].Ino, entries[i].NodeId)
+		require.EqualValues(t, fuseconn.Forever, entries[i].EntryValid)
+		require.EqualValues(t, fuseconn.Forever, entries[i].AttrValid)
+	}
+	// After these the kernel never asks again.
+	require.Equal(t, fuse.ENOSYS, s.Open(nil, nil, nil))
+	require.Equal(t, fuse.ENOSYS, s.OpenDir(nil, nil, nil))
+	require.Equal(t, fuse.ENOSYS, s.Flush(nil, nil))
 }
