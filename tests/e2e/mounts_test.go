@@ -136,15 +136,21 @@ func TestModeChanges(t *testing.T) {
 		require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
 		require.Empty(t, mountsOf(t, w.daemon.Root), "mounts of the daemon that died")
 		require.Empty(t, loopsOf(t, w.daemon.Root))
-		// containerd dials again only after a while if it has tried in between.
-		w.eventually("containerd has found the daemon again", func() bool {
-			result, err := w.worker.RunContainer(w.ctx, lazy, ref, "e2e-run", "sh", "/app/run.sh")
-			return err == nil && result.Stdout == "hello from clip\n"
-		})
+		w.runAfterRestart(ref)
 	}
 	require.NoError(t, w.daemon.Stop())
 	require.Empty(t, mountsOf(t, w.daemon.Root))
 	require.Empty(t, loopsOf(t, w.daemon.Root))
+}
+
+// runAfterRestart runs images.SmallName on a daemon that was away. containerd dials again only after a while if it has
+// tried in between.
+func (w *world) runAfterRestart(ref string) {
+	w.Helper()
+	w.eventually("containerd has found the daemon again", func() bool {
+		result, err := w.worker.RunContainer(w.ctx, lazy, ref, "e2e-run", "sh", "/app/run.sh")
+		return err == nil && result.Stdout == "hello from clip\n"
+	})
 }
 
 // mountsOf lists what is mounted below dir.
