@@ -236,7 +236,7 @@ func (s *Snapshotter) lazyUsage(id string, c chain) (snapshots.Usage, error) {
 		return snapshots.Usage{}, err
 	}
 	usage := snapshots.Usage{Size: l.Fetched(), Inodes: 1}
-	if st, err := os.Stat(s.rootImage(id)); err == nil {
+	if st, err := os.Stat(s.root(id, c).Image()); err == nil {
 		usage.Size += st.Size()
 		usage.Inodes++
 	}

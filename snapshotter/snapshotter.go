@@ -2,8 +2,8 @@
 //
 // A snapshot is either ordinary, a directory as overlayfs wants it, or lazy: a
 // committed image layer of which only the index is here. A lazy snapshot
-// stands for its layer and all below it; what is mounted for it is one EROFS
-// root of the whole chain (package root), whatever the snapshots below it are.
+// stands for its layer and all below it; what is mounted for it is one root of
+// the whole chain (package root), whatever the snapshots below it are.
 // Ordinary snapshots may stand on lazy ones, so the mounts of a snapshot are
 // overlayfs over the ordinary directories down to the first lazy snapshot and
 // its root.
@@ -26,6 +26,7 @@
 package snapshotter
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -45,11 +46,14 @@ import (
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
 	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
+	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
 // Options configures New.
 type Options struct {
 	Root string // directory of all state; not on overlayfs or tmpfs
+	// Mount is how lazy roots are mounted; empty is root.Auto.
+	Mount root.Mode
 	// Referrers looks for archives in the image's registry.
 	Referrers bool
 	// Registry says how registries are reached.
@@ -62,6 +66,7 @@ type Snapshotter struct {
 	meta   *storage.MetaStore
 	layers *cache.Store
 	files  *layerfs.FS // nil if noLazy is set
+	can    root.Ability
 	finder *discover.Finder
 	noLazy error // why this machine cannot mount lazy roots
 	roots  roots
@@ -88,11 +93,9 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 			return nil, err
 		}
 	}
-	// Containers with user namespaces must be able to pass.
-	for _, sub := range []string{"", "snapshots", "roots"} {
-		if err := os.Chmod(filepath.Join(s.dir, sub), 0o711); err != nil {
-			return nil, err
-		}
+	// Whoever could pass could run what images have with setuid bits.
+	if err := os.Chmod(s.dir, 0o700); err != nil {
+		return nil, err
 	}
 	if err := s.unmountStale(); err != nil {
 		return nil, err
@@ -110,7 +113,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 		return nil, err
 	}
 	s.finder = discover.New(discover.Options{Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher})
-	if s.files, s.noLazy = s.probe(ctx); s.noLazy != nil {
+	if s.noLazy = s.probe(ctx, cmp.Or(opts.Mount, root.Auto)); s.noLazy != nil {
 		log.G(ctx).WithError(s.noLazy).Warn("this machine cannot mount lazy roots; all images are unpacked")
 	}
 	return s, s.restore(ctx)
@@ -216,15 +219,21 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 
 // Mounts implements snapshots.Snapshotter.
 func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
-	var snap storage.Snapshot
+	var (
+		snap storage.Snapshot
+		ids  idmap
+	)
 	err := s.meta.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
-		snap, err = storage.GetSnapshot(ctx, key)
+		if snap, err = storage.GetSnapshot(ctx, key); err != nil {
+			return err
+		}
+		ids, err = idmapOfKey(ctx, key)
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	return s.mounts(ctx, snap)
+	return s.mounts(ctx, snap, ids)
 }
 
 // Prepare implements snapshots.Snapshotter. It returns errdefs.ErrAlreadyExists

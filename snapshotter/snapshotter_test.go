@@ -21,11 +21,17 @@ import (
 
 	"github.com/beam-cloud/containerd-clip/internal/testutil"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
+	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
 func open(t *testing.T, root string) *Snapshotter {
 	t.Helper()
-	sn, err := New(t.Context(), Options{Root: root})
+	return openMode(t, root, "")
+}
+
+func openMode(t *testing.T, dir string, mode root.Mode) *Snapshotter {
+	t.Helper()
+	sn, err := New(t.Context(), Options{Root: dir, Mount: mode})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, sn.Close()) })
 	require.NoError(t, sn.noLazy, "this test needs root, FUSE and EROFS")
@@ -165,9 +171,16 @@ func requireRead(t *testing.T, mounts []mount.Mount) {
 }
 
 func TestLazySnapshots(t *testing.T) {
+	for _, mode := range []root.Mode{root.File, root.Loop, root.FUSE} {
+		t.Run(string(mode), func(t *testing.T) { testLazySnapshots(t, mode) })
+	}
+}
+
+func testLazySnapshots(t *testing.T, mode root.Mode) {
 	root := t.TempDir()
 	img, ref := lazyImage(t, root)
-	sn := open(t, root)
+	sn := openMode(t, root, mode)
+	require.Equal(t, mode, sn.can.Mode)
 	top := pull(t, sn, img, ref)
 	require.Equal(t, top, pull(t, sn, img, ref), "pulled again")
 	mounts, err := sn.Prepare(t.Context(), "container", top)
@@ -179,7 +192,7 @@ func TestLazySnapshots(t *testing.T) {
 	require.NoError(t, sn.Close())
 	require.Zero(t, mountsBelow(t, root))
 
-	sn = open(t, root)
+	sn = openMode(t, root, mode)
 	mounts, err = sn.Mounts(t.Context(), "container")
 	require.NoError(t, err)
 	requireRead(t, mounts)
@@ -240,12 +253,12 @@ func TestRebase(t *testing.T) {
 }
 
 // TestMachineThatCannotMount unpacks everything, and says why: EROFS takes no
-// image that lies on tmpfs.
+// file on tmpfs as its image.
 func TestMachineThatCannotMount(t *testing.T) {
-	root := t.TempDir()
-	require.NoError(t, (&mount.Mount{Type: "tmpfs", Source: "tmpfs"}).Mount(root))
-	t.Cleanup(func() { require.NoError(t, mount.UnmountAll(root, 0)) })
-	sn, err := New(t.Context(), Options{Root: root})
+	dir := t.TempDir()
+	require.NoError(t, (&mount.Mount{Type: "tmpfs", Source: "tmpfs"}).Mount(dir))
+	t.Cleanup(func() { require.NoError(t, mount.UnmountAll(dir, 0)) })
+	sn, err := New(t.Context(), Options{Root: dir, Mount: root.File})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, sn.Close()) })
 	require.ErrorContains(t, sn.noLazy, "not on overlayfs or tmpfs")
@@ -258,7 +271,7 @@ func TestMachineThatCannotMount(t *testing.T) {
 	info, err := sn.Stat(t.Context(), "extract")
 	require.NoError(t, err)
 	require.Contains(t, info.Labels[discover.LabelNotLazy], "cannot mount lazy roots")
-	require.Empty(t, names(t, filepath.Join(root, "roots")), "the probe leaves nothing")
+	require.Empty(t, names(t, filepath.Join(dir, "roots")), "the probe leaves nothing")
 }
 
 func TestRefs(t *testing.T) {

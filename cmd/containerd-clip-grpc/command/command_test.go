@@ -35,7 +35,7 @@ func run(t *testing.T, args ...string) (string, error) {
 func TestDefaultConfigRoundTrip(t *testing.T) {
 	out, err := run(t, "config", "default")
 	require.NoError(t, err)
-	for _, key := range []string{"root", "address", "log_level", "referrers", "config_path", "give_up"} {
+	for _, key := range []string{"root", "address", "log_level", "referrers", "config_path", "give_up", "mode"} {
 		require.Contains(t, out, key+" = ")
 	}
 	got, err := LoadConfig(writeFile(t, out))
@@ -94,6 +94,7 @@ func TestValidate(t *testing.T) {
 		"too long socket":  {func(c *Config) { c.Address = long + "s" }, "107"},
 		"relative root":    {func(c *Config) { c.Root = "var/lib" }, "root"},
 		"empty root":       {func(c *Config) { c.Root = "" }, "root"},
+		"unknown mode":     {func(c *Config) { c.Mount.Mode = "erofs" }, "mount mode \"erofs\""},
 		"relative address": {func(c *Config) { c.Address = "clip.sock" }, "address"},
 		"never give up":    {func(c *Config) { c.Registry.GiveUp = 0 }, "give_up"},
 		"hang":             {func(c *Config) { c.Registry.GiveUp = Duration(time.Hour) }, "give_up"},

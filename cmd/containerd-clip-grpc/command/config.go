@@ -11,6 +11,8 @@ import (
 
 	"github.com/pelletier/go-toml/v2"
 	"github.com/spf13/cobra"
+
+	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
 // DefaultConfigPath is read if it exists and --config is not given.
@@ -26,6 +28,7 @@ type Config struct {
 	LogLevel string         `toml:"log_level" comment:"trace, debug, info, warn or error"`
 	Discover DiscoverConfig `toml:"discover" comment:"where archives are looked for, besides <root>/archives/*.clip"`
 	Registry RegistryConfig `toml:"registry" comment:"how registries are reached"`
+	Mount    MountConfig    `toml:"mount" comment:"how the roots of lazy images are mounted"`
 }
 
 // DiscoverConfig says where archives are looked for.
@@ -53,6 +56,12 @@ func (d *Duration) UnmarshalText(text []byte) error {
 // MarshalText implements encoding.TextMarshaler.
 func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
 
+// MountConfig says how the roots of lazy images are mounted.
+type MountConfig struct {
+	// Mode is a root.Mode.
+	Mode string `toml:"mode" comment:"file and loop: EROFS on files (Linux 6.12) or on loop devices (6.4); fuse: no EROFS; auto: the first of them that works"`
+}
+
 // DefaultConfig returns the configuration that holds where a file says nothing.
 func DefaultConfig() Config {
 	return Config{
@@ -61,6 +70,7 @@ func DefaultConfig() Config {
 		LogLevel: "info",
 		Discover: DiscoverConfig{Referrers: true},
 		Registry: RegistryConfig{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, GiveUp: Duration(55 * time.Second)},
+		Mount:    MountConfig{Mode: string(root.Auto)},
 	}
 }
 
@@ -103,6 +113,9 @@ func (c Config) Validate() error {
 	// sockaddr_un.sun_path, see unix(7).
 	if len(c.Address) > 107 {
 		return fmt.Errorf("address %q is longer than the 107 bytes a socket path may have", c.Address)
+	}
+	if _, err := root.ParseMode(c.Mount.Mode); err != nil {
+		return err
 	}
 	return nil
 }
