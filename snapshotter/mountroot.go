@@ -9,8 +9,10 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/moby/sys/mountinfo"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/beam-cloud/containerd-clip/archive/erofs"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
@@ -62,20 +64,34 @@ func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (string
 	}
 	devices := make([]string, len(c.Layers))
 	for i, diffID := range c.Layers {
-		l, err := s.layers.Layer(diffID)
+		path, release, err := s.device(diffID)
 		if err != nil {
 			return "", fmt.Errorf("root of image %s: %w", c.Image, err)
 		}
-		if err := s.files.Add(diffID, l); err != nil {
-			return "", err
-		}
-		devices[i] = s.files.Path(diffID)
+		defer release() // once it is mounted, the kernel has the file open
+		devices[i] = path
 	}
 	if err := root.Mount(ctx, s.rootImage(id), s.rootMount(id), devices); err != nil {
 		return "", fmt.Errorf("root of image %s: %w", c.Image, err)
 	}
 	st.mounted = true
+	s.mounted.add(id, c.Layers)
 	return dir, nil
+}
+
+// device returns the file that the kernel reads a layer from: the layer itself
+// if all of it is here, so that nothing of ours is in the way, else one that
+// fetches what is missing. It stays what it is until release is called.
+func (s *Snapshotter) device(diffID digest.Digest) (path string, release func(), err error) {
+	path, release, err = s.layers.Device(diffID)
+	if !errdefs.IsNotFound(err) {
+		return path, release, err
+	}
+	l, err := s.layers.Layer(diffID)
+	if err != nil {
+		return "", nil, err
+	}
+	return s.files.Path(diffID), func() {}, s.files.Add(diffID, l)
 }
 
 // buildRoot writes the root's metadata image if it is not there. The caller
@@ -125,6 +141,7 @@ func (s *Snapshotter) removeRoot(id string) error {
 		return fmt.Errorf("unmounting %s: %w", s.rootMount(id), err)
 	}
 	st.mounted = false
+	s.mounted.drop(id)
 	if err := os.RemoveAll(filepath.Join(s.dir, "roots", id)); err != nil {
 		return err
 	}

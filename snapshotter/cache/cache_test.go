@@ -89,7 +89,7 @@ func build(t testing.TB, blob []byte) *layer.Index {
 
 func open(t testing.TB, dir string, src Fetcher, x *layer.Index) (*Store, *Layer) {
 	t.Helper()
-	s, err := Open(dir, src)
+	s, err := Open(t.Context(), Options{Dir: dir, Fetch: src})
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = s.Close() })
 	require.NoError(t, s.Add(x, "registry.example/repo:tag"))

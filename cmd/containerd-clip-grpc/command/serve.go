@@ -93,6 +93,8 @@ func serve(ctx context.Context, c Config) (err error) {
 		Root:       c.Root,
 		Referrers:  c.Discover.Referrers,
 		ConfigPath: c.Registry.ConfigPath,
+		CacheSize:  c.Cache.MaxSize,
+		Fill:       c.Fill.options(),
 	})
 	if err != nil {
 		return fmt.Errorf("opening the snapshotter in %s: %w", c.Root, err)
