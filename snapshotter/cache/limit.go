@@ -15,11 +15,12 @@ import (
 // is free when the store is opened, counting what it holds already. As text it
 // is "20GiB" or "80%"; units are powers of 1024. The zero value means 80 %.
 type Limit struct {
-	size    int64 // bytes; 0 if it is a share
-	percent int
+	Size    int64 // bytes; 0 if it is a share
+	Percent int   // 0 means DefaultPercent
 }
 
-const defaultPercent = 80
+// DefaultPercent is the share that the zero Limit means.
+const DefaultPercent = 80
 
 // UnmarshalText implements encoding.TextUnmarshaler.
 func (l *Limit) UnmarshalText(text []byte) error {
@@ -28,36 +29,36 @@ func (l *Limit) UnmarshalText(text []byte) error {
 		if err != nil || n < 1 || n > 100 {
 			return fmt.Errorf("%q is not a share between 1%% and 100%%", text)
 		}
-		*l = Limit{percent: n}
+		*l = Limit{Percent: n}
 		return nil
 	}
 	n, err := units.RAMInBytes(string(text))
 	if err != nil || n <= 0 {
 		return fmt.Errorf("%q is neither a share like 80%% nor a size like 20GiB", text)
 	}
-	*l = Limit{size: n}
+	*l = Limit{Size: n}
 	return nil
 }
 
 // MarshalText implements encoding.TextMarshaler.
 func (l Limit) MarshalText() ([]byte, error) {
-	if l.size > 0 {
-		return []byte(strconv.FormatInt(l.size, 10)), nil
+	if l.Size > 0 {
+		return []byte(strconv.FormatInt(l.Size, 10)), nil
 	}
 	return fmt.Appendf(nil, "%d%%", l.share()), nil
 }
 
 func (l Limit) share() int {
-	if l.percent == 0 {
-		return defaultPercent
+	if l.Percent == 0 {
+		return DefaultPercent
 	}
-	return l.percent
+	return l.Percent
 }
 
 // bytes returns the limit for a store in dir that holds that many bytes.
 func (l Limit) bytes(dir string, held int64) (int64, error) {
-	if l.size > 0 {
-		return l.size, nil
+	if l.Size > 0 {
+		return l.Size, nil
 	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {

@@ -101,6 +101,7 @@ func DefaultConfig() Config {
 		LogLevel: "info",
 		Discover: DiscoverConfig{Referrers: true},
 		Registry: RegistryConfig{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}},
+		Cache:    CacheConfig{MaxSize: cache.Limit{Percent: cache.DefaultPercent}},
 		Fill:     FillConfig{Mode: fillOn, Delay: duration(30 * time.Second), Workers: 4},
 	}
 }
