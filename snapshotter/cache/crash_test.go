@@ -228,6 +228,8 @@ func TestDamagedFiles(t *testing.T) {
 			// And once more, after a crash right after opening.
 			s, l = open(t, dir, src, x)
 			requireStream(t, l, stream)
+			_, release = completed(t, s, l)
+			release()
 			require.NoError(t, s.Close())
 			require.NoError(t, damage(dir))
 			_, err := Open(t.Context(), Options{Dir: dir, Fetch: src})

@@ -165,6 +165,26 @@ func TestColdSpansGoFirst(t *testing.T) {
 	require.LessOrEqual(t, missed, 2)
 }
 
+// TestHolesWaitForReads punches nothing while a read of the file is under way.
+func TestHolesWaitForReads(t *testing.T) {
+	c := newCorpus(t, 1, 30)
+	dir := t.TempDir()
+	s, layers := c.open(t, Options{Dir: dir})
+	l := layers[0]
+	requireStream(t, l, c.streams[0])
+	require.NoError(t, l.record())
+	before := dataBlocks(t, dir)
+	l.punching.RLock() // as readHere does
+	ended := make(chan int64, 1)
+	go func() { ended <- s.evict(1) }()
+	require.Eventually(t, func() bool { return l.Fetched() == 0 }, 10*time.Second, time.Millisecond)
+	time.Sleep(100 * time.Millisecond)
+	require.Equal(t, before, dataBlocks(t, dir))
+	l.punching.RUnlock()
+	require.Positive(t, <-ended)
+	require.Less(t, dataBlocks(t, dir), before)
+}
+
 func TestFillDisplacesNothing(t *testing.T) {
 	c := newCorpus(t, 2, 60)
 	limit := int64(len(c.streams[0])) + 1<<20
