@@ -339,3 +339,27 @@ func TestStreams(t *testing.T) {
 	require.Zero(t, s.ahead(1000, 1004), "the oldest is forgotten")
 	require.False(t, slices.Contains(s.known[:], stream{}))
 }
+
+// TestIndexIsForgotten keeps no index in memory of what is not fetched.
+func TestIndexIsForgotten(t *testing.T) {
+	stream := testTar(t, 60)
+	src := &blobs{blob: gzipped(t, stream)}
+	x, dir := build(t, src.blob), t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		s, l := open(t, dir, src, x)
+		held := func() bool {
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			return l.index != nil
+		}
+		require.False(t, held())
+		_, err := l.ReadAt(t.Context(), make([]byte, 1), 0)
+		require.NoError(t, err)
+		time.Sleep(indexIdle - time.Second)
+		require.True(t, held())
+		time.Sleep(2*upkeepPeriod + time.Second)
+		require.False(t, held())
+		requireStream(t, l, stream)
+		require.NoError(t, s.Close())
+	})
+}

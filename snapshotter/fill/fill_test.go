@@ -10,7 +10,8 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
-	"runtime"
+	"path/filepath"
+	"runtime/debug"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -162,29 +163,52 @@ func TestFullCache(t *testing.T) {
 	})
 }
 
+// file is a registry that keeps its blob on disk.
+type file struct{ *os.File }
+
+func (f file) Open(_ context.Context, _ []string, _ digest.Digest, off, n int64) (io.ReadCloser, error) {
+	return io.NopCloser(io.NewSectionReader(f, off, n)), nil
+}
+
 // BenchmarkFill shows how fast layers are completed when the network is not
-// what limits, and how much memory that takes.
+// what limits, and how much memory the process takes meanwhile.
 func BenchmarkFill(b *testing.B) {
 	src, x := image(b, 256<<20)
-	for workers := 1; workers <= runtime.GOMAXPROCS(0); workers *= 2 {
+	path := filepath.Join(b.TempDir(), "blob")
+	require.NoError(b, os.WriteFile(path, src.blob, 0o600))
+	f, err := os.Open(path)
+	require.NoError(b, err)
+	defer f.Close()
+	src = nil
+	debug.FreeOSMemory()
+	for workers := 1; workers <= 4; workers *= 2 {
 		b.Run(fmt.Sprintf("workers=%d", workers), func(b *testing.B) {
 			b.SetBytes(int64(x.OutSize))
+			var most int64
 			for range b.N {
-				s, l := open(b, b.TempDir(), src, x, cache.Limit{})
-				f := New(b.Context(), Options{Workers: workers})
-				f.Add(l)
+				s, l := open(b, b.TempDir(), file{f}, x, cache.Limit{})
+				filler := New(b.Context(), Options{Workers: workers})
+				filler.Add(l)
 				for l.Fetched() < l.Size() {
-					time.Sleep(time.Millisecond)
+					time.Sleep(5 * time.Millisecond)
+					most = max(most, resident(b))
 				}
-				f.Close()
+				b.StopTimer() // what follows waits for the disk
+				filler.Close()
 				require.NoError(b, s.Close())
+				b.StartTimer()
 			}
-			status, err := os.ReadFile("/proc/self/statm")
-			require.NoError(b, err)
-			var total, resident int64
-			_, err = fmt.Sscan(string(status), &total, &resident)
-			require.NoError(b, err)
-			b.ReportMetric(float64(resident)*float64(os.Getpagesize())/1e6, "MB-resident")
+			b.ReportMetric(float64(most)/1e6, "MB-resident")
 		})
 	}
+}
+
+func resident(t testing.TB) int64 {
+	t.Helper()
+	status, err := os.ReadFile("/proc/self/statm")
+	require.NoError(t, err)
+	var total, resident int64
+	_, err = fmt.Sscan(string(status), &total, &resident)
+	require.NoError(t, err)
+	return resident * int64(os.Getpagesize())
 }
