@@ -190,7 +190,7 @@ func (s *Snapshotter) commitLazy(ctx context.Context, key, name, parent string, 
 	if err != nil {
 		return "", err
 	}
-	if err := os.WriteFile(filepath.Join(tmp, "chain"), raw, 0o600); err != nil {
+	if err := writeSynced(filepath.Join(tmp, "chain"), raw); err != nil {
 		return "", err
 	}
 	var id string
@@ -207,12 +207,33 @@ func (s *Snapshotter) commitLazy(ctx context.Context, key, name, parent string, 
 		}
 		path = filepath.Join(s.dir, "snapshots", id)
 		s.refs.add(id, c.Layers)
-		return os.Rename(tmp, path)
+		if err := os.Rename(tmp, path); err != nil {
+			return err
+		}
+		// The record of the snapshot must not outlive a power cut without it.
+		return errors.Join(syncFile(path), syncFile(filepath.Dir(path)))
 	})
 	if err != nil {
 		s.refs.drop(id)
 	}
 	return id, err
+}
+
+// writeSynced writes a file that survives a power cut, once its directory does.
+func writeSynced(path string, b []byte) error {
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		return err
+	}
+	return syncFile(path)
+}
+
+// syncFile makes a file, or what is in a directory, durable.
+func syncFile(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
 
 // chain reads what is kept of the lazy snapshot id; errdefs.ErrNotFound says

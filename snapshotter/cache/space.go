@@ -22,10 +22,13 @@ var errNoRoom = errors.New("[cache] max_size is used up and all of it is in use"
 // isFull says that there is no room on the disk.
 func isFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
 
-// Eviction makes room for evictShare-th of all at once, and fills leave the
-// same free for readers. Where it found nothing, it is not tried again soon.
+// Eviction makes room for an evictShare-th of all at once, but not much more
+// than evictMost bytes, since somebody waits for it. Fills leave an
+// evictShare-th free for readers. Where eviction found nothing, it is not tried
+// again soon.
 const (
 	evictShare  = 64
+	evictMost   = 256 << 20
 	evictFutile = time.Second
 )
 
@@ -133,7 +136,7 @@ func (s *Store) evict(need int64) (freed int64) {
 	if time.Since(s.futile) < evictFutile {
 		return 0
 	}
-	need = max(need, s.max/evictShare)
+	need = max(need, min(s.max/evictShare, evictMost))
 	layers := s.candidates()
 	for _, l := range layers {
 		if freed < need && !s.inUse(l.head.DiffID) {
