@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -53,43 +54,58 @@ func (s *blobs) Open(_ context.Context, sources []string, _ digest.Digest, off, 
 	return io.NopCloser(r), nil
 }
 
+// once keeps what is slow to make: compressing takes long under the race detector.
+func once[T any](key any, make func() T) T {
+	made, _ := kept.LoadOrStore(key, sync.OnceValue(make))
+	return made.(func() T)()
+}
+
+var kept sync.Map
+
 // testTar returns a tar stream whose files are partly compressible.
 func testTar(t testing.TB, files int) []byte {
 	t.Helper()
-	r := rand.New(rand.NewPCG(1, 2))
-	var b bytes.Buffer
-	tw := tar.NewWriter(&b)
-	for i := range files {
-		size := r.IntN(200 << 10)
-		content := make([]byte, 0, size)
-		for len(content) < size {
-			content = fmt.Appendf(content, "%d %d some text that repeats ", i, r.IntN(1000000))
+	return once(files, func() []byte {
+		r := rand.New(rand.NewPCG(1, 2))
+		var b bytes.Buffer
+		tw := tar.NewWriter(&b)
+		for i := range files {
+			size := r.IntN(200 << 10)
+			content := make([]byte, 0, size)
+			for len(content) < size {
+				content = fmt.Appendf(content, "%d %d some text that repeats ", i, r.IntN(1000000))
+			}
+			require.NoError(t, tw.WriteHeader(&tar.Header{Name: fmt.Sprintf("dir/file%d", i), Size: int64(len(content)), Mode: 0o644}))
+			_, err := tw.Write(content)
+			require.NoError(t, err)
 		}
-		require.NoError(t, tw.WriteHeader(&tar.Header{Name: fmt.Sprintf("dir/file%d", i), Size: int64(len(content)), Mode: 0o644}))
-		_, err := tw.Write(content)
-		require.NoError(t, err)
-	}
-	require.NoError(t, tw.Close())
-	return b.Bytes()
+		require.NoError(t, tw.Close())
+		return slices.Clip(b.Bytes())
+	})
 }
 
 func gzipped(t testing.TB, stream []byte) []byte {
 	t.Helper()
-	var b bytes.Buffer
-	w := gzip.NewWriter(&b)
-	_, err := w.Write(stream)
-	require.NoError(t, err)
-	require.NoError(t, w.Close())
-	return b.Bytes()
+	return once("gzip "+digest.FromBytes(stream), func() []byte {
+		var b bytes.Buffer
+		w := gzip.NewWriter(&b)
+		_, err := w.Write(stream)
+		require.NoError(t, err)
+		require.NoError(t, w.Close())
+		return slices.Clip(b.Bytes())
+	})
 }
 
 func build(t testing.TB, blob []byte) *layer.Index {
 	t.Helper()
-	x, err := layer.Build(context.Background(), bytes.NewReader(blob), ocispec.Descriptor{
-		Digest: digest.FromBytes(blob), Size: int64(len(blob)),
-	}, layer.Options{SpanSize: 64 << 10, PointInterval: 256 << 10})
-	require.NoError(t, err)
-	return x
+	x := once("index "+digest.FromBytes(blob), func() layer.Index {
+		x, err := layer.Build(context.Background(), bytes.NewReader(blob), ocispec.Descriptor{
+			Digest: digest.FromBytes(blob), Size: int64(len(blob)),
+		}, layer.Options{SpanSize: 64 << 10, PointInterval: 256 << 10})
+		require.NoError(t, err)
+		return *x
+	})
+	return &x
 }
 
 func open(t testing.TB, dir string, src Fetcher, x *layer.Index) (*Store, *Layer) {

@@ -141,9 +141,11 @@ func (l *Layer) unfinish() bool {
 // kernel grants a write lease only on a file that nobody else has open, see
 // fcntl(2).
 func (l *Layer) nobodyElse() error {
-	if _, err := unix.FcntlInt(l.data.Fd(), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+	return control(l.data, func(fd int) error {
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+			return err
+		}
+		_, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_UNLCK)
 		return err
-	}
-	_, err := unix.FcntlInt(l.data.Fd(), unix.F_SETLEASE, unix.F_UNLCK)
-	return err
+	})
 }

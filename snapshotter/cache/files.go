@@ -66,6 +66,18 @@ func syncDir(dir *os.Root) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
+// control calls fn with f's descriptor, which is not closed meanwhile.
+func control(f *os.File, fn func(fd int) error) error {
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	if cerr := conn.Control(func(fd uintptr) { err = fn(int(fd)) }); cerr != nil {
+		return cerr
+	}
+	return err
+}
+
 // occupied returns how many bytes of disk a file of dir takes; 0 if it is not there.
 func occupied(dir *os.Root, name string) int64 {
 	info, err := dir.Stat(name)

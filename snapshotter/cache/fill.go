@@ -4,8 +4,7 @@ import "context"
 
 // Fill fetches missing spans that nobody fetches yet, from the front: about n
 // compressed bytes in one request, more where the next seek point is farther.
-// It returns when they are there, and whether there was anything to begin. The
-// store must not be closed meanwhile.
+// It returns when they are there, and whether there was anything to begin.
 //
 // While a reader waits for something else it stands still. pace is called with
 // the number of compressed bytes whenever some have arrived, unless a reader
@@ -36,6 +35,8 @@ func (l *Layer) Fill(ctx context.Context, n int64, pace func(ctx context.Context
 	}
 	r := &run{pos: span, end: l.toSeekPointLocked(x, span, end, nil), pace: pace}
 	life := l.beginLocked(r)
+	l.store.work.Add(1)
+	defer l.store.work.Done()
 	l.mu.Unlock()
 	stop := context.AfterFunc(ctx, func() { r.cancel(context.Cause(ctx)) })
 	defer stop()

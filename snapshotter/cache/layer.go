@@ -198,7 +198,7 @@ func (l *Layer) Usage() (size, inodes int64) {
 	return size, inodes
 }
 
-// AddSource remembers a repository that holds the layer's blob.
+// addSource remembers a repository that holds the layer's blob.
 func (l *Layer) addSource(source string) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -259,7 +259,7 @@ func (l *Layer) record() error {
 	if same || removed {
 		return nil
 	}
-	if err := unix.Fdatasync(int(l.data.Fd())); err != nil {
+	if err := control(l.data, unix.Fdatasync); err != nil {
 		// The kernel may have dropped what it could not write.
 		l.mu.Lock()
 		defer l.mu.Unlock()

@@ -274,7 +274,9 @@ func (l *Layer) punch(spans []int) {
 		if end == l.head.OutSize {
 			end = inflate.Out(l.fileSize())
 		}
-		err := unix.Fallocate(int(l.data.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(start), int64(end-start))
+		err := control(l.data, func(fd int) error {
+			return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(start), int64(end-start))
+		})
 		if err != nil {
 			log.G(l.store.life).WithError(err).WithField("diffID", l.head.DiffID).Warn("cannot punch a hole")
 			return

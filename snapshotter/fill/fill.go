@@ -87,7 +87,7 @@ func New(ctx context.Context, opts Options) *Filler {
 	return f
 }
 
-// Close ends all fetches. The layers' store must be closed after it.
+// Close ends all fetches.
 func (f *Filler) Close() {
 	f.stop()
 	f.work.Wait()
