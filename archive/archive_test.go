@@ -9,12 +9,12 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/beam-cloud/clip/pkg/clip"
 	"github.com/beam-cloud/clip/pkg/common"
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -360,17 +360,17 @@ type section struct {
 func forge(tb testing.TB, sections []section, alter func([]record)) []byte {
 	tb.Helper()
 	b := bytes.NewBuffer(append(bytes.Clone(clipMagic), make([]byte, clipHeaderSize-len(clipMagic))...))
-	enc, err := zstd.NewWriter(nil)
+	s, err := newSectionWriter()
 	require.NoError(tb, err)
-	s := &sectionWriter{w: b, off: uint64(b.Len()), enc: enc}
 	for _, sec := range sections {
-		require.NoError(tb, s.add(sec.kind, sec.layer, sec.raw))
+		s.add(sec.kind, sec.layer, sec.raw)
 	}
 	if alter != nil {
 		alter(s.table)
 	}
-	require.NoError(tb, s.finish())
-	return b.Bytes()
+	pieces, err := s.finish(uint64(b.Len()))
+	require.NoError(tb, err)
+	return append(b.Bytes(), slices.Concat(pieces...)...)
 }
 
 func (img *testImage) sections(tb testing.TB) []section {

@@ -5,7 +5,9 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"iter"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/beam-cloud/clip/pkg/common"
@@ -49,16 +51,15 @@ func readClipHeader(s *sections) (*clipHeader, error) {
 	return h, nil
 }
 
-// compatPart returns the front part of the archive and the number of paths in
-// root. A nil root, of an image with a layer that has no index, becomes an
-// empty one: CLIP then shows no file rather than wrong ones.
-func compatPart(img *Image, m ocispec.Manifest, root *tree.Node) ([]byte, int, error) {
-	nodes := &clipNodes{img: img, inodes: map[*tree.Node]uint64{}}
+// compatPart returns the front part of the archive, in pieces, and the number
+// of paths in root. A nil root, of an image with a layer that has no index,
+// becomes an empty one: CLIP then shows no file rather than wrong ones.
+func compatPart(img *Image, m ocispec.Manifest, root *tree.Node) ([][]byte, int, error) {
+	nodes := &clipNodes{img: img, linked: map[*tree.Node]uint64{}}
 	if root == nil {
 		root = &tree.Node{Mode: unix.S_IFDIR | 0o755, Nlink: 2}
 	}
-	nodes.walk(root)
-	index, err := detgob.Encode(nodes.list)
+	index, err := detgob.EncodeSlice(nodes.walk(root))
 	if err != nil {
 		return nil, 0, err
 	}
@@ -77,83 +78,112 @@ func compatPart(img *Image, m ocispec.Manifest, root *tree.Node) ([]byte, int, e
 	h := common.ClipArchiveHeader{
 		ClipFileFormatVersion: common.ClipFileFormatVersion,
 		IndexPos:              clipHeaderSize,
-		IndexLength:           int64(len(index)),
-		StorageInfoPos:        clipHeaderSize + int64(len(index)),
+		IndexLength:           int64(length(index)),
 		StorageInfoLength:     int64(len(wrapped)),
 	}
+	h.StorageInfoPos = h.IndexPos + h.IndexLength
 	copy(h.StartBytes[:], clipMagic)
 	copy(h.StorageInfoType[:], storage.Type())
-	var b bytes.Buffer
-	if err := binary.Write(&b, binary.LittleEndian, h); err != nil {
+	var head bytes.Buffer
+	if err := binary.Write(&head, binary.LittleEndian, h); err != nil {
 		return nil, 0, err
 	}
-	b.Write(index)
-	b.Write(wrapped)
-	return b.Bytes(), nodes.paths, nil
+	return slices.Concat([][]byte{head.Bytes()}, index, [][]byte{wrapped}), nodes.paths, nil
+}
+
+// length is the number of bytes in all pieces.
+func length(pieces [][]byte) (n int) {
+	for _, p := range pieces {
+		n += len(p)
+	}
+	return n
 }
 
 // clipNodes turns a tree into upstream's flat list of nodes.
 type clipNodes struct {
 	img    *Image
-	list   []*common.ClipNode
-	inodes map[*tree.Node]uint64
+	node   common.ClipNode       // the current one
+	remote common.RemoteRef      // its data
+	inode  uint64                // the last one given away
+	linked map[*tree.Node]uint64 // inodes of files with several names
 	paths  int
 }
 
 // walk lists root and everything below it, without recursion: an image may
-// nest directories deeper than a stack should grow.
-func (c *clipNodes) walk(root *tree.Node) {
+// nest directories deeper than a stack should grow. Each node is valid until
+// the next one.
+func (c *clipNodes) walk(root *tree.Node) iter.Seq[*common.ClipNode] {
 	type item struct {
 		path string
 		node *tree.Node
 	}
-	stack := []item{{"/", root}}
-	for len(stack) > 0 {
-		it := stack[len(stack)-1]
-		stack = stack[:len(stack)-1]
-		c.add(it.path, it.node)
-		prefix := it.path
-		if prefix != "/" {
-			prefix += "/"
-		}
-		for i := len(it.node.Children) - 1; i >= 0; i-- {
-			child := it.node.Children[i]
-			stack = append(stack, item{prefix + child.Name, child.Node})
+	return func(yield func(*common.ClipNode) bool) {
+		stack := []item{{"/", root}}
+		for len(stack) > 0 {
+			it := stack[len(stack)-1]
+			stack = stack[:len(stack)-1]
+			if c.set(it.path, it.node) && !yield(&c.node) {
+				return
+			}
+			prefix := it.path
+			if prefix != "/" {
+				prefix += "/"
+			}
+			for i := len(it.node.Children) - 1; i >= 0; i-- {
+				child := it.node.Children[i]
+				stack = append(stack, item{prefix + child.Name, child.Node})
+			}
 		}
 	}
 }
 
-// add lists one path. CLIP has no words for devices and FIFOs: they are left out.
-func (c *clipNodes) add(path string, n *tree.Node) {
-	c.paths++
-	if c.inodes[n] == 0 {
-		c.inodes[n] = uint64(len(c.inodes)) + 1 // the root comes first and is inode 1, as FUSE wants it
+// number returns the inode number of n. The root comes first and is inode 1,
+// as FUSE wants it.
+func (c *clipNodes) number(n *tree.Node) uint64 {
+	if ino := c.linked[n]; ino != 0 {
+		return ino
 	}
-	node := &common.ClipNode{Path: path}
-	a := &node.Attr
-	a.Ino, a.Mode, a.Nlink = c.inodes[n], n.Mode, n.Nlink
+	c.inode++
+	if n.Nlink > 1 && n.Mode&unix.S_IFMT != unix.S_IFDIR {
+		c.linked[n] = c.inode
+	}
+	return c.inode
+}
+
+// set makes n at path the current node, if CLIP has words for it: it has none
+// for devices, FIFOs and holes. A name that is missing does less harm than
+// content that is wrong.
+func (c *clipNodes) set(path string, n *tree.Node) bool {
+	c.paths++
+	if n.Sparse != nil {
+		return false
+	}
+	c.node = common.ClipNode{Path: path}
+	a := &c.node.Attr
+	a.Ino, a.Mode, a.Nlink = c.number(n), n.Mode, n.Nlink
 	a.Uid, a.Gid = n.UID, n.GID
 	sec := uint64(max(n.ModTime, 0)) // CLIP's times are unsigned
 	a.Mtime, a.Ctime, a.Atime = sec, sec, sec
 	a.Mtimensec, a.Ctimensec, a.Atimensec = n.ModNsec, n.ModNsec, n.ModNsec
 	switch n.Mode & unix.S_IFMT {
 	case unix.S_IFDIR:
-		node.NodeType = common.DirNode
+		c.node.NodeType = common.DirNode
 	case unix.S_IFLNK:
-		node.NodeType, node.Target = common.SymLinkNode, n.Target
+		c.node.NodeType, c.node.Target = common.SymLinkNode, n.Target
 		a.Size = uint64(len(n.Target))
 	case unix.S_IFREG:
-		node.NodeType = common.FileNode
+		c.node.NodeType = common.FileNode
 		a.Size, a.Blocks = uint64(n.Size), (uint64(n.Size)+511)/512
-		node.Remote = &common.RemoteRef{
+		c.remote = common.RemoteRef{
 			LayerDigest: c.img.Layers[n.Layer].Index.Digest.String(),
 			UOffset:     int64(n.Off),
 			ULength:     n.Size,
 		}
+		c.node.Remote = &c.remote
 	default:
-		return
+		return false
 	}
-	c.list = append(c.list, node)
+	return true
 }
 
 // storageInfo says where the layers are, in upstream's words.

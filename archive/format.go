@@ -70,39 +70,46 @@ const (
 	maxDocument = 8 << 20 // of info, manifest and config: containerd's own bound for manifests
 )
 
-// sectionWriter compresses sections and collects their table.
+// sectionWriter compresses sections and collects their table, in which offsets
+// count from the first section.
 type sectionWriter struct {
-	w     io.Writer
-	off   uint64
-	enc   *zstd.Encoder
-	table []record
+	enc    *zstd.Encoder
+	stored [][]byte
+	off    uint64
+	table  []record
 }
 
-func (s *sectionWriter) add(kind, layer int, raw []byte) error {
+func newSectionWriter() (*sectionWriter, error) {
+	// What repeats in a section is near: a larger window would cost memory only.
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(1<<20))
+	return &sectionWriter{enc: enc}, err
+}
+
+func (s *sectionWriter) add(kind, layer int, raw []byte) {
 	stored := s.enc.EncodeAll(raw, nil)
 	s.table = append(s.table, record{
 		Kind: uint32(kind), Layer: uint32(layer),
 		Offset: s.off, Stored: uint64(len(stored)), Raw: uint64(len(raw)), SHA256: sha256.Sum256(stored),
 	})
 	s.off += uint64(len(stored))
-	_, err := s.w.Write(stored)
-	return err
+	s.stored = append(s.stored, stored)
 }
 
-// finish writes the section table and the footer.
-func (s *sectionWriter) finish() error {
-	var table bytes.Buffer
+// finish returns the sections with their table and footer, in pieces, for a
+// file in which the first section is at offset start.
+func (s *sectionWriter) finish(start uint64) ([][]byte, error) {
+	for i := range s.table {
+		s.table[i].Offset += start
+	}
+	var table, foot bytes.Buffer
 	if err := binary.Write(&table, binary.LittleEndian, s.table); err != nil {
-		return err
+		return nil, err
 	}
-	f := footer{
+	err := binary.Write(&foot, binary.LittleEndian, footer{
 		Magic: footerMagic, Version: formatVersion, Sections: uint32(len(s.table)),
-		TableOffset: s.off, TableSHA256: sha256.Sum256(table.Bytes()),
-	}
-	if _, err := s.w.Write(table.Bytes()); err != nil {
-		return err
-	}
-	return binary.Write(s.w, binary.LittleEndian, f)
+		TableOffset: start + s.off, TableSHA256: sha256.Sum256(table.Bytes()),
+	})
+	return append(s.stored, table.Bytes(), foot.Bytes()), err
 }
 
 // sections reads the sections of an archive.

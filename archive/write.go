@@ -8,10 +8,11 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
@@ -65,15 +66,18 @@ func verify(r io.ReaderAt, size int64, img *Image) error {
 	if err != nil {
 		return err
 	}
+	var g errgroup.Group
+	g.SetLimit(runtime.GOMAXPROCS(0))
 	for i, l := range img.Layers {
 		if l.Index == nil {
 			continue
 		}
-		if _, err := a.Layer(i); err != nil {
+		g.Go(func() error {
+			_, err := a.Layer(i)
 			return err
-		}
+		})
 	}
-	return nil
+	return g.Wait()
 }
 
 // Write writes the archive of img to w. Equal images give equal bytes.
@@ -82,42 +86,69 @@ func Write(w io.Writer, img *Image) (Stats, error) {
 	if err != nil {
 		return Stats{}, err
 	}
-	root, err := img.root()
-	if err != nil {
+	var g errgroup.Group
+	var s *sectionWriter
+	g.Go(func() (err error) {
+		s, err = img.sections(m)
+		return err
+	})
+	compat, files, err := img.compat(m)
+	if err = errors.Join(err, g.Wait()); err != nil {
 		return Stats{}, err
 	}
-	compat, files, err := compatPart(img, m, root)
-	if err != nil {
-		return Stats{}, err
-	}
-	if _, err := w.Write(compat); err != nil {
-		return Stats{}, err
-	}
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedDefault))
-	if err != nil {
-		return Stats{}, err
-	}
-	s := &sectionWriter{w: w, off: uint64(len(compat)), enc: enc}
-	info, err := json.Marshal(img.info(m))
-	if err != nil {
-		return Stats{}, err
-	}
-	if err := errors.Join(s.add(kindInfo, 0, info), s.add(kindManifest, 0, img.Manifest), s.add(kindConfig, 0, img.Config)); err != nil {
-		return Stats{}, err
-	}
-	st := Stats{Compat: int64(len(compat)), Files: files}
-	for i, l := range img.Layers {
+	st := Stats{Compat: int64(length(compat)), Files: files}
+	for _, l := range img.Layers {
 		if l.Index == nil {
 			st.NotLazy++
-			continue
 		}
-		if err := errors.Join(s.add(kindSpans, i, l.Index.AppendSpans(nil)), s.add(kindEntries, i, l.Index.AppendEntries(nil))); err != nil {
+	}
+	sections, err := s.finish(uint64(st.Compat))
+	if err != nil {
+		return Stats{}, err
+	}
+	st.Sections = int64(length(sections))
+	st.Size = st.Compat + st.Sections
+	for _, piece := range append(compat, sections...) {
+		if _, err := w.Write(piece); err != nil {
 			return Stats{}, err
 		}
 	}
-	st.Size = int64(s.off) + int64(len(s.table))*recordSize + footerSize
-	st.Sections = st.Size - st.Compat
-	return st, s.finish()
+	return st, nil
+}
+
+// sections returns the sections, not yet placed in the file.
+func (img *Image) sections(m ocispec.Manifest) (*sectionWriter, error) {
+	s, err := newSectionWriter()
+	if err != nil {
+		return nil, err
+	}
+	info, err := json.Marshal(img.info(m))
+	if err != nil {
+		return nil, err
+	}
+	s.add(kindInfo, 0, info)
+	s.add(kindManifest, 0, img.Manifest)
+	s.add(kindConfig, 0, img.Config)
+	var raw []byte
+	for i, l := range img.Layers {
+		if l.Index == nil {
+			continue
+		}
+		raw = l.Index.AppendSpans(raw[:0])
+		s.add(kindSpans, i, raw)
+		raw = l.Index.AppendEntries(raw[:0])
+		s.add(kindEntries, i, raw)
+	}
+	return s, nil
+}
+
+// compat returns the part that upstream CLIP reads and the number of paths.
+func (img *Image) compat(m ocispec.Manifest) ([][]byte, int, error) {
+	root, err := img.root()
+	if err != nil {
+		return nil, 0, err
+	}
+	return compatPart(img, m, root)
 }
 
 func (img *Image) info(m ocispec.Manifest) Info {

@@ -279,7 +279,7 @@ func (s *Snapshotter) lazyUsage(ctx context.Context, id string, c chain) (snapsh
 	if err != nil {
 		return snapshots.Usage{}, err
 	}
-	if st, err := os.Stat(s.rootImage(id)); err == nil {
+	if st, err := os.Stat(s.root(id, c).Image()); err == nil {
 		usage.Size += st.Sys().(*syscall.Stat_t).Blocks * 512
 		usage.Inodes++
 	}

@@ -25,11 +25,17 @@ import (
 	"github.com/beam-cloud/containerd-clip/internal/testutil"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
+	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
 func open(t *testing.T, root string) *Snapshotter {
 	t.Helper()
-	sn, err := New(t.Context(), Options{Root: root})
+	return openMode(t, root, "")
+}
+
+func openMode(t *testing.T, dir string, mode root.Mode) *Snapshotter {
+	t.Helper()
+	sn, err := New(t.Context(), Options{Root: dir, Mount: mode})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, sn.Close()) })
 	require.NoError(t, sn.noLazy, "this test needs root, FUSE and EROFS")
@@ -176,9 +182,16 @@ func requireRead(t *testing.T, mounts []mount.Mount) {
 }
 
 func TestLazySnapshots(t *testing.T) {
+	for _, mode := range []root.Mode{root.File, root.Loop, root.FUSE} {
+		t.Run(string(mode), func(t *testing.T) { testLazySnapshots(t, mode) })
+	}
+}
+
+func testLazySnapshots(t *testing.T, mode root.Mode) {
 	root := t.TempDir()
 	img, ref := lazyImage(t, root)
-	sn := open(t, root)
+	sn := openMode(t, root, mode)
+	require.Equal(t, mode, sn.can.Mode)
 	top := pull(t, sn, img, ref)
 	require.Equal(t, top, pull(t, sn, img, ref), "pulled again")
 	mounts, err := sn.Prepare(t.Context(), "container", top)
@@ -190,7 +203,7 @@ func TestLazySnapshots(t *testing.T) {
 	require.NoError(t, sn.Close())
 	require.Zero(t, mountsBelow(t, root))
 
-	sn = open(t, root)
+	sn = openMode(t, root, mode)
 	mounts, err = sn.Mounts(t.Context(), "container")
 	require.NoError(t, err)
 	requireRead(t, mounts)
@@ -214,10 +227,10 @@ func requireComplete(t *testing.T, sn *Snapshotter, img *testutil.Image) {
 	t.Helper()
 	for _, diffID := range img.DiffIDs {
 		require.Eventually(t, func() bool {
-			path, release, err := sn.device(diffID)
+			l, release, err := sn.layerOf(diffID)
 			require.NoError(t, err)
 			release()
-			return filepath.Dir(filepath.Dir(path)) == filepath.Join(sn.dir, "layers")
+			return filepath.Dir(filepath.Dir(l.Device)) == filepath.Join(sn.dir, "layers")
 		}, 20*time.Second, 10*time.Millisecond)
 	}
 }
@@ -288,7 +301,7 @@ func TestUsage(t *testing.T) {
 			layers += du.Size
 		}
 	}
-	st, err := os.Stat(sn.rootImage("2"))
+	st, err := os.Stat(sn.root("2", chain{}).Image())
 	require.NoError(t, err)
 	layers += st.Sys().(*syscall.Stat_t).Blocks * 512
 	require.Equal(t, layers, sum)
@@ -309,16 +322,42 @@ func TestNoArchive(t *testing.T) {
 	require.NoError(t, err)
 	require.Contains(t, info.Labels[discover.LabelNotLazy], "not found")
 	require.Empty(t, info.Labels[discover.LabelLazy])
+	reason := info.Labels[discover.LabelNotLazy]
+	require.NoError(t, sn.Commit(t.Context(), "layer", "extract", snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "now"})))
+	info, err = sn.Stat(t.Context(), "layer")
+	require.NoError(t, err)
+	require.Equal(t, map[string]string{"containerd.io/gc.root": "now", discover.LabelNotLazy: reason}, info.Labels, "the reason outlasts the unpacking")
 	require.Len(t, shorten(strings.Repeat("x", 5000)), 1003)
 }
 
+// TestRebase has containerd unpack layers without their parents, as it does for
+// a snapshotter that says it can rebase.
+func TestRebase(t *testing.T) {
+	sn := open(t, t.TempDir())
+	_, err := sn.Prepare(t.Context(), "extract", "", snapshots.WithLabels(map[string]string{
+		snapshots.LabelSnapshotRef:    digest.FromString("chain").String(),
+		snapshots.LabelSnapshotDiffID: digest.FromString("second layer").String(),
+	}))
+	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
+	require.ErrorContains(t, err, "rebase")
+	for _, key := range []string{"lower", "upper"} {
+		_, err = sn.Prepare(t.Context(), key, "")
+		require.NoError(t, err)
+	}
+	require.NoError(t, sn.Commit(t.Context(), "base", "lower"))
+	err = sn.Commit(t.Context(), "top", "upper", snapshots.WithParent("base"))
+	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
+	_, err = sn.Stat(t.Context(), "top")
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+}
+
 // TestMachineThatCannotMount unpacks everything, and says why: EROFS takes no
-// image that lies on tmpfs.
+// file on tmpfs as its image.
 func TestMachineThatCannotMount(t *testing.T) {
-	root := t.TempDir()
-	require.NoError(t, (&mount.Mount{Type: "tmpfs", Source: "tmpfs"}).Mount(root))
-	t.Cleanup(func() { require.NoError(t, mount.UnmountAll(root, 0)) })
-	sn, err := New(t.Context(), Options{Root: root})
+	dir := t.TempDir()
+	require.NoError(t, (&mount.Mount{Type: "tmpfs", Source: "tmpfs"}).Mount(dir))
+	t.Cleanup(func() { require.NoError(t, mount.UnmountAll(dir, 0)) })
+	sn, err := New(t.Context(), Options{Root: dir, Mount: root.File})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, sn.Close()) })
 	require.ErrorContains(t, sn.noLazy, "not on overlayfs or tmpfs")
@@ -331,7 +370,7 @@ func TestMachineThatCannotMount(t *testing.T) {
 	info, err := sn.Stat(t.Context(), "extract")
 	require.NoError(t, err)
 	require.Contains(t, info.Labels[discover.LabelNotLazy], "cannot mount lazy roots")
-	require.Empty(t, names(t, filepath.Join(root, "roots")), "the probe leaves nothing")
+	require.Empty(t, names(t, filepath.Join(dir, "roots")), "the probe leaves nothing")
 }
 
 func TestRefs(t *testing.T) {

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
@@ -37,7 +36,8 @@ type Options struct {
 	Progress func(n int64)
 }
 
-func (o Options) withDefaults() (Options, error) {
+// Normalize returns o with its defaults filled in, or what is wrong with it.
+func (o Options) Normalize() (Options, error) {
 	if o.SpanSize == 0 {
 		o.SpanSize = DefaultSpanSize
 	}
@@ -59,18 +59,12 @@ func (o Options) withDefaults() (Options, error) {
 	return o, nil
 }
 
-const (
-	sourceChunk  = 256 << 10 // compressed bytes read at a time
-	sourceChunks = 4
-	outChunks    = 6 // spans in flight between inflating, hashing and tar
-)
-
 // builder is the state of one Build. Each stage writes its own fields of idx;
 // they are read together after all stages have ended.
 type builder struct {
 	idx   *Index
 	opts  Options
-	enc   *zstd.Encoder
+	mem   *buffers
 	ends  []inflate.In // span ends, from the inflate stage
 	spans [][32]byte   // span digests, from the hash stage
 }
@@ -80,23 +74,24 @@ type builder struct {
 // caller to compare. The error wraps ErrUnsupported, inflate.ErrCorrupt,
 // ErrMismatch or archive/tar's where these are the cause.
 func Build(ctx context.Context, blob io.Reader, desc ocispec.Descriptor, opts Options) (*Index, error) {
-	opts, err := opts.withDefaults()
+	opts, err := opts.Normalize()
 	if err != nil {
 		return nil, err
 	}
 	if err := desc.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("layer %q: %w", desc.Digest, err)
 	}
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false), zstd.WithWindowSize(inflate.WindowSize))
+	mem, err := takeBuffers(int(opts.SpanSize))
 	if err != nil {
 		return nil, err
 	}
-	b := &builder{opts: opts, enc: enc, idx: &Index{
+	b := &builder{opts: opts, mem: mem, idx: &Index{
 		Digest: desc.Digest, Size: inflate.In(desc.Size), SpanSize: opts.SpanSize,
 	}}
 	if err := b.run(ctx, blob, desc); err != nil {
 		return nil, fmt.Errorf("layer %s: %w", desc.Digest, err)
 	}
+	mem.giveBack()
 	for i := range b.ends {
 		b.idx.Spans = append(b.idx.Spans, Span{InEnd: b.ends[i], Digest: b.spans[i]})
 	}
@@ -123,11 +118,10 @@ func (b *builder) run(ctx context.Context, blob io.Reader, desc ocispec.Descript
 
 // readBlob reads and digests the compressed bytes.
 func (b *builder) readBlob(ctx context.Context, blob io.Reader, desc ocispec.Descriptor, to chan *chunk) error {
-	pool := newPool(sourceChunks, sourceChunk)
 	verifier := desc.Digest.Verifier()
 	var size int64
 	for {
-		c, err := take(ctx, pool)
+		c, err := take(ctx, b.mem.source)
 		if err != nil {
 			return err
 		}
@@ -147,6 +141,8 @@ func (b *builder) readBlob(ctx context.Context, blob io.Reader, desc ocispec.Des
 			if err := send(ctx, c, to); err != nil {
 				return err
 			}
+		} else {
+			c.putBack()
 		}
 		if err != nil {
 			break
@@ -168,9 +164,8 @@ func (b *builder) inflate(ctx context.Context, blob *chunkReader, to ...chan *ch
 	if err != nil {
 		return err
 	}
-	pool := newPool(outChunks, int(b.opts.SpanSize))
 	for {
-		c, err := take(ctx, pool)
+		c, err := take(ctx, b.mem.out)
 		if err != nil {
 			return err
 		}
@@ -182,6 +177,8 @@ func (b *builder) inflate(ctx context.Context, blob *chunkReader, to ...chan *ch
 			if err := send(ctx, c, to...); err != nil {
 				return err
 			}
+		} else {
+			c.putBack()
 		}
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) && n > 0 && !errors.Is(err, inflate.ErrCorrupt) {
 			break
@@ -216,24 +213,39 @@ func (b *builder) open(blob *bufio.Reader) (io.Reader, func() inflate.In, error)
 		return nil, nil, err
 	}
 	switch {
+	case bytes.HasPrefix(head, magicGzip):
+		b.idx.Compression = Gzip
+		z, err := inflate.NewReader(blob, inflate.Options{Interval: b.opts.PointInterval, OnPoint: b.addPoint})
+		if err != nil {
+			return nil, nil, err
+		}
+		return z, z.In, nil
 	case bytes.HasPrefix(head, magicZstd), len(head) == 4 && head[0]&0xf0 == 0x50 && bytes.Equal(head[1:], magicZstdSkippable):
-		return nil, nil, fmt.Errorf("zstd compression: %w", ErrUnsupported)
-	case !bytes.HasPrefix(head, magicGzip):
-		b.idx.Compression = Uncompressed
-		return blob, func() inflate.In { return inflate.In(b.idx.OutSize) }, nil
+		b.idx.Compression = Zstd
+		dec, err := b.mem.decoder()
+		if err != nil {
+			return nil, nil, err
+		}
+		z := newZstdStream(blob, dec, b.addFrame)
+		return z, z.in, nil
 	}
-	b.idx.Compression = Gzip
-	z, err := inflate.NewReader(blob, inflate.Options{Interval: b.opts.PointInterval, OnPoint: b.addPoint})
-	if err != nil {
-		return nil, nil, err
+	b.idx.Compression = Uncompressed
+	return blob, func() inflate.In { return inflate.In(b.idx.OutSize) }, nil
+}
+
+// addFrame makes the start of a zstd frame a seek point, unless the last one is
+// near: a writer may make a frame of every few bytes.
+func (b *builder) addFrame(out inflate.Out, in inflate.In) {
+	points := b.idx.Points
+	if len(points) == 0 || out >= points[len(points)-1].Out+b.opts.PointInterval {
+		b.idx.Points = append(points, Point{Out: out, In: in})
 	}
-	return z, z.In, nil
 }
 
 func (b *builder) addPoint(p inflate.Point) error {
 	q := Point{Out: p.Out, In: p.In, Bit: p.Bit, State: p.State}
 	if len(p.Window) > 0 {
-		q.Window = b.enc.EncodeAll(p.Window, nil)
+		q.Window = b.mem.enc.EncodeAll(p.Window, nil)
 	}
 	b.idx.Points = append(b.idx.Points, q)
 	return nil
@@ -269,62 +281,3 @@ func (b *builder) hash(ctx context.Context, from <-chan *chunk) error {
 		}
 	}
 }
-
-// SeekPoint returns the last seek point at or before off, with its window
-// expanded. For an uncompressed layer that is off itself.
-func (x *Index) SeekPoint(off inflate.Out) (inflate.Point, error) {
-	if x.Compression == Uncompressed {
-		return inflate.Point{Out: off, In: inflate.In(off)}, nil
-	}
-	p := x.Points[x.pointAt(off)]
-	q := inflate.Point{Out: p.Out, In: p.In, Bit: p.Bit, State: p.State}
-	if len(p.Window) == 0 {
-		return q, nil
-	}
-	window, err := windowDecoder.DecodeAll(p.Window, nil)
-	if err != nil {
-		return q, fmt.Errorf("layer %s: window of the seek point at %d: %w", x.DiffID, p.Out, err)
-	}
-	if len(window) > inflate.WindowSize {
-		return q, fmt.Errorf("layer %s: window of the seek point at %d has %d bytes", x.DiffID, p.Out, len(window))
-	}
-	q.Window = window
-	return q, nil
-}
-
-// DecodeRange returns where decoding starts in order to read off, and where it
-// could start next: the seek points around off. An uncompressed layer can be
-// read anywhere.
-func (x *Index) DecodeRange(off inflate.Out) (start, next inflate.Out) {
-	if x.Compression == Uncompressed {
-		return off, off
-	}
-	i := x.pointAt(off)
-	if i+1 == len(x.Points) {
-		return x.Points[i].Out, x.OutSize
-	}
-	return x.Points[i].Out, x.Points[i+1].Out
-}
-
-// pointAt returns the number of the last seek point at or before off.
-func (x *Index) pointAt(off inflate.Out) int {
-	lo, hi := 0, len(x.Points)
-	for lo+1 < hi {
-		if mid := (lo + hi) / 2; x.Points[mid].Out <= off {
-			lo = mid
-		} else {
-			hi = mid
-		}
-	}
-	return lo
-}
-
-// windowDecoder is safe for concurrent DecodeAll. Its memory bound keeps a
-// forged window from expanding beyond what a window can be.
-var windowDecoder = func() *zstd.Decoder {
-	d, err := zstd.NewReader(nil, zstd.WithDecoderMaxMemory(2*inflate.WindowSize), zstd.WithDecoderConcurrency(0))
-	if err != nil {
-		panic(err) // only if the options contradict each other
-	}
-	return d
-}()

@@ -12,7 +12,6 @@ import (
 	"testing/iotest"
 	"time"
 
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
@@ -28,11 +27,9 @@ func TestBuild(t *testing.T) {
 			t.Run(s.name+"/"+name, func(t *testing.T) {
 				x := mustBuild(t, blob)
 				check(t, x, blob, s.data)
-				if name == "uncompressed" {
-					require.Equal(t, layer.Uncompressed, x.Compression)
+				require.Equal(t, compression(name), x.Compression)
+				if x.Compression == layer.Uncompressed {
 					require.Empty(t, x.Points)
-				} else {
-					require.Equal(t, layer.Gzip, x.Compression)
 				}
 				if s.name == "many spans" && name == "gzip6" {
 					require.Greater(t, len(x.Points), 5)
@@ -40,6 +37,17 @@ func TestBuild(t *testing.T) {
 			})
 		}
 	}
+}
+
+// compression is what a blob of blobs is compressed with.
+func compression(name string) layer.Compression {
+	switch {
+	case name == "uncompressed":
+		return layer.Uncompressed
+	case strings.Contains(name, "zstd"), strings.Contains(name, "frames"):
+		return layer.Zstd
+	}
+	return layer.Gzip
 }
 
 // The default options and a source that returns a byte at a time give the same
@@ -74,18 +82,6 @@ func TestBuildMaxEntries(t *testing.T) {
 	_, err = build(t, data, layer.Options{MaxEntries: 2})
 	require.ErrorIs(t, err, layer.ErrUnsupported)
 	require.ErrorContains(t, err, "more than 2 entries")
-}
-
-func TestBuildZstd(t *testing.T) {
-	w, err := zstd.NewWriter(nil)
-	require.NoError(t, err)
-	frame := w.EncodeAll(mixed(t), nil)
-	skippable := append([]byte{0x5a, 0x2a, 0x4d, 0x18, 1, 0, 0, 0, 'x'}, frame...)
-	for _, blob := range [][]byte{frame, skippable} {
-		_, err := build(t, blob, small)
-		require.ErrorIs(t, err, layer.ErrUnsupported)
-		require.ErrorContains(t, err, "zstd")
-	}
 }
 
 // damage is every way in which a blob can fail to be what its descriptor says.
@@ -178,7 +174,7 @@ func TestBuildSourceFails(t *testing.T) {
 func endless(t *testing.T) (io.Reader, ocispec.Descriptor) {
 	t.Helper()
 	var b bytes.Buffer
-	require.NoError(t, tar.NewWriter(&b).WriteHeader(&tar.Header{Name: "f", Size: 1 << 50, Format: tar.FormatGNU}))
+	require.NoError(t, tar.NewWriter(&b).WriteHeader(&tar.Header{Name: "f", Size: 1 << 40, Format: tar.FormatGNU}))
 	desc := testimage.Descriptor(ocispec.MediaTypeImageLayer, nil)
 	desc.Size = 1 << 50
 	return io.MultiReader(&b, zeros{}), desc

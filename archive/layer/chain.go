@@ -98,13 +98,3 @@ func (x *Index) VerifySpan(i int, data []byte) error {
 	}
 	return nil
 }
-
-// SpanRange returns the half-open range of the uncompressed stream that span i covers.
-func (x *Index) SpanRange(i int) (start, end inflate.Out) {
-	start = inflate.Out(i) * x.SpanSize
-	return start, min(start+x.SpanSize, x.OutSize)
-}
-
-// SpanAt returns the number of the span that holds the byte at off, which must
-// be in [0, OutSize).
-func (x *Index) SpanAt(off inflate.Out) int { return int(off / x.SpanSize) }

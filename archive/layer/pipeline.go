@@ -4,8 +4,62 @@ import (
 	"context"
 	"errors"
 	"io"
+	"sync"
 	"sync/atomic"
+
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/beam-cloud/containerd-clip/archive/inflate"
 )
+
+const (
+	sourceChunk  = 256 << 10 // compressed bytes read at a time
+	sourceChunks = 4
+	outChunks    = 6 // spans in flight between inflating, hashing and tar
+)
+
+// buffers is the memory of one Build, which the next one uses again: an image
+// has many small layers.
+type buffers struct {
+	spanSize int
+	source   chan *chunk   // pool of chunks of compressed bytes
+	out      chan *chunk   // pool of chunks of one span
+	enc      *zstd.Encoder // of windows
+	dec      *zstd.Decoder // of the layer; nil before the first zstd layer
+}
+
+var buffersPool sync.Pool
+
+func takeBuffers(spanSize int) (*buffers, error) {
+	if m, ok := buffersPool.Get().(*buffers); ok && m.spanSize == spanSize {
+		return m, nil
+	}
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false), zstd.WithWindowSize(inflate.WindowSize), zstd.WithEncoderLevel(zstd.SpeedFastest))
+	return &buffers{
+		spanSize: spanSize, enc: enc,
+		source: newPool(sourceChunks, sourceChunk), out: newPool(outChunks, spanSize),
+	}, err
+}
+
+// decoder returns the decoder of zstd layers.
+func (m *buffers) decoder() (*zstd.Decoder, error) {
+	var err error
+	if m.dec == nil {
+		m.dec, err = newZstdDecoder(nil)
+	}
+	return m.dec, err
+}
+
+// giveBack offers the buffers to the next Build. When all stages have ended
+// well, all chunks are in their pools again.
+func (m *buffers) giveBack() {
+	if m.dec != nil && m.dec.Reset(nil) != nil { // it lets go of the blob
+		m.dec = nil
+	}
+	if len(m.source) == cap(m.source) && len(m.out) == cap(m.out) {
+		buffersPool.Put(m)
+	}
+}
 
 // A chunk is a buffer that travels down the pipeline and returns to its pool
 // when its last reader has released it.
@@ -26,9 +80,12 @@ func newPool(chunks, size int) chan *chunk {
 
 func (c *chunk) release() {
 	if c.refs.Add(-1) == 0 {
-		c.pool <- c // never blocks: the pool has room for all its chunks
+		c.putBack()
 	}
 }
+
+// putBack returns a chunk that was not sent.
+func (c *chunk) putBack() { c.pool <- c } // never blocks: the pool has room for all its chunks
 
 // take waits for a free chunk.
 func take(ctx context.Context, pool chan *chunk) (*chunk, error) {
@@ -61,6 +118,29 @@ type chunkReader struct {
 	cur *chunk
 	off int   // into cur.data
 	pos int64 // in the stream
+
+	headAt int64  // where head starts in the stream
+	head   []byte // what was read from headAt on, at most maxHead bytes
+}
+
+// maxHead bounds the headers kept of one entry: archive/tar reads PAX records,
+// long names and sparse maps of 1 MiB each.
+const maxHead = 5 << 20
+
+// keep starts to collect what is read from pos on, which is not behind the
+// current position.
+func (r *chunkReader) keep(pos int64) { r.headAt, r.head = pos, r.head[:0] }
+
+// next consumes up to n bytes of the current chunk.
+func (r *chunkReader) next(n int) []byte {
+	p := r.cur.data[r.off:]
+	p = p[:min(n, len(p))]
+	r.off += len(p)
+	r.pos += int64(len(p))
+	if kept := min(r.pos-r.headAt, int64(len(p))); kept > 0 && len(r.head) < maxHead {
+		r.head = append(r.head, p[int64(len(p))-kept:]...)
+	}
+	return p
 }
 
 // fill makes sure that cur holds unread bytes, or returns io.EOF.
@@ -94,10 +174,7 @@ func (r *chunkReader) Read(p []byte) (int, error) {
 	if err := r.fill(); err != nil {
 		return 0, err
 	}
-	n := copy(p, r.cur.data[r.off:])
-	r.off += n
-	r.pos += int64(n)
-	return n, nil
+	return copy(p, r.next(len(p))), nil
 }
 
 // Seek moves forward, relative to the current position. Beyond the end of the
@@ -112,10 +189,7 @@ func (r *chunkReader) Seek(offset int64, whence int) (int64, error) {
 		} else if err != nil {
 			return 0, err
 		}
-		n := min(offset, int64(len(r.cur.data)-r.off))
-		r.off += int(n)
-		r.pos += n
-		offset -= n
+		offset -= int64(len(r.next(int(min(offset, int64(len(r.cur.data)))))))
 	}
 	return r.pos, nil
 }

@@ -1,7 +1,8 @@
 // Package index turns an image at hand into an archive.
 //
 // Layers are indexed side by side, the largest first, so that the last one to
-// end is a small one.
+// end is a small one. What was indexed once is taken from a cache: a digest
+// names the same bytes for ever.
 package index
 
 import (
@@ -13,6 +14,7 @@ import (
 	"sort"
 
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/log"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
@@ -25,8 +27,14 @@ import (
 type Progress interface {
 	// Read says that n more compressed bytes of layer i have been read.
 	Read(i int, n int64)
-	// Done says that layer i is indexed, or why it cannot be read lazily.
-	Done(i int, notLazy error)
+	// Done says how layer i ended.
+	Done(i int, how Outcome)
+}
+
+// Outcome says how a layer ended.
+type Outcome struct {
+	Cached  bool  // its index came from the cache
+	NotLazy error // why it cannot be read lazily; nil if it can
 }
 
 // Image is what to index.
@@ -43,7 +51,11 @@ type Image struct {
 type Options struct {
 	Workers  int      // layers indexed at once; default one per processor
 	Progress Progress // may be nil
-	Layer    layer.Options
+	Cache    *Cache   // of layer indexes; nil for none
+	// Force has layers indexed whose indexes are in the cache, which then get
+	// replaced.
+	Force bool
+	Layer layer.Options
 }
 
 // Run reads img's layers from p and returns what to write as an archive. A
@@ -52,6 +64,10 @@ type Options struct {
 func Run(ctx context.Context, p content.Provider, img Image, opts Options) (*archive.Image, error) {
 	if opts.Workers == 0 {
 		opts.Workers = runtime.GOMAXPROCS(0)
+	}
+	var err error
+	if opts.Layer, err = opts.Layer.Normalize(); err != nil {
+		return nil, err
 	}
 	out := &archive.Image{
 		StorageRef: img.StorageRef,
@@ -65,17 +81,16 @@ func Run(ctx context.Context, p content.Provider, img Image, opts Options) (*arc
 	g.SetLimit(opts.Workers)
 	for _, i := range largestFirst(img.Layers) {
 		g.Go(func() error {
-			x, err := one(ctx, p, img.Layers[i], i, opts)
-			if err != nil && !errors.Is(err, layer.ErrUnsupported) {
+			x, how, err := one(ctx, p, img.Layers[i], i, opts)
+			if err != nil {
 				return fmt.Errorf("layer %d of %d: %w", i+1, len(img.Layers), err)
 			}
-			if err != nil {
-				out.Layers[i].Reason = err.Error()
-			} else {
-				out.Layers[i].Index = x
+			out.Layers[i].Index = x
+			if how.NotLazy != nil {
+				out.Layers[i].Reason = how.NotLazy.Error()
 			}
 			if opts.Progress != nil {
-				opts.Progress.Done(i, err)
+				opts.Progress.Done(i, how)
 			}
 			return nil
 		})
@@ -83,7 +98,32 @@ func Run(ctx context.Context, p content.Provider, img Image, opts Options) (*arc
 	return out, g.Wait()
 }
 
-func one(ctx context.Context, p content.Provider, desc ocispec.Descriptor, i int, opts Options) (*layer.Index, error) {
+// one returns the index of layer i, or none if it cannot be read lazily.
+func one(ctx context.Context, p content.Provider, desc ocispec.Descriptor, i int, opts Options) (*layer.Index, Outcome, error) {
+	if err := desc.Digest.Validate(); err != nil {
+		return nil, Outcome{}, fmt.Errorf("digest %q: %w", desc.Digest, err)
+	}
+	if opts.Cache != nil && !opts.Force {
+		if x := opts.Cache.get(ctx, desc, opts.Layer); x != nil {
+			return x, Outcome{Cached: true}, nil
+		}
+	}
+	x, err := build(ctx, p, desc, i, opts)
+	if errors.Is(err, layer.ErrUnsupported) {
+		return nil, Outcome{NotLazy: err}, nil
+	}
+	if err != nil {
+		return nil, Outcome{}, err
+	}
+	if opts.Cache != nil {
+		if err := opts.Cache.put(x, desc, opts.Layer); err != nil {
+			log.G(ctx).WithError(err).WithField("layer", desc.Digest).Warn("cannot keep the layer's index; it will be made again the next time")
+		}
+	}
+	return x, Outcome{}, nil
+}
+
+func build(ctx context.Context, p content.Provider, desc ocispec.Descriptor, i int, opts Options) (*layer.Index, error) {
 	ra, err := p.ReaderAt(ctx, desc)
 	if err != nil {
 		return nil, err

@@ -6,11 +6,17 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
+	"runtime/metrics"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/klauspost/compress/zstd"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
 
@@ -58,7 +64,7 @@ func TestWorkersDoNotChangeTheArchive(t *testing.T) {
 type counter struct {
 	mu   sync.Mutex // guards the fields below
 	read map[int]int64
-	done map[int]error
+	done map[int]Outcome
 }
 
 func (c *counter) Read(i int, n int64) {
@@ -67,30 +73,30 @@ func (c *counter) Read(i int, n int64) {
 	c.read[i] += n
 }
 
-func (c *counter) Done(i int, notLazy error) {
+func (c *counter) Done(i int, how Outcome) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.done[i] = notLazy
+	c.done[i] = how
 }
 
 func TestProgressAndNotLazyLayer(t *testing.T) {
 	img := testImage(t, 3)
-	// zstd is sound and cannot be read lazily.
+	// A frame whose window is 2^40 bytes is sound and cannot be read lazily.
 	in := input(img)
 	in.Layers = append([]ocispec.Descriptor(nil), img.Layers...)
-	in.Layers[1] = img.Blobs.Add("application/vnd.oci.image.layer.v1.tar+zstd", []byte("\x28\xb5\x2f\xfd is how zstd starts"))
-	c := &counter{read: map[int]int64{}, done: map[int]error{}}
+	in.Layers[1] = img.Blobs.Add("application/vnd.oci.image.layer.v1.tar+zstd", []byte("\x28\xb5\x2f\xfd\x00\xf0\x01\x00\x00"))
+	c := &counter{read: map[int]int64{}, done: map[int]Outcome{}}
 	out, err := Run(t.Context(), img.Blobs, in, Options{Progress: c})
 	require.NoError(t, err)
 	require.Len(t, c.done, 3)
 	for i, l := range out.Layers {
 		if i == 1 {
-			require.ErrorIs(t, c.done[i], layer.ErrUnsupported)
+			require.ErrorIs(t, c.done[i].NotLazy, layer.ErrUnsupported)
 			require.Nil(t, l.Index)
-			require.Equal(t, c.done[i].Error(), l.Reason)
+			require.Equal(t, c.done[i].NotLazy.Error(), l.Reason)
 			continue
 		}
-		require.NoError(t, c.done[i])
+		require.NoError(t, c.done[i].NotLazy)
 		require.Equal(t, img.DiffIDs[i], l.Index.DiffID)
 		require.Empty(t, l.Reason)
 		require.Equal(t, img.Layers[i].Size, c.read[i])
@@ -166,4 +172,62 @@ func TestCancel(t *testing.T) {
 func TestLargestFirst(t *testing.T) {
 	layers := []ocispec.Descriptor{{Size: 1}, {Size: 9}, {Size: 5}, {Size: 9}}
 	require.Equal(t, []int{1, 3, 2, 0}, largestFirst(layers))
+}
+
+// TestMemory indexes a large layer and many layers: what that needs depends on
+// neither.
+func TestMemory(t *testing.T) {
+	const most = 64 << 20
+	noise := make([]byte, 16<<10) // near enough for gzip to find it again
+	_, _ = rand.NewChaCha8([32]byte{2}).Read(noise)
+	tarOf := func(size int) []byte {
+		return testutil.Tar(t, testutil.File{Name: "file", Data: strings.Repeat(string(noise), size/len(noise))})
+	}
+	enc, err := zstd.NewWriter(nil)
+	require.NoError(t, err)
+	for _, c := range []struct{ layers, size int }{{1, 128 << 20}, {16, 8 << 20}} {
+		blobs := func(data []byte) map[string][]byte {
+			return map[string][]byte{"gzip": testutil.Gzip(t, data), "zstd": enc.EncodeAll(data, nil)}
+		}(tarOf(c.size))
+		for name, blob := range blobs {
+			t.Run(fmt.Sprintf("%d %s layers of %d MiB", c.layers, name, c.size>>20), func(t *testing.T) {
+				blobs := testutil.Blobs{}
+				img := Image{Layers: slices.Repeat([]ocispec.Descriptor{blobs.Add("", blob)}, c.layers)}
+				peak := peakHeap(func() {
+					_, err := Run(t.Context(), blobs, img, Options{Workers: 2})
+					require.NoError(t, err)
+				})
+				t.Logf("%d MiB", peak>>20)
+				require.Less(t, peak, int64(most))
+			})
+		}
+	}
+}
+
+// peakHeap returns by how many bytes the heap grows while do runs, garbage
+// included.
+func peakHeap(do func()) int64 {
+	samples := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}}
+	read := func() int64 {
+		metrics.Read(samples)
+		return int64(samples[0].Value.Uint64())
+	}
+	runtime.GC()
+	before, peak := read(), int64(0)
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			peak = max(peak, read()-before)
+			select {
+			case <-stop:
+				return
+			case <-time.After(time.Millisecond):
+			}
+		}
+	}()
+	do()
+	close(stop)
+	<-stopped
+	return peak
 }

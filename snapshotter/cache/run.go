@@ -136,9 +136,9 @@ func (l *Layer) bring(ctx context.Context, x *layer.Index, r *run) (err error) {
 	defer func() { l.endRun(r, err) }()
 	idle := &idleTimer{timer: time.AfterFunc(idleTimeout, func() { r.cancel(errIdle) })}
 	defer idle.stop()
-	for failures, tries := 0, 0; ; tries++ {
+	for failures := 0; ; {
 		from := r.pos
-		err := l.fetch(ctx, x, r, idle, tries)
+		err := l.fetch(ctx, x, r, idle)
 		if err == nil || errors.Is(err, ErrFull) {
 			return err
 		}
@@ -189,8 +189,8 @@ type openError struct{ error }
 func (e openError) Unwrap() error { return e.error }
 
 // fetch sends one request for what r has still to bring, and verifies and
-// stores what comes. tries is how many requests there were before it.
-func (l *Layer) fetch(ctx context.Context, x *layer.Index, r *run, idle *idleTimer, tries int) error {
+// stores what comes.
+func (l *Layer) fetch(ctx context.Context, x *layer.Index, r *run, idle *idleTimer) error {
 	start, _ := l.spanRange(r.pos)
 	p, err := x.SeekPoint(start)
 	if err != nil {
@@ -199,28 +199,27 @@ func (l *Layer) fetch(ctx context.Context, x *layer.Index, r *run, idle *idleTim
 	l.mu.Lock()
 	sources := slices.Clone(l.sources)
 	l.mu.Unlock()
-	if len(sources) > 0 { // another one may deliver what the first did not
-		n := tries % len(sources)
-		sources = append(sources[n:], sources[:n]...)
-	}
 	rc, err := l.store.fetch.Open(ctx, sources, x.Digest, int64(p.In), int64(x.Spans[r.end-1].InEnd-p.In))
 	if err != nil {
 		return openError{err}
 	}
 	defer rc.Close()
-	stream, err := decode(x, &body{ctx: ctx, r: rc, run: r, gate: &l.store.gate, idle: idle}, p)
+	stream, err := x.Decode(&body{ctx: ctx, r: rc, run: r, gate: &l.store.gate, idle: idle}, p)
 	if err != nil {
+		blame(rc)
 		return err
 	}
 	defer stream.Close()
 	if _, err := io.CopyN(io.Discard, stream, int64(start-p.Out)); err != nil {
+		blame(rc)
 		return err
 	}
-	return l.take(x, r, stream)
+	return l.take(x, r, stream, rc)
 }
 
-// take verifies and stores the spans of r as stream delivers them.
-func (l *Layer) take(x *layer.Index, r *run, stream io.Reader) error {
+// take verifies and stores the spans of r as stream delivers them, which
+// decodes blob.
+func (l *Layer) take(x *layer.Index, r *run, stream, blob io.Reader) error {
 	pooled := spanBuffers.Get().(*[]byte)
 	defer spanBuffers.Put(pooled)
 	*pooled = slices.Grow((*pooled)[:0], int(x.SpanSize))
@@ -228,6 +227,7 @@ func (l *Layer) take(x *layer.Index, r *run, stream io.Reader) error {
 		from, to := l.spanRange(r.pos)
 		buf := (*pooled)[:to-from]
 		if _, err := io.ReadFull(stream, buf); err != nil {
+			blame(blob)
 			return err
 		}
 		l.mu.Lock()
@@ -235,6 +235,7 @@ func (l *Layer) take(x *layer.Index, r *run, stream io.Reader) error {
 		l.mu.Unlock()
 		if !here {
 			if err := x.VerifySpan(r.pos, buf); err != nil {
+				blame(blob)
 				return err
 			}
 		}
@@ -245,30 +246,14 @@ func (l *Layer) take(x *layer.Index, r *run, stream io.Reader) error {
 	return nil
 }
 
-var (
-	spanBuffers = sync.Pool{New: func() any { return new([]byte) }}
-	inflaters   = sync.Pool{New: func() any { return new(inflate.Reader) }}
-)
+var spanBuffers = sync.Pool{New: func() any { return new([]byte) }}
 
-// decode returns the uncompressed stream from p on; r delivers the blob from
-// p.In on. The caller closes the result, which does not close r.
-func decode(x *layer.Index, r io.Reader, p inflate.Point) (io.ReadCloser, error) {
-	if x.Compression == layer.Uncompressed {
-		return io.NopCloser(r), nil
+// blame tells whoever opened r that what it delivered is wrong, so that the
+// next try asks another source. Errors of r itself it knows to tell apart.
+func blame(r io.Reader) {
+	if b, ok := r.(interface{ Blame() }); ok {
+		b.Blame()
 	}
-	z := inflaters.Get().(*inflate.Reader)
-	if err := z.ResetAt(r, p); err != nil {
-		return nil, err
-	}
-	return inflater{z}, nil
-}
-
-// inflater goes back to where it came from when it is closed.
-type inflater struct{ *inflate.Reader }
-
-func (z inflater) Close() error {
-	inflaters.Put(z.Reader)
-	return nil
 }
 
 // body is the answer to a run's request. It knows when nothing arrives any

@@ -253,28 +253,31 @@ func TestSmallLayerIsFetchedWhole(t *testing.T) {
 	require.EqualValues(t, 1, src.requests.Load())
 }
 
-// TestAnotherSourceAfterWrongBytes asks the second source when the first one
-// delivers something else.
-func TestAnotherSourceAfterWrongBytes(t *testing.T) {
+// blamable is an answer that wants to know what became of it.
+type blamable struct {
+	io.Reader
+	blamed *int
+}
+
+func (blamable) Close() error { return nil }
+func (b blamable) Blame()     { *b.blamed++ }
+
+// TestWrongBytesAreBlamed tells the source that it delivered something else.
+func TestWrongBytesAreBlamed(t *testing.T) {
 	stream := testTar(t, 5)
 	src := &blobs{blob: gzipped(t, stream)}
 	x := build(t, src.blob)
-	var first []string
-	s, err := Open(t.Context(), Options{Dir: t.TempDir(), Fetch: fetcherFunc(func(ctx context.Context, sources []string, d digest.Digest, off, n int64) (io.ReadCloser, error) {
-		first = append(first, sources[0])
-		if sources[0] == "bad.example/repo:tag" {
-			return io.NopCloser(bytes.NewReader(make([]byte, n))), nil
+	blamed, wrong := 0, true
+	_, l := open(t, t.TempDir(), fetcherFunc(func(_ context.Context, _ []string, _ digest.Digest, off, n int64) (io.ReadCloser, error) {
+		b := src.blob[off : off+n]
+		if wrong {
+			b = make([]byte, n)
 		}
-		return src.Open(ctx, sources, d, off, n)
-	})})
-	require.NoError(t, err)
-	defer s.Close()
-	require.NoError(t, s.Add(x, "good.example/repo:tag"))
-	require.NoError(t, s.Add(x, "bad.example/repo:tag"))
-	l, err := s.Layer(x.DiffID)
-	require.NoError(t, err)
+		wrong = false
+		return blamable{bytes.NewReader(b), &blamed}, nil
+	}), x)
 	requireStream(t, l, stream)
-	require.Equal(t, []string{"bad.example/repo:tag", "good.example/repo:tag"}, first)
+	require.Equal(t, 1, blamed)
 }
 
 // TestNothingIsLeft reads, fails, fills and closes, and finds as many

@@ -18,7 +18,6 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
-	"github.com/beam-cloud/containerd-clip/archive/erofs"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
@@ -314,13 +313,16 @@ func TestDeviceIsNeverPunched(t *testing.T) {
 	requireStream(t, layers[0], c.streams[0])
 	path, release := completed(t, s, layers[0])
 
-	image, target := filepath.Join(t.TempDir(), "image"), t.TempDir()
-	require.NoError(t, root.Build(image, c.indexes[:1]))
-	require.NoError(t, root.Mount(t.Context(), image, target, []string{path}), "this test needs root and EROFS")
+	r := root.Root{
+		Dir:     filepath.Join(t.TempDir(), "root"),
+		Indexes: func() ([]*layer.Index, error) { return c.indexes[:1], nil },
+		Layers:  []root.Layer{{Device: path}},
+	}
+	require.NoError(t, r.Mount(t.Context(), root.File), "this test needs root and EROFS")
 	release()
-	file, err := os.Open(filepath.Join(target, erofs.RootDir, "dir", "file7"))
+	file, err := os.Open(filepath.Join(r.Path(), "dir", "file7"))
 	require.NoError(t, err)
-	require.NoError(t, unix.Unmount(target, unix.MNT_DETACH))
+	require.NoError(t, r.Unmount(), "it disappears, and its last use goes on")
 	require.NoError(t, s.Close())
 
 	s, layers = c.open(t, Options{Dir: dir, MaxSize: Limit{Size: limit}})

@@ -55,7 +55,8 @@ import (
 )
 
 // Fetcher reads ranges of compressed blobs. Sources are image references whose
-// repositories should hold the blob.
+// repositories should hold the blob. A reader that has a method Blame() is told
+// when what it delivered was not the blob.
 type Fetcher interface {
 	Open(ctx context.Context, sources []string, d digest.Digest, off, n int64) (io.ReadCloser, error)
 }

@@ -99,6 +99,8 @@ func TestIndexKeepsOldArchive(t *testing.T) {
 	before := filesIn(t, filepath.Dir(file))
 	require.NoError(t, os.Remove(w.builder.ContentPath(w.layers(images.SmallName)[0])))
 	_, err = w.builder.Clipctl(w.ctx, "index", w.ref(images.SmallName), "-o", file)
+	require.NoError(t, err, "the layer's index is in the cache, so the layer is not needed")
+	_, err = w.builder.Clipctl(w.ctx, "index", "--force", w.ref(images.SmallName), "-o", file)
 	require.Error(t, err)
 	require.Equal(t, before, filesIn(t, filepath.Dir(file)))
 }
@@ -189,7 +191,7 @@ func TestLayerGoneFromRegistry(t *testing.T) {
 		"altered": func(t *testing.T, blob string) { flipEvery(t, blob, 4001) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t)
+			w := newWorldWith(t, faultConfig)
 			ref := w.ref(images.SmallName)
 			w.index(images.SmallName)
 			blob := w.registry.BlobPath(w.layers(images.SmallName)[0])
@@ -217,7 +219,7 @@ func TestLayerGoneFromRegistry(t *testing.T) {
 // TestRegistryDownWhileRunning switches the registry off below a running container: what was read stays readable, what
 // was not is an error in time, and comes back with the registry.
 func TestRegistryDownWhileRunning(t *testing.T) {
-	w := newWorld(t)
+	w := newWorldWith(t, faultConfig)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
 	w.pull(w.worker, lazy, ref)

@@ -95,7 +95,7 @@ func TestDaemonRestart(t *testing.T) {
 			require.NoError(t, w.registry.SwitchOff())
 			require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
 			require.NoError(t, w.registry.SwitchOn())
-			require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+			w.runAfterRestart(ref)
 			stock := w.stock()
 			w.pull(stock, eager, ref)
 			requireSameRoot(w, stock, ref)
@@ -132,7 +132,7 @@ func TestProgress(t *testing.T) {
 
 	options, err := harness.Installed()
 	require.NoError(t, err)
-	words := append([]string{filepath.Join(options.Product, "clipctl")}, args...)
+	words := append([]string{filepath.Join(options.Product, "clipctl")}, append(args, "--cache-dir", w.lab.Path("script-cache"))...)
 	screen, err := exec.CommandContext(w.ctx, "script", "--quiet", "--return", "--command", strings.Join(words, " "), w.lab.Path("typescript")).CombinedOutput()
 	require.NoError(t, err, string(screen))
 	require.Contains(t, string(screen), "\x1b", "a terminal is drawn on:\n%s", screen)

@@ -14,6 +14,7 @@ package detgob
 import (
 	"encoding/gob"
 	"fmt"
+	"iter"
 	"math/bits"
 	"reflect"
 	"sort"
@@ -45,6 +46,40 @@ func Encode(v any) ([]byte, error) {
 		return nil, err
 	}
 	return append(c.defs, message(body)...), nil
+}
+
+// chunkSize is how much EncodeSlice gathers before it starts another buffer.
+const chunkSize = 1 << 20
+
+// EncodeSlice returns the gob stream of a []T, in pieces, without having all of
+// its elements at once. The next element may overwrite the one before.
+func EncodeSlice[T any](elements iter.Seq[T]) ([][]byte, error) {
+	c := &compiler{types: map[reflect.Type]*wire{}, next: firstID}
+	list, err := c.compile(reflect.TypeFor[[]T]())
+	if err != nil {
+		return nil, err
+	}
+	elem, err := c.compile(reflect.TypeFor[T]())
+	if err != nil {
+		return nil, err
+	}
+	pieces, length := [][]byte{nil}, 0
+	chunk, n := make([]byte, 0, chunkSize), uint64(0)
+	for v := range elements {
+		if chunk, err = elem.append(chunk, reflect.ValueOf(v)); err != nil {
+			return nil, err
+		}
+		n++
+		if len(chunk) > chunkSize*15/16 {
+			pieces, length = append(pieces, chunk), length+len(chunk)
+			chunk = make([]byte, 0, chunkSize)
+		}
+	}
+	pieces, length = append(pieces, chunk), length+len(chunk)
+	head := append(appendInt(nil, int64(list.id)), 0) // a lone value is sent like the only field of a struct
+	head = appendUint(head, n)
+	pieces[0] = append(appendUint(c.defs, uint64(len(head)+length)), head...)
+	return pieces, nil
 }
 
 // wire is how one Go type is sent.

@@ -18,8 +18,11 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/archive/inflate"
+	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/internal/testutil"
 	"github.com/beam-cloud/containerd-clip/plugin/export"
+	"github.com/beam-cloud/containerd-clip/plugin/index"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 )
 
@@ -59,13 +62,21 @@ func TestEnvironment(t *testing.T) {
 
 func run(t *testing.T, args ...string) (stdout string, err error) {
 	t.Helper()
+	stdout, _, err = runBoth(t, args...)
+	return stdout, err
+}
+
+// runBoth is run that also returns what was said beside the result.
+func runBoth(t *testing.T, args ...string) (stdout, stderr string, err error) {
+	t.Helper()
+	t.Setenv("CLIPCTL_CACHE_DIR", t.TempDir())
 	cmd := New()
 	var out, diagnostics bytes.Buffer
 	cmd.SetOut(&out)
 	cmd.SetErr(&diagnostics)
 	cmd.SetArgs(args)
 	err = cmd.ExecuteContext(t.Context())
-	return out.String(), err
+	return out.String(), diagnostics.String(), err
 }
 
 func TestWithoutDaemons(t *testing.T) {
@@ -147,6 +158,7 @@ func TestPath(t *testing.T) {
 		"several":      {output: dir + "/a.clip", several: true, want: dir + "/a-linux-arm-v7.clip"},
 		"default":      {want: "app-1.clip"},
 		"a directory":  {output: dir, message: "is a directory"},
+		"a device":     {output: "/dev/null", message: "is not an ordinary file"},
 		"below none":   {output: dir + "/no/a.clip", message: "no such file"},
 		"below a file": {output: file + "/a.clip", message: "not a directory"},
 	} {
@@ -232,12 +244,60 @@ func TestProgressLines(t *testing.T) {
 	var b bytes.Buffer
 	p := newProgress(&b, append(img.Layers, img.Layers...))
 	p.Read(0, 10)
-	p.Done(1, errors.New("why"))
-	p.Done(0, nil)
+	p.Done(1, index.Outcome{NotLazy: errors.New("why")})
+	p.Done(0, index.Outcome{})
+	p.Done(0, index.Outcome{Cached: true})
 	p.close(nil)
 	lines := strings.Split(strings.TrimSpace(b.String()), "\n")
-	require.Len(t, lines, 2)
+	require.Len(t, lines, 3)
+	require.Contains(t, lines[2], "from cache")
 	require.Contains(t, lines[0], "layer 2/2 "+img.Layers[0].Digest.String())
 	require.Contains(t, lines[0], "not lazy")
 	require.Contains(t, lines[1], "indexed")
+}
+
+func TestSpanSize(t *testing.T) {
+	for value, want := range map[string]struct{ interval, span inflate.Out }{
+		"1MiB":    {1 << 20, layer.DefaultSpanSize},
+		"4m":      {4 << 20, layer.DefaultSpanSize},
+		"100000":  {100_000, 99_968},
+		"32KiB":   {32 << 10, 32 << 10},
+		"300 KiB": {300 << 10, layer.DefaultSpanSize},
+	} {
+		o := indexOptions{spanSize: value, cacheDir: t.TempDir()}
+		got, err := o.indexing(t.Context())
+		require.NoError(t, err, value)
+		require.Equal(t, want.interval, got.Layer.PointInterval, value)
+		require.Equal(t, want.span, got.Layer.SpanSize, value)
+	}
+	for _, value := range []string{"", "x", "-1", "0", "31KiB"} {
+		_, err := indexOptions{spanSize: value, cacheDir: t.TempDir()}.indexing(t.Context())
+		require.ErrorContains(t, err, "512KiB", value)
+	}
+}
+
+// TestCache indexes one image again and again.
+func TestCache(t *testing.T) {
+	dir, _ := layout(t)
+	cache := filepath.Join(t.TempDir(), "cache")
+	output := filepath.Join(t.TempDir(), "a.clip")
+	var first []byte
+	for _, c := range []struct {
+		args   []string
+		cached bool
+	}{
+		{nil, false}, {nil, true}, {[]string{"--force"}, false}, {[]string{"--span-size", "64KiB"}, false}, {nil, true},
+	} {
+		_, said, err := runBoth(t, append([]string{"index", "oci:" + dir, "-o", output, "--storage-ref", "example.com/app:1", "--cache-dir", cache}, c.args...)...)
+		require.NoError(t, err)
+		require.Equal(t, c.cached, strings.Contains(said, "from cache"), said)
+		b, err := os.ReadFile(output)
+		require.NoError(t, err)
+		if first == nil {
+			first = b
+		}
+		require.Equal(t, len(c.args) < 2, bytes.Equal(first, b), "%v", c.args)
+	}
+	_, err := run(t, "index", "oci:"+dir, "-o", output, "--storage-ref", "example.com/app:1", "--cache-dir", output)
+	require.ErrorContains(t, err, "layer-index cache")
 }

@@ -11,9 +11,12 @@ import (
 
 	"github.com/containerd/log"
 	"github.com/containerd/platforms"
+	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 
 	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/archive/inflate"
+	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/plugin/export"
 	"github.com/beam-cloud/containerd-clip/plugin/index"
 	"github.com/beam-cloud/containerd-clip/plugin/publish"
@@ -25,6 +28,9 @@ type indexOptions struct {
 	allPlatforms bool
 	output       string
 	push         bool
+	cacheDir     string
+	force        bool
+	spanSize     string
 }
 
 func newIndexCommand(g *globals) *cobra.Command {
@@ -54,12 +60,19 @@ runs the image; --push checks it.`,
 	f.BoolVar(&o.allPlatforms, "all-platforms", false, "index every platform that is in the local store")
 	f.StringVarP(&o.output, "output", "o", "", "archive to write (default: IMAGE's last part + .clip, in the current directory)")
 	f.BoolVar(&o.push, "push", false, "push the archive to the image's repository, as an artifact that refers to the image; without -o no file is kept")
+	f.StringVar(&o.cacheDir, "cache-dir", os.Getenv("CLIPCTL_CACHE_DIR"), "where indexes of layers are kept, for other images with the same layers (default: "+systemCacheDir+" for root, else containerd-clip in the user's cache directory) [$CLIPCTL_CACHE_DIR]")
+	f.BoolVar(&o.force, "force", false, "index every layer, also those whose index is in the cache")
+	f.StringVar(&o.spanSize, "span-size", units.BytesSize(float64(layer.DefaultPointInterval)), "distance of the places in a layer where reading can start: less fetches less per read, more makes a smaller archive")
 	cmd.MarkFlagsMutuallyExclusive("platform", "all-platforms")
 	return cmd
 }
 
 func runIndex(ctx context.Context, g *globals, image string, o indexOptions, stdout, stderr io.Writer) error {
 	selection, err := o.selection()
+	if err != nil {
+		return err
+	}
+	indexing, err := o.indexing(ctx)
 	if err != nil {
 		return err
 	}
@@ -83,7 +96,7 @@ func runIndex(ctx context.Context, g *globals, image string, o indexOptions, std
 		return err
 	}
 	for _, m := range manifests {
-		if err := indexOne(ctx, source, m, ref, o, len(manifests) > 1, stdout, stderr); err != nil {
+		if err := indexOne(ctx, source, m, ref, o, indexing, len(manifests) > 1, stdout, stderr); err != nil {
 			return err
 		}
 	}
@@ -102,6 +115,45 @@ func (o indexOptions) selection() (export.Selection, error) {
 		return export.Selection{}, fmt.Errorf("platform %q: %w", o.platform, err)
 	}
 	return export.Selection{Name: platforms.Format(p), Match: platforms.Only(p)}, nil
+}
+
+// systemCacheDir is where root's layer indexes are kept.
+const systemCacheDir = "/var/cache/containerd-clip"
+
+// indexing returns how layers are to be indexed.
+func (o indexOptions) indexing(ctx context.Context) (index.Options, error) {
+	opts := index.Options{Force: o.force}
+	size, err := units.RAMInBytes(o.spanSize)
+	if err != nil || size < int64(inflate.WindowSize) {
+		return opts, fmt.Errorf("span size %q: must be a size of at least %s, such as 512KiB or 4MiB", o.spanSize, units.BytesSize(inflate.WindowSize))
+	}
+	opts.Layer.PointInterval = inflate.Out(size)
+	opts.Layer.SpanSize = min(layer.DefaultSpanSize, inflate.Out(size)&^63)
+	if opts.Layer, err = opts.Layer.Normalize(); err != nil {
+		return opts, err
+	}
+	opts.Cache, err = o.openCache(ctx)
+	return opts, err
+}
+
+// openCache opens the layer-index cache. One that nobody asked for may be missing.
+func (o indexOptions) openCache(ctx context.Context) (*index.Cache, error) {
+	if o.cacheDir != "" {
+		return index.OpenCache(o.cacheDir, index.DefaultCacheSize)
+	}
+	dir, err := systemCacheDir, error(nil)
+	if os.Geteuid() != 0 {
+		dir, err = os.UserCacheDir()
+		dir = filepath.Join(dir, "containerd-clip")
+	}
+	var cache *index.Cache
+	if err == nil {
+		cache, err = index.OpenCache(dir, index.DefaultCacheSize)
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("indexing without a cache of layer indexes; name a place for it with --cache-dir")
+	}
+	return cache, nil
 }
 
 // openSource opens IMAGE. The context it returns is the one to read it with.
@@ -133,7 +185,7 @@ func openSource(ctx context.Context, g *globals, image string) (context.Context,
 }
 
 // indexOne indexes one platform's image, and publishes it if asked to.
-func indexOne(ctx context.Context, source *export.Source, m export.Manifest, ref string, o indexOptions, several bool, stdout, stderr io.Writer) (err error) {
+func indexOne(ctx context.Context, source *export.Source, m export.Manifest, ref string, o indexOptions, indexing index.Options, several bool, stdout, stderr io.Writer) (err error) {
 	platform := platforms.Format(m.Platform)
 	log.G(ctx).WithField("image", source.Name).WithField("source", source.Kind).WithField("storage-ref", ref).
 		WithField("platform", platform).WithField("layers", len(m.Layers)).
@@ -145,10 +197,11 @@ func indexOne(ctx context.Context, source *export.Source, m export.Manifest, ref
 	defer cleanup()
 	start := time.Now()
 	progress := newProgress(stderr, m.Layers)
+	indexing.Progress = progress
 	img, err := index.Run(ctx, source.Provider, index.Image{
 		StorageRef: ref, Platform: m.Platform, Descriptor: m.Descriptor,
 		Manifest: m.Raw, Config: m.Config, Layers: m.Layers,
-	}, index.Options{Progress: progress})
+	}, indexing)
 	progress.close(err)
 	if err != nil {
 		return fmt.Errorf("indexing %s: %w", source.Name, err)
@@ -198,6 +251,8 @@ func (o indexOptions) path(image string, m export.Manifest, several bool) (strin
 	}
 	if st, err := os.Stat(path); err == nil && st.IsDir() {
 		return "", nil, fmt.Errorf("output %s is a directory; name a file in it", path)
+	} else if err == nil && !st.Mode().IsRegular() {
+		return "", nil, fmt.Errorf("output %s is not an ordinary file and would be replaced by one; name another", path)
 	}
 	if st, err := os.Stat(filepath.Dir(path)); err != nil {
 		return "", nil, fmt.Errorf("output %s: %w", path, err)

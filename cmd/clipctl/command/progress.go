@@ -11,6 +11,8 @@ import (
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
 	"golang.org/x/sys/unix"
+
+	"github.com/beam-cloud/containerd-clip/plugin/index"
 )
 
 // progress shows how indexing goes: a bar per layer on a terminal, a line per
@@ -55,7 +57,7 @@ func (p *progress) Read(i int, n int64) {
 }
 
 // Done implements index.Progress.
-func (p *progress) Done(i int, notLazy error) {
+func (p *progress) Done(i int, how index.Outcome) {
 	if p.bars != nil {
 		p.bar[i].SetTotal(-1, true)
 		return
@@ -63,8 +65,11 @@ func (p *progress) Done(i int, notLazy error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	outcome := "indexed"
-	if notLazy != nil {
+	switch {
+	case how.NotLazy != nil:
 		outcome = "not lazy"
+	case how.Cached:
+		outcome = "from cache"
 	}
 	fmt.Fprintf(p.w, "layer %d/%d %s %s %s after %.1fs\n",
 		i+1, len(p.layers), p.layers[i].Digest, size(p.layers[i].Size), outcome, time.Since(p.start).Seconds())

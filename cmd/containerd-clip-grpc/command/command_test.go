@@ -37,7 +37,7 @@ func run(t *testing.T, args ...string) (string, error) {
 func TestDefaultConfigRoundTrip(t *testing.T) {
 	out, err := run(t, "config", "default")
 	require.NoError(t, err)
-	for _, key := range []string{"root", "address", "log_level", "referrers", "config_path", "max_size", "mode", "delay", "rate", "workers"} {
+	for _, key := range []string{"root", "address", "log_level", "referrers", "config_path", "give_up", "mode", "max_size", "delay", "rate", "workers"} {
 		require.Contains(t, out, key+" = ")
 	}
 	got, err := LoadConfig(writeFile(t, out))
@@ -66,6 +66,7 @@ func TestLoadConfig(t *testing.T) {
 		"[cache]\nmax_size='much'":  "much",
 		"[fill]\ndelay='soon'":      "soon",
 		"[fill]\nrate='quick'":      "quick",
+		"[registry]\ngive_up='1'":   "missing unit",
 	} {
 		path := writeFile(t, content)
 		_, err := LoadConfig(path)
@@ -101,11 +102,14 @@ func TestValidate(t *testing.T) {
 		"too long socket":  {func(c *Config) { c.Address = long + "s" }, "107"},
 		"relative root":    {func(c *Config) { c.Root = "var/lib" }, "root"},
 		"empty root":       {func(c *Config) { c.Root = "" }, "root"},
+		"unknown mode":     {func(c *Config) { c.Mount.Mode = "erofs" }, "mount mode \"erofs\""},
 		"relative address": {func(c *Config) { c.Address = "clip.sock" }, "address"},
 		"fill off":         {func(c *Config) { c.Fill.Mode = "off" }, ""},
 		"fill mode":        {func(c *Config) { c.Fill.Mode = "maybe" }, "maybe"},
 		"fill delay":       {func(c *Config) { c.Fill.Delay = -1 }, "negative"},
 		"fill workers":     {func(c *Config) { c.Fill.Workers = 65 }, "65"},
+		"never give up":    {func(c *Config) { c.Registry.GiveUp = 0 }, "give_up"},
+		"hang":             {func(c *Config) { c.Registry.GiveUp = Duration(time.Hour) }, "give_up"},
 	} {
 		conf := DefaultConfig()
 		c.edit(&conf)

@@ -93,7 +93,8 @@ func (l *Lab) Close() error {
 // credentials or settings play a part.
 func (l *Lab) environ(extra ...string) []string {
 	path := l.opts.Parts + ":" + l.opts.Product + ":" + os.Getenv("PATH") + ":/usr/sbin:/sbin"
-	env := []string{LabEnv + "=" + l.Dir, "HOME=" + l.Path("home"), "PATH=" + path, "LANG=C.UTF-8", "OTEL_TRACES_EXPORTER=none"}
+	env := []string{LabEnv + "=" + l.Dir, "HOME=" + l.Path("home"), "PATH=" + path, "LANG=C.UTF-8", "OTEL_TRACES_EXPORTER=none",
+		"CLIPCTL_CACHE_DIR=" + l.Path("clipctl-cache")}
 	return append(env, extra...)
 }
 

@@ -58,8 +58,17 @@ func (l *Layout) AddLayer(write func(io.Writer) error) (Layer, error) {
 
 // AddZstdLayer compresses as BuildKit does with zstd: one frame.
 func (l *Layout) AddZstdLayer(write func(io.Writer) error) (Layer, error) {
+	return l.addZstdLayer(write)
+}
+
+// AddLongZstdLayer compresses as "zstd --long=26" does: whoever decompresses needs 64 MiB of memory.
+func (l *Layout) AddLongZstdLayer(write func(io.Writer) error) (Layer, error) {
+	return l.addZstdLayer(write, zstd.WithWindowSize(64<<20))
+}
+
+func (l *Layout) addZstdLayer(write func(io.Writer) error, opts ...zstd.EOption) (Layer, error) {
 	return l.addLayer(ocispec.MediaTypeImageLayerZstd, write, func(w io.Writer) io.WriteCloser {
-		c, err := zstd.NewWriter(w)
+		c, err := zstd.NewWriter(w, opts...)
 		if err != nil {
 			panic(err) // only options can be wrong
 		}

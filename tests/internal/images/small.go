@@ -18,8 +18,11 @@ const (
 	BaseName     = "example.com/small/base:1"          // the lower layers alone
 	PlatformName = "example.com/small/multiplatform:1" // an index: amd64 and arm64
 	DockerName   = "example.com/small/docker:1"        // Docker's media types
-	ZstdName     = "example.com/small/zstd:1"          // a layer in the middle is zstd
-	SparseName   = "example.com/small/sparse:1"        // the top layer has a sparse file
+	ZstdName     = "example.com/small/zstd:1"          // layers are zstd
+	WindowName   = "example.com/small/window:1"        // a layer in the middle is zstd with a window too large for us
+	SparseName   = "example.com/small/sparse:1"        // a layer in the middle has sparse files
+	OddName      = "example.com/small/odd:1"           // and one whose data does not start on a block
+	HugeName     = "example.com/small/huge:1"          // and ones with holes of a TiB
 )
 
 // busybox is Debian's busybox-static: one file that needs no library.
@@ -50,8 +53,13 @@ func Small(dir string) (*Layout, error) {
 	m.image(SmallName, config, append(base[:3:3], top, empty)...)
 	m.image(SiblingName, config, append(base[:3:3], sibling)...)
 	m.image(BaseName, config, base...)
-	m.image(ZstdName, config, base[0], m.layer(l.AddZstdLayer, writeChanges), top)
+	zstd := m.layer(l.AddZstdLayer, func(t *tarball) { writeRoot(t, string(program)) })
+	m.image(ZstdName, config, zstd, m.layer(l.AddZstdLayer, writeChanges), top)
+	// A small layer would declare a window of its own size.
+	m.image(WindowName, config, base[0], m.layer(l.AddLongZstdLayer, func(t *tarball) { t.file("large", 0o644, strings.Repeat("large\n", 1<<20)) }), top)
 	m.image(SparseName, config, base[0], m.raw(l.AddLayer, writeSparse), top)
+	m.image(OddName, config, base[0], m.raw(l.AddLayer, writeOddSparse), top)
+	m.image(HugeName, config, base[0], m.raw(l.AddLayer, writeHugeHole), top)
 	if m.err == nil {
 		_, m.err = l.AddDockerImage(DockerName, config, base[0], base[2], top)
 	}
