@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
@@ -69,29 +70,36 @@ func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (string
 		return "", fmt.Errorf("image %s was pulled lazily, but this machine can no longer mount it: %w", c.Image, s.noLazy)
 	}
 	for _, diffID := range c.Layers {
-		l, err := s.layerOf(diffID)
+		l, release, err := s.layerOf(diffID)
 		if err != nil {
 			return "", fmt.Errorf("root of image %s: %w", c.Image, err)
 		}
+		defer release() // once it is mounted, the kernel has the file open
 		r.Layers = append(r.Layers, l)
 	}
 	if err := r.Mount(ctx, s.can.Mode); err != nil {
 		return "", fmt.Errorf("root of image %s: %w", c.Image, err)
 	}
 	st.mounted = true
+	s.mounted.add(id, c.Layers)
 	return r.Path(), nil
 }
 
-// layerOf decides where a root that is about to be mounted reads a layer.
-func (s *Snapshotter) layerOf(diffID digest.Digest) (root.Layer, error) {
+// layerOf decides where a root that is about to be mounted reads a layer: from
+// the layer's own file if all of it is here, so that nothing of ours is in the
+// way, else from one that fetches what is missing. It stays what it is until
+// release is called.
+func (s *Snapshotter) layerOf(diffID digest.Digest) (_ root.Layer, release func(), err error) {
 	l, err := s.layers.Layer(diffID)
 	if err != nil {
-		return root.Layer{}, err
+		return root.Layer{}, nil, err
 	}
-	if err := s.files.Add(diffID, l); err != nil {
-		return root.Layer{}, err
+	path, release, err := s.layers.Device(diffID)
+	if errdefs.IsNotFound(err) {
+		path, release = s.files.Path(diffID), func() {}
+		err = s.files.Add(diffID, l)
 	}
-	return root.Layer{Device: s.files.Path(diffID), Stream: l}, nil
+	return root.Layer{Device: path, Stream: l}, release, err
 }
 
 // buildAhead builds the root of an image's top layer while containerd is still
@@ -121,6 +129,7 @@ func (s *Snapshotter) removeRoot(id string) error {
 		return fmt.Errorf("unmounting %s: %w", r.Dir, err)
 	}
 	st.mounted = false
+	s.mounted.drop(id)
 	if err := os.RemoveAll(r.Dir); err != nil {
 		return err
 	}

@@ -44,6 +44,7 @@ import (
 
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
+	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
 	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
 	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
@@ -57,7 +58,9 @@ type Options struct {
 	// Referrers looks for archives in the image's registry.
 	Referrers bool
 	// Registry says how registries are reached.
-	Registry remote.Options
+	Registry  remote.Options
+	CacheSize cache.Limit // how much disk fetched layers may take
+	Fill      fill.Options
 }
 
 // Snapshotter implements snapshots.Snapshotter and snapshots.Cleaner.
@@ -65,6 +68,7 @@ type Snapshotter struct {
 	dir    string
 	meta   *storage.MetaStore
 	layers *cache.Store
+	filler *fill.Filler
 	files  *layerfs.FS // nil if noLazy is set
 	can    root.Ability
 	finder *discover.Finder
@@ -75,6 +79,8 @@ type Snapshotter struct {
 	// committed yet, exclusively while unused layers are removed.
 	gate sync.RWMutex
 	refs refs
+
+	mounted refs // the lazy snapshots whose roots are mounted, and their layers
 
 	mergedMu sync.Mutex // guards merged
 	merged   map[digest.Digest]error
@@ -109,9 +115,12 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 		return nil, err
 	}
 	client := remote.New(opts.Registry)
-	if s.layers, err = cache.Open(filepath.Join(s.dir, "layers"), client); err != nil {
+	if s.layers, err = cache.Open(ctx, cache.Options{
+		Dir: filepath.Join(s.dir, "layers"), Fetch: client, MaxSize: opts.CacheSize, InUse: s.mounted.used,
+	}); err != nil {
 		return nil, err
 	}
+	s.filler = fill.New(ctx, opts.Fill)
 	s.finder = discover.New(discover.Options{Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher})
 	if s.noLazy = s.probe(ctx, cmp.Or(opts.Mount, root.Auto)); s.noLazy != nil {
 		log.G(ctx).WithError(s.noLazy).Warn("this machine cannot mount lazy roots; all images are unpacked")
@@ -131,7 +140,17 @@ func (s *Snapshotter) restore(ctx context.Context) error {
 	for id, c := range chains {
 		s.refs.add(id, c.Layers)
 	}
-	return s.layers.Keep(s.refs.used)
+	if err := s.layers.Keep(s.refs.used); err != nil {
+		return err
+	}
+	s.background.Go(func() {
+		s.gate.RLock()
+		defer s.gate.RUnlock()
+		for _, c := range chains {
+			s.fill(ctx, c)
+		}
+	})
+	return nil
 }
 
 // Close unmounts all roots. A container that still runs on one keeps its mount
@@ -144,6 +163,9 @@ func (s *Snapshotter) Close() error {
 
 func (s *Snapshotter) close() error {
 	s.background.Wait()
+	if s.filler != nil {
+		s.filler.Close()
+	}
 	var errs []error
 	errs = append(errs, s.unmountAll())
 	if s.files != nil {
@@ -188,8 +210,9 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 	})
 }
 
-// Usage implements snapshots.Snapshotter. Of a lazy snapshot it is what has
-// been fetched of its layer so far.
+// Usage implements snapshots.Snapshotter. Of a lazy snapshot it is what its
+// layer and its root take on disk now; a layer that is the topmost of several
+// snapshots counts for the oldest of them.
 func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
 	var (
 		id    string
@@ -214,7 +237,7 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 	if err != nil {
 		return snapshots.Usage{}, err
 	}
-	return s.lazyUsage(id, chain)
+	return s.lazyUsage(ctx, id, chain)
 }
 
 // Mounts implements snapshots.Snapshotter.
@@ -397,6 +420,7 @@ func (s *Snapshotter) discard(id string) error {
 		if s.files != nil {
 			s.files.Remove(diffID)
 		}
+		s.filler.Remove(diffID)
 	}
 	return s.layers.Keep(s.refs.used)
 }

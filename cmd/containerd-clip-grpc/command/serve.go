@@ -97,6 +97,8 @@ func serve(ctx context.Context, c Config) (err error) {
 		Mount:     root.Mode(c.Mount.Mode),
 		Referrers: c.Discover.Referrers,
 		Registry:  remote.Options{ConfigPath: c.Registry.ConfigPath, GiveUp: time.Duration(c.Registry.GiveUp)},
+		CacheSize: c.Cache.MaxSize,
+		Fill:      c.Fill.options(),
 	})
 	if err != nil {
 		return fmt.Errorf("opening the snapshotter in %s: %w", c.Root, err)
