@@ -56,7 +56,7 @@ func runEnsure(ctx context.Context, g *globals, image string, o ensureOptions, s
 	if from == "" {
 		from = image
 	}
-	fetcher, err := remote.New(o.hosts).Fetcher(ctx, from)
+	fetcher, err := remote.New(remote.Options{ConfigPath: o.hosts}).Fetcher(ctx, from)
 	if err != nil {
 		return fmt.Errorf("reference %q (name the image's registry with --from): %w", from, err)
 	}
