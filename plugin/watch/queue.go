@@ -9,6 +9,10 @@ import (
 // key names an image in a containerd.
 type key struct{ namespace, name string }
 
+// sweeping is queued to remove archives whose images are gone. No image has
+// that name.
+var sweeping key
+
 // queue holds images until they are due. Each is in it once: adding it again
 // moves it.
 type queue struct {

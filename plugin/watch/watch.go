@@ -10,8 +10,11 @@
 // Images are worked on one after the other. An image with another name of one
 // that is done is not indexed again if its archive would go to the same place.
 //
+// Archives that were kept are removed when no image is labelled with them any
+// more.
+//
 // The package does not say where images come from: a build, an import and a
-// pull are the same to it. It does not remove archives.
+// pull are the same to it. It removes nothing from registries.
 package watch
 
 import (
@@ -131,13 +134,14 @@ func (w *Watcher) session(ctx context.Context) error {
 func (w *Watcher) filters() []string {
 	var all []string
 	for _, ns := range w.opts.Namespaces {
-		all = append(all, fmt.Sprintf(`namespace==%q,topic~="^/images/(create|update)$"`, ns))
+		all = append(all, fmt.Sprintf(`namespace==%q,topic~="^/images/(create|update|delete)$"`, ns))
 	}
 	return all
 }
 
-// reconcile queues all images that are there.
+// reconcile queues all images that are there, and those that are gone.
 func (w *Watcher) reconcile(ctx context.Context, client *containerd.Client) error {
+	w.queue.add(sweeping, time.Now().Add(settle))
 	for _, ns := range w.opts.Namespaces {
 		images, err := client.ImageService().List(namespaces.WithNamespace(ctx, ns))
 		if err != nil {
@@ -165,6 +169,9 @@ func (w *Watcher) handle(ctx context.Context, e *events.Envelope) {
 		name = event.Name
 	case *eventsapi.ImageUpdate:
 		name = event.Name
+	case *eventsapi.ImageDelete:
+		w.queue.add(sweeping, time.Now().Add(settle))
+		return
 	}
 	if w.mayMatch(name) {
 		w.queue.add(key{e.Namespace, name}, time.Now().Add(settle))
@@ -178,7 +185,12 @@ func (w *Watcher) work(ctx context.Context, client *containerd.Client) {
 		if !ok {
 			return
 		}
-		again := w.process(namespaces.WithNamespace(ctx, k.namespace), client, k, attempt)
+		var again again
+		if k == sweeping {
+			w.sweep(ctx, client)
+		} else {
+			again = w.process(namespaces.WithNamespace(ctx, k.namespace), client, k, attempt)
+		}
 		if ctx.Err() != nil {
 			return // what was cut short is queued again by the next session
 		}

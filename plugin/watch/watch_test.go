@@ -237,8 +237,10 @@ func TestFileName(t *testing.T) {
 			name := fileName(repository, d)
 			require.Less(t, len(name), 160)
 			require.NotContains(t, name, "/")
+			require.True(t, kept.MatchString(name))
 			names[name] = true
 		}
 	}
 	require.Len(t, names, 6)
+	require.False(t, kept.MatchString("app.clip"))
 }

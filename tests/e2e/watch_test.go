@@ -208,6 +208,15 @@ func TestWatchImages(t *testing.T) {
 	w.requireKept("example.com/kept/last:1", w.registry.Ref("kept/last:1"))
 	require.Empty(t, w.label(images.ZstdName, labelArchive))
 
+	// An archive goes with its image, and nobody else's.
+	gone, stays := w.label(kept, labelArchive), w.label(labelled, labelArchive)
+	mine := filepath.Join(w.directory, "mine.clip")
+	require.NoError(t, os.WriteFile(mine, nil, 0o600))
+	w.ctr(w.builder, "image", "rm", kept)
+	w.eventually("the archive is removed", func() bool { _, err := os.Stat(gone); return os.IsNotExist(err) })
+	require.FileExists(t, stays)
+	require.FileExists(t, mine)
+
 	status, err := w.builder.Clipctl(w.ctx, "status", "--clip-address", w.watcher.Socket)
 	require.NoError(t, err)
 	require.Regexp(t, "auto/app:1 .*"+id[:19], status.Stdout)
