@@ -16,10 +16,14 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/plugin/export"
 	"github.com/beam-cloud/containerd-clip/plugin/index"
 	"github.com/beam-cloud/containerd-clip/plugin/publish"
 )
+
+// unpushed is the part of the directory where archives wait for being pushed.
+const unpushed = "unpushed"
 
 const (
 	firstRetry = 2 * time.Second
@@ -66,7 +70,7 @@ func (w *Watcher) process(ctx context.Context, client *containerd.Client, k key,
 		}
 	}
 	if err == nil {
-		s.archives, err = w.archives(ctx, client, image, r, at, s)
+		s.archives, err = w.archives(ctx, client, image, r, at, s, attempt)
 	}
 	if ctx.Err() != nil {
 		return again{}
@@ -99,7 +103,7 @@ func (r rule) plan(at place) string {
 
 // archives makes the archives of an image, by platform. What was made under
 // another of its names is taken from there.
-func (w *Watcher) archives(ctx context.Context, client *containerd.Client, image images.Image, r rule, at place, s status) (map[string]string, error) {
+func (w *Watcher) archives(ctx context.Context, client *containerd.Client, image images.Image, r rule, at place, s status, attempt int) (map[string]string, error) {
 	if made, err := siblings(ctx, client, image, s); err != nil || made != nil {
 		return made, err
 	}
@@ -114,7 +118,7 @@ func (w *Watcher) archives(ctx context.Context, client *containerd.Client, image
 	}
 	made := map[string]string{}
 	for _, m := range manifests {
-		if made[platforms.Format(m.Platform)], err = w.archive(ctx, source, m, r, at); err != nil {
+		if made[platforms.Format(m.Platform)], err = w.archive(ctx, source, m, r, at, attempt); err != nil {
 			return nil, err
 		}
 	}
@@ -138,25 +142,20 @@ func siblings(ctx context.Context, client *containerd.Client, image images.Image
 }
 
 // archive makes the archive of one manifest. It returns the digest of the
-// artifact in the registry, or else the name of the file.
-func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.Manifest, r rule, at place) (string, error) {
-	start := time.Now()
+// artifact in the registry, or else the name of the file. What could not be
+// pushed stays for the next attempt.
+func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.Manifest, r rule, at place, attempt int) (string, error) {
 	path := filepath.Join(w.opts.Directory, fileName(at.repository, m.Descriptor.Digest))
-	if r.keep {
-		if err := os.MkdirAll(w.opts.Directory, 0o755); err != nil {
-			return "", err
-		}
-	} else {
-		dir, err := os.MkdirTemp("", "clip-watch-")
-		if err != nil {
-			return "", err
-		}
-		defer os.RemoveAll(dir)
-		path = filepath.Join(dir, "image.clip")
+	if !r.keep {
+		path = filepath.Join(w.opts.Directory, unpushed, filepath.Base(path))
 	}
-	st, err := index.WriteArchive(ctx, source, m, at.ref, path, w.opts.Index)
-	if err != nil {
-		return "", err
+	if attempt == 0 || !isArchive(path, at.ref) {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return "", err
+		}
+		if _, err := index.WriteArchive(ctx, source, m, at.ref, path, w.opts.Index); err != nil {
+			return "", err
+		}
 	}
 	made := path
 	if r.push {
@@ -166,9 +165,23 @@ func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.M
 		}
 		made = id.String()
 	}
-	log.G(ctx).WithField("platform", platforms.Format(m.Platform)).WithField("archive", made).WithField("size", st.Size).
-		WithField("took", time.Since(start).Round(time.Millisecond)).Info("indexed")
+	if !r.keep {
+		if err := os.Remove(path); err != nil {
+			return "", err
+		}
+	}
+	log.G(ctx).WithField("platform", platforms.Format(m.Platform)).WithField("archive", made).Info("indexed")
 	return made, nil
+}
+
+// isArchive says whether there is an archive at path that stores ref.
+func isArchive(path, ref string) bool {
+	a, err := archive.OpenFile(path)
+	if err != nil {
+		return false
+	}
+	defer a.Close()
+	return a.Info().StorageRef == ref
 }
 
 // fileName is of an archive that is kept: readable, and one for each manifest

@@ -16,9 +16,12 @@ var kept = regexp.MustCompile(`-[0-9a-f]{32}\.clip$`)
 
 // sweep removes archives that no image is labelled with, in any namespace.
 func (w *Watcher) sweep(ctx context.Context, client *containerd.Client) {
-	files, err := filepath.Glob(filepath.Join(w.opts.Directory, "*.clip"))
-	if err != nil || len(files) == 0 {
-		return // nothing was kept yet
+	var files []string
+	for _, dir := range []string{w.opts.Directory, filepath.Join(w.opts.Directory, unpushed)} {
+		entries, _ := os.ReadDir(dir) // what is not there holds nothing
+		for _, e := range entries {
+			files = append(files, filepath.Join(dir, e.Name()))
+		}
 	}
 	needed, err := labelled(ctx, client)
 	if err != nil {

@@ -38,7 +38,7 @@ type Options struct {
 	Address    string        // containerd's socket
 	Namespaces []string      // that are watched
 	Rules      []Rule        // the first that matches an image holds
-	Directory  string        // of archives that are kept
+	Directory  string        // of archives; of this watcher alone
 	Index      index.Options // workers and cache
 }
 
@@ -55,13 +55,13 @@ func New(opts Options) (*Watcher, error) {
 	if len(opts.Namespaces) == 0 {
 		return nil, errors.New("no namespace to watch is named")
 	}
+	if opts.Directory == "" {
+		return nil, errors.New("no directory for archives is named")
+	}
 	for i, r := range opts.Rules {
 		compiled, err := r.compile()
 		if err != nil {
 			return nil, fmt.Errorf("rule %d: %w", i+1, err)
-		}
-		if compiled.keep && opts.Directory == "" {
-			return nil, fmt.Errorf("rule %d keeps archives, and no directory for them is named", i+1)
 		}
 		w.rules = append(w.rules, compiled)
 	}

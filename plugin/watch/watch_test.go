@@ -22,15 +22,15 @@ func TestNewRefuses(t *testing.T) {
 		opts    Options
 		message string
 	}{
-		"no namespace":     {Options{Rules: []Rule{push}}, "no namespace"},
-		"no action":        {Options{Namespaces: []string{"default"}, Rules: []Rule{push, {}}}, `rule 2: action ""`},
-		"unknown action":   {Options{Namespaces: []string{"default"}, Rules: []Rule{{Action: "pull"}}}, `action "pull" is none of`},
-		"no directory":     {Options{Namespaces: []string{"default"}, Rules: []Rule{{Action: "both"}}}, "rule 1 keeps archives"},
-		"bad platform":     {Options{Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", Platforms: []string{"a/b/c/d"}}}}, `platform "a/b/c/d"`},
-		"bad template":     {Options{Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", StorageRef: "{{.Name"}}}, "storage_ref"},
-		"unknown field":    {Options{Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", StorageRef: "{{.Image}}"}}}, "Image"},
-		"not a reference":  {Options{Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", StorageRef: "Not A Ref"}}}, "Not A Ref"},
-		"all that is good": {Options{Namespaces: []string{"default"}, Rules: []Rule{push, {Action: "index", Platforms: []string{"all"}}}, Directory: "/d"}, ""},
+		"no namespace":     {Options{Directory: "/d", Rules: []Rule{push}}, "no namespace"},
+		"no action":        {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{push, {}}}, `rule 2: action ""`},
+		"unknown action":   {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{{Action: "pull"}}}, `action "pull" is none of`},
+		"no directory":     {Options{Namespaces: []string{"default"}, Rules: []Rule{push}}, "no directory"},
+		"bad platform":     {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", Platforms: []string{"a/b/c/d"}}}}, `platform "a/b/c/d"`},
+		"bad template":     {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", StorageRef: "{{.Name"}}}, "storage_ref"},
+		"unknown field":    {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", StorageRef: "{{.Image}}"}}}, "Image"},
+		"not a reference":  {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", StorageRef: "Not A Ref"}}}, "Not A Ref"},
+		"all that is good": {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{push, {Action: "index", Platforms: []string{"all"}}}}, ""},
 	} {
 		_, err := New(c.opts)
 		if c.message == "" {

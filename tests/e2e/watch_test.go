@@ -160,6 +160,10 @@ func TestWatchImages(t *testing.T) {
 	require.NotEmpty(t, w.label(pushed, labelRetry))
 	w.ctr(w.builder, "image", "push", pushed)
 	id := w.requireArchive(pushed)
+	require.Equal(t, 1, w.indexed(pushed), "indexed once, however often pushing failed")
+	left, err := filepath.Glob(filepath.Join(w.directory, "unpushed", "*"))
+	require.NoError(t, err)
+	require.Empty(t, left)
 	w.requireLazy(pushed)
 	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, pushed, "sh", "/app/run.sh"))
 
@@ -192,7 +196,7 @@ func TestWatchImages(t *testing.T) {
 	})
 	const kept = "example.com/kept/imported:1"
 	file := w.lab.Path("one.tar")
-	_, err := w.builder.Clipctl(w.ctx, "export", images.SmallName, file, "--name", kept)
+	_, err = w.builder.Clipctl(w.ctx, "export", images.SmallName, file, "--name", kept)
 	require.NoError(t, err)
 	w.ctr(w.builder, "image", "import", file)
 	w.requireKept(kept, w.registry.Ref("kept/imported:1"))
