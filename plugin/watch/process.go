@@ -43,6 +43,16 @@ func backoff(attempt int) time.Duration {
 	return d*3/4 + rand.N(d/2)
 }
 
+// job is what a rule wants of an image.
+type job struct {
+	client  *containerd.Client
+	image   images.Image
+	rule    rule
+	at      place
+	want    status // target and plan
+	attempt int    // how often it has failed in a row
+}
+
 // process does what a rule says with the image called k, if there is still
 // something to do, and labels the image with the result.
 func (w *Watcher) process(ctx context.Context, client *containerd.Client, k key, attempt int) again {
@@ -70,7 +80,7 @@ func (w *Watcher) process(ctx context.Context, client *containerd.Client, k key,
 		}
 	}
 	if err == nil {
-		s.archives, err = w.archives(ctx, client, image, r, at, s, attempt)
+		s.archives, err = w.archives(ctx, job{client, image, r, at, s, attempt})
 	}
 	if ctx.Err() != nil {
 		return again{}
@@ -103,22 +113,22 @@ func (r rule) plan(at place) string {
 
 // archives makes the archives of an image, by platform. What was made under
 // another of its names is taken from there.
-func (w *Watcher) archives(ctx context.Context, client *containerd.Client, image images.Image, r rule, at place, s status, attempt int) (map[string]string, error) {
-	if made, err := siblings(ctx, client, image, s); err != nil || made != nil {
+func (w *Watcher) archives(ctx context.Context, j job) (map[string]string, error) {
+	if made, err := siblings(ctx, j); err != nil || made != nil {
 		return made, err
 	}
-	source, err := export.FromStore(ctx, client, image.Name)
+	source, err := export.FromStore(ctx, j.client, j.image.Name)
 	if err != nil {
 		return nil, err
 	}
 	defer source.Close()
-	manifests, err := source.Manifests(ctx, r.selection)
+	manifests, err := source.Manifests(ctx, j.rule.selection)
 	if err != nil {
 		return nil, err
 	}
 	made := map[string]string{}
 	for _, m := range manifests {
-		if made[platforms.Format(m.Platform)], err = w.archive(ctx, source, m, r, at, attempt); err != nil {
+		if made[platforms.Format(m.Platform)], err = w.archive(ctx, source, m, j); err != nil {
 			return nil, err
 		}
 	}
@@ -127,13 +137,13 @@ func (w *Watcher) archives(ctx context.Context, client *containerd.Client, image
 
 // siblings returns the archives of an image that has the same work to do and
 // has it done; nil if there is none.
-func siblings(ctx context.Context, client *containerd.Client, image images.Image, s status) (map[string]string, error) {
-	same, err := client.ImageService().List(ctx, fmt.Sprintf("target.digest==%s", image.Target.Digest))
+func siblings(ctx context.Context, j job) (map[string]string, error) {
+	same, err := j.client.ImageService().List(ctx, fmt.Sprintf("target.digest==%s", j.image.Target.Digest))
 	if err != nil {
 		return nil, err
 	}
 	for _, other := range same {
-		if old := readStatus(other.Labels); other.Name != image.Name && old.sameWork(s) && old.err == "" {
+		if old := readStatus(other.Labels); other.Name != j.image.Name && old.sameWork(j.want) && old.err == "" {
 			log.G(ctx).WithField("other", other.Name).Info("image was indexed under another name")
 			return old.archives, nil
 		}
@@ -144,28 +154,28 @@ func siblings(ctx context.Context, client *containerd.Client, image images.Image
 // archive makes the archive of one manifest. It returns the digest of the
 // artifact in the registry, or else the name of the file. What could not be
 // pushed stays for the next attempt.
-func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.Manifest, r rule, at place, attempt int) (string, error) {
-	path := filepath.Join(w.opts.Directory, fileName(at.repository, m.Descriptor.Digest))
-	if !r.keep {
+func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.Manifest, j job) (string, error) {
+	path := filepath.Join(w.opts.Directory, fileName(j.at.repository, m.Descriptor.Digest))
+	if !j.rule.keep {
 		path = filepath.Join(w.opts.Directory, unpushed, filepath.Base(path))
 	}
-	if attempt == 0 || !isArchive(path, at.ref) {
+	if j.attempt == 0 || !isArchive(path, j.at.ref) {
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			return "", err
 		}
-		if _, err := index.WriteArchive(ctx, source, m, at.ref, path, w.opts.Index); err != nil {
+		if _, err := index.WriteArchive(ctx, source, m, j.at.ref, path, w.opts.Index); err != nil {
 			return "", err
 		}
 	}
 	made := path
-	if r.push {
-		id, _, err := publish.Push(ctx, path, at.ref)
+	if j.rule.push {
+		id, _, err := publish.Push(ctx, path, j.at.ref)
 		if err != nil {
 			return "", err
 		}
 		made = id.String()
 	}
-	if !r.keep {
+	if !j.rule.keep {
 		if err := os.Remove(path); err != nil {
 			return "", err
 		}
