@@ -215,6 +215,9 @@ func indexOne(ctx context.Context, source *export.Source, m export.Manifest, ref
 			log.G(ctx).WithField("layer", m.Layers[i].Digest).Warnf("workers will unpack this layer and those above it: %s", l.Reason)
 		}
 	}
+	for _, limit := range img.Limits() {
+		log.G(ctx).WithField("image", source.Name).Warn(limit)
+	}
 	if o.output != "" || !o.push {
 		fmt.Fprintf(stdout, "%s\t%s\t%d layers\t%d files\t%.1fs\n",
 			path, size(st.Size), len(m.Layers), st.Files, time.Since(start).Seconds())
