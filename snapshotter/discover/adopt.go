@@ -90,13 +90,15 @@ func describe(ctx context.Context, fetcher remotes.Fetcher, ref string, manifest
 	ctx, cancel := context.WithTimeout(ctx, searchTimeout)
 	defer cancel()
 	var m ocispec.Manifest
-	raw, err := fetchManifest(ctx, fetcher, manifest)
+	// Its size is not known: the most that is read takes the size's place.
+	raw, err := fetchSmall(ctx, fetcher, ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: manifest, Size: maxManifest})
 	if err != nil {
 		return nil, m, fmt.Errorf("manifest: %w", err)
 	}
 	if err := json.Unmarshal(raw, &m); err != nil {
 		return nil, m, fmt.Errorf("manifest: %w", err)
 	}
+	m.Config.URLs = nil
 	config, err := fetchSmall(ctx, fetcher, m.Config)
 	if err != nil {
 		return nil, m, fmt.Errorf("config: %w", err)
@@ -111,20 +113,6 @@ func describe(ctx context.Context, fetcher remotes.Fetcher, ref string, manifest
 		return nil, m, fmt.Errorf("config: %w", err)
 	}
 	return img, m, nil
-}
-
-// fetchManifest fetches a manifest of which nothing but the digest is known.
-func fetchManifest(ctx context.Context, fetcher remotes.Fetcher, d digest.Digest) ([]byte, error) {
-	byDigest, ok := fetcher.(remotes.FetcherByDigest)
-	if !ok {
-		return nil, fmt.Errorf("fetching by digest: %w", errdefs.ErrNotImplemented)
-	}
-	rc, _, err := byDigest.FetchByDigest(ctx, d)
-	if err != nil {
-		return nil, err
-	}
-	defer rc.Close()
-	return readSmall(rc, d)
 }
 
 // sameLayers makes sure that CLIP's archive at path is of the manifest that it names.
@@ -167,6 +155,7 @@ func streamLayer(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Desc
 	defer cancel(nil)
 	watch := time.AfterFunc(stallTimeout, func() { cancel(errStalled) })
 	defer watch.Stop()
+	desc.URLs = nil // an image does not decide whom the node asks
 	rc, err := fetcher.Fetch(ctx, desc)
 	if err != nil {
 		return nil, err

@@ -312,16 +312,12 @@ func fetchSmall(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descr
 		return nil, err
 	}
 	defer rc.Close()
-	return readSmall(rc, desc.Digest)
-}
-
-func readSmall(r io.Reader, d digest.Digest) ([]byte, error) {
-	raw, err := io.ReadAll(io.LimitReader(r, maxManifest+1))
+	raw, err := io.ReadAll(io.LimitReader(rc, maxManifest+1))
 	if err != nil {
 		return nil, err
 	}
-	if d.Validate() != nil || d.Algorithm().FromBytes(raw) != d {
-		return nil, fmt.Errorf("content does not match digest %q: %w", d, errdefs.ErrDataLoss)
+	if desc.Digest.Validate() != nil || desc.Digest.Algorithm().FromBytes(raw) != desc.Digest {
+		return nil, fmt.Errorf("content does not match digest %q: %w", desc.Digest, errdefs.ErrDataLoss)
 	}
 	return raw, nil
 }
