@@ -55,7 +55,7 @@ func Small(dir string) (*Layout, error) {
 	m.image(ZstdName, config, zstd, m.layer(l.AddZstdLayer, writeChanges), top)
 	// A small layer would declare a window of its own size.
 	m.image(WindowName, config, base[0], m.layer(l.AddLongZstdLayer, func(t *tarball) { t.file("large", 0o644, strings.Repeat("large\n", 1<<20)) }), top)
-	m.image(SparseName, config, base[0], m.raw(l.AddLayer, writeSparse), top)
+	m.image(SparseName, config, base[0], m.raw(l.AddLayer, WriteSparse), top)
 	if m.err == nil {
 		_, m.err = l.AddDockerImage(DockerName, config, base[0], base[2], top)
 	}

@@ -8,9 +8,9 @@ import (
 	"strings"
 )
 
-// writeSparse writes a layer with a file of 3 MiB that has two pieces of data and holes around them, as GNU tar's
+// WriteSparse writes a layer with a file of 3 MiB that has two pieces of data and holes around them, as GNU tar's
 // --sparse --format=posix does. Package archive/tar reads this, but does not write it.
-func writeSparse(w io.Writer) error {
+func WriteSparse(w io.Writer) error {
 	pieces := strings.Repeat("x", 512) + strings.Repeat("y", 512)
 	// Number of pieces, then offset and length of each, padded to a block.
 	data := fmt.Sprintf("%-512s", "2\n4096\n512\n1048576\n512\n")
