@@ -28,7 +28,7 @@ import (
 	"github.com/beam-cloud/containerd-clip/tests/internal/images"
 )
 
-var update = flag.Bool("update", false, "write the list of differences in docs/compatibility.md anew")
+var update = flag.Bool("update", false, "write what is found into the documents")
 
 const ref = "registry.example.com/team/app:1"
 
@@ -183,16 +183,16 @@ func TestDifferences(t *testing.T) {
 		}
 		doc.WriteString("\n")
 	}
-	requireInDoc(t, doc.String())
+	requireInDoc(t, "../../docs/compatibility.md", doc.String())
 }
 
 const (
-	docFile  = "../../docs/compatibility.md"
 	docStart = "<!-- made by: go test ./tests/differential -update -->\n\n"
 	docEnd   = "<!-- end of what is made -->\n"
 )
 
-func requireInDoc(t *testing.T, list string) {
+// requireInDoc compares what a test found with what a document says, or writes it there.
+func requireInDoc(t *testing.T, docFile, list string) {
 	t.Helper()
 	b, err := os.ReadFile(docFile)
 	require.NoError(t, err)
@@ -201,10 +201,10 @@ func requireInDoc(t *testing.T, list string) {
 	have, after, ok := strings.Cut(rest, docEnd)
 	require.True(t, ok, "no mark %q in %s", docEnd, docFile)
 	if *update {
-		require.NoError(t, os.WriteFile(docFile, []byte(before+docStart+list+docEnd+after), 0o644))
+		require.NoError(t, os.WriteFile(docFile, []byte(before+docStart+strings.TrimSpace(list)+"\n\n"+docEnd+after), 0o644))
 		return
 	}
-	require.Equal(t, have, list, "differences have changed; look at them, then run with -update")
+	require.Equal(t, strings.TrimSpace(have), strings.TrimSpace(list), "%s is out of date; look at what changed, then run with -update", docFile)
 }
 
 // compare indexes the sample twice and says every difference.
