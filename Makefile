@@ -5,6 +5,7 @@ PREFIX   ?= /usr/local
 DESTDIR  ?=
 FUZZTIME ?= 30s
 BENCH    ?= .
+ROUNDS   ?= 5
 
 BIN    := bin
 CACHE  := .cache
@@ -12,10 +13,10 @@ PARTS  := $(CACHE)/bin
 UNIT    = $(shell $(GO) list ./... | grep -v -e /tests/e2e -e /tests/demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps parts images test unit e2e lint vuln bench fuzz demo install clean
+.PHONY: help build deps parts images test unit e2e lint vuln bench bench-index fuzz demo install clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## static binaries in bin/
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o $(BIN)/ ./cmd/clipctl ./cmd/containerd-clip-grpc
@@ -23,7 +24,7 @@ build: ## static binaries in bin/
 deps: ## Debian packages that tests and demo need, installed when missing (root)
 	@tests/parts/deps
 
-parts: ## containerd, registry, S3 server and linters that the tests use, in .cache/bin
+parts: ## containerd, BuildKit, registry, S3 server and linters that the tests use, in .cache/bin
 	@tests/parts/build $(PARTS)
 
 images: deps ## the demo's image, in .cache/images (root)
@@ -39,13 +40,14 @@ unit: deps ## unit tests, with the race detector
 	$(GO) test -race -timeout 15m $(filter-out $(INFLATE),$(UNIT))
 
 e2e: deps parts build ## end-to-end tests on real parts (root)
-	$(GO) test -count=1 -timeout 20m -v ./tests/e2e
+	$(GO) test -count=1 -timeout 40m -v ./tests/e2e
 
-lint: parts ## gofmt, go vet, staticcheck, govulncheck
+lint: deps parts ## gofmt, go vet, staticcheck, govulncheck
 	@unformatted=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \
 		[ -z "$$unformatted" ] || { echo "gofmt would change: $$unformatted"; exit 1; }
 	$(GO) vet ./...
 	$(PARTS)/staticcheck ./...
+	cd tests/bench && $(GO) vet ./... && ../../$(PARTS)/staticcheck ./...
 	@$(MAKE) --no-print-directory vuln
 
 # Exit code 3 is govulncheck's word for vulnerabilities found; with any other it could not look.
@@ -57,6 +59,9 @@ vuln: parts
 
 bench: ## benchmarks
 	$(GO) test -run '^$$' -bench '$(BENCH)' -benchmem $(UNIT)
+
+bench-index: deps parts ## indexing against its peers in ROUNDS (5); figures to docs/benchmarks.md (root)
+	cd tests/bench && CGO_ENABLED=1 $(GO) test -run '^$$' -bench . -benchtime $(ROUNDS)x -timeout 3h . -report ../../docs/benchmarks.md
 
 fuzz: ## every fuzz target for FUZZTIME (30s)
 	@set -e; for package in $(UNIT); do \

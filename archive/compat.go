@@ -112,7 +112,7 @@ type clipNodes struct {
 
 // walk lists root and everything below it, without recursion: an image may
 // nest directories deeper than a stack should grow. Each node is valid until
-// the next one. CLIP has no words for devices and FIFOs: they are left out.
+// the next one.
 func (c *clipNodes) walk(root *tree.Node) iter.Seq[*common.ClipNode] {
 	type item struct {
 		path string
@@ -151,9 +151,14 @@ func (c *clipNodes) number(n *tree.Node) uint64 {
 	return c.inode
 }
 
-// set makes n at path the current node, if CLIP has words for it.
+// set makes n at path the current node, if CLIP has words for it: it has none
+// for devices, FIFOs and holes. A name that is missing does less harm than
+// content that is wrong.
 func (c *clipNodes) set(path string, n *tree.Node) bool {
 	c.paths++
+	if n.Sparse != nil {
+		return false
+	}
 	c.node = common.ClipNode{Path: path}
 	a := &c.node.Attr
 	a.Ino, a.Mode, a.Nlink = c.number(n), n.Mode, n.Nlink

@@ -1,6 +1,7 @@
 package archive
 
 import (
+	"archive/tar"
 	"os"
 	"path/filepath"
 	"testing"
@@ -143,4 +144,16 @@ func TestLimits(t *testing.T) {
 	require.Contains(t, limits[1], "layer 2: it is zstd")
 	img.Layers[0] = Layer{Reason: "sparse"}
 	require.Contains(t, img.Limits()[1], "empty root: layer 1")
+}
+
+// CLIP has no words for holes: the file is not listed, rather than with other
+// bytes in it.
+func TestUpstreamSparse(t *testing.T) {
+	s := testimage.Sparse{Header: tar.Header{Typeflag: tar.TypeReg, Name: "sparse"}, Version: "1.0", Size: 1 << 20,
+		Pieces: []testimage.Piece{{Pos: 4096, Data: testimage.Content(1, 4096)}}}
+	img := newImage(t, append(s.Bytes(t), testimage.Tar(t, testimage.Reg("plain", "plain"))...))
+	m := extract(t, write(t, &img.Image))
+	require.Equal(t, 2, m.Index.Len())
+	require.NotNil(t, m.Get("/plain"))
+	require.Nil(t, m.Get("/sparse"))
 }

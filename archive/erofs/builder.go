@@ -3,9 +3,12 @@ package erofs
 import (
 	"fmt"
 	"math"
+	"math/bits"
 	"slices"
 	"strings"
 
+	"github.com/beam-cloud/containerd-clip/archive/inflate"
+	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
 )
 
@@ -19,6 +22,9 @@ const (
 	modeReg     = 0o100000
 	modeSymlink = 0o120000
 )
+
+// maxChunks bounds a file's chunks, to 128 MiB of addresses.
+const maxChunks = 16 << 20
 
 // maxName and maxTarget are what Linux can look up and follow, in bytes.
 const (
@@ -164,11 +170,11 @@ func fileType(mode uint32) uint8 {
 type content struct {
 	size   int64
 	layout uint16
-	data   uint32     // i_u
-	chunk  chunkIndex // layoutChunk
-	blocks int        // directories: full blocks
-	tail   int        // bytes that should follow the inode, or have blocks of their own
-	joined bool       // the tail must be in the same block as the inode
+	data   uint32       // i_u
+	chunks []chunkIndex // layoutChunk
+	blocks int          // directories: full blocks
+	tail   int          // bytes that should follow the inode, or have blocks of their own
+	joined bool         // the tail must be in the same block as the inode
 }
 
 // contentOf says how a node's data is stored.
@@ -193,33 +199,61 @@ func (b *builder) contentOf(n *tree.Node, kind uint8) (content, error) {
 	}
 }
 
-// fileContent is one chunk, however large the file is.
+// fileContent is one chunk, however large the file is, unless it has holes.
+// Then chunks are as large as lets each be a piece of data or of a hole.
 func (b *builder) fileContent(n *tree.Node) (content, error) {
-	if n.Size == 0 {
-		return content{}, nil
-	}
-	if n.Size < 0 || n.Size > 1<<(blockBits+chunkBitsMax) {
+	extents := n.Extents()
+	chunk, count := layer.Chunks(n.Size, extents)
+	if n.Size < 0 || count > maxChunks || n.Sparse == nil && count > 1 {
 		return content{}, fmt.Errorf("%w: file of %d bytes", ErrUnsupported, n.Size)
 	}
-	if n.Layer < 0 || n.Layer >= len(b.devices) {
-		return content{}, fmt.Errorf("%w: layer %d of %d", ErrUnsupported, n.Layer, len(b.devices))
+	if count == 0 {
+		return content{}, nil
 	}
-	if d := int64(b.devices[n.Layer].Size); n.Off < 0 || int64(n.Off) > d || n.Size > d-int64(n.Off) {
-		return content{}, fmt.Errorf("%w: %d bytes at %d of a device of %d", ErrUnsupported, n.Size, n.Off, d)
+	if chunk < blockSize {
+		return content{}, fmt.Errorf("%w: holes in a file that are not in blocks of %d", ErrUnsupported, blockSize)
 	}
-	if n.Off%blockSize != 0 {
-		return content{}, fmt.Errorf("%w: content at %d, which is no multiple of %d", ErrUnsupported, n.Off, blockSize)
-	}
-	bits := uint32(0)
-	for int64(blockSize)<<bits < n.Size {
-		bits++
-	}
-	return content{
+	c := content{
 		size:   n.Size,
 		layout: layoutChunk,
-		data:   chunkIndexes | bits,
-		chunk:  chunkIndex{Device: uint16(n.Layer + 1), Block: uint32(n.Off >> blockBits)},
-	}, nil
+		data:   chunkIndexes | uint32(bits.TrailingZeros64(uint64(chunk))-blockBits),
+		chunks: make([]chunkIndex, 0, count),
+	}
+	for _, x := range extents {
+		if err := b.checkExtent(n, x); err != nil {
+			return content{}, err
+		}
+		c.chunks = appendHole(c.chunks, x.Pos/chunk)
+		for pos := x.Pos; pos < x.End(); pos += chunk {
+			block := (int64(x.Off) + pos - x.Pos) >> blockBits
+			c.chunks = append(c.chunks, chunkIndex{Device: uint16(n.Layer + 1), Block: uint32(block)})
+		}
+	}
+	c.chunks = appendHole(c.chunks, count)
+	return c, nil
+}
+
+// appendHole appends chunks without data until there are n.
+func appendHole(chunks []chunkIndex, n int64) []chunkIndex {
+	for int64(len(chunks)) < n {
+		chunks = append(chunks, chunkIndex{Block: noBlock})
+	}
+	return chunks
+}
+
+// checkExtent makes sure that a piece of a file is in a device and starts on a
+// block. Chunks sees to it that pieces start on blocks of the file.
+func (b *builder) checkExtent(n *tree.Node, x layer.Extent) error {
+	if n.Layer < 0 || n.Layer >= len(b.devices) {
+		return fmt.Errorf("%w: layer %d of %d", ErrUnsupported, n.Layer, len(b.devices))
+	}
+	if d := int64(b.devices[n.Layer].Size); x.Off < 0 || int64(x.Off) > d || x.Len > d-int64(x.Off) {
+		return fmt.Errorf("%w: %d bytes at %d of a device of %d", ErrUnsupported, x.Len, x.Off, d)
+	}
+	if x.Off%blockSize != 0 || x.Pos%blockSize != 0 {
+		return fmt.Errorf("%w: content at %d, which is no multiple of %d", ErrUnsupported, x.Off|inflate.Out(x.Pos), blockSize)
+	}
+	return nil
 }
 
 // encodeRdev packs a device number into 32 bits as the kernel's
@@ -260,7 +294,7 @@ func (b *builder) putInode(n *tree.Node, kind uint8) (int, *directory, error) {
 	end := pos + head
 	switch {
 	case c.layout == layoutChunk:
-		end = (end+sizeChunkIndex-1)&^(sizeChunkIndex-1) + sizeChunkIndex
+		end = (end+sizeChunkIndex-1)&^(sizeChunkIndex-1) + len(c.chunks)*sizeChunkIndex
 	case c.tail > 0 && ok:
 		c.layout = layoutInline
 		end += c.tail
@@ -269,8 +303,8 @@ func (b *builder) putInode(n *tree.Node, kind uint8) (int, *directory, error) {
 
 	dataAt := b.putHead(pos, n, &c, xattrCount(xattrs), compact)
 	putXattrs(b.buf[pos+head-xattrs:pos+head], n.Xattrs)
-	if c.layout == layoutChunk {
-		c.chunk.put(b.buf[end-sizeChunkIndex:])
+	for i := range c.chunks {
+		c.chunks[i].put(b.buf[end-(len(c.chunks)-i)*sizeChunkIndex:])
 	}
 	if kind == typeSymlink {
 		b.putTarget(n.Target, pos+head, dataAt, ok)

@@ -1,9 +1,10 @@
 // Package erofs writes a merged tree as an EROFS metadata image.
 //
 // The image holds inodes, directories, symlink targets and xattrs, and no file
-// contents: a regular file is one chunk that points into a device. There is
-// one device per layer, and it holds the layer's uncompressed tar stream as it
-// is. Both the image and the devices count in blocks of 512 bytes, the unit of
+// contents: a regular file is one chunk that points into a device. A file with
+// holes is cut into chunks of one size, the largest that lets each be a piece
+// of data or of a hole; those of a hole point nowhere. There is one device per
+// layer, and it holds the layer's uncompressed tar stream as it is. Both the image and the devices count in blocks of 512 bytes, the unit of
 // tar, so a file's address is its offset in the tar. Mounting needs Linux 6.4
 // or later, and every device: without any of them the kernel mounts the image
 // and fails every read.
@@ -14,17 +15,19 @@
 // The root of the image holds one directory, RootDir, which is the root of the
 // container. Inodes lie in the order of a depth-first walk: a directory's
 // blocks, then the inodes of everything in it, then its first subdirectory.
-// Each inode is followed by its xattrs and then by its chunk index, symlink
+// Each inode is followed by its xattrs and then by its chunk indexes, symlink
 // target or the end of its directory, if that fits into the block.
 //
 // Inodes are written in the compact form if nothing is lost: it has no
 // modification time of its own, so the superblock takes the one that saves
-// most. The same tree gives the same bytes.
+// most. The image's UUID is a hash of the rest. The same tree gives the same
+// bytes.
 //
 // The package does not read images and does not mount them.
 package erofs
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -120,6 +123,10 @@ func (b *builder) putSuper() {
 		Devices:         uint16(len(b.devices)),
 		DeviceSlot:      (superOffset + sizeSuperBlock) / sizeDeviceSlot,
 	}
+	// Overlayfs names files of lower layers by it. Without one, a hard link
+	// that is made to such a file does not have the file's inode number.
+	sum := sha256.Sum256(b.buf)
+	copy(s.UUID[:], sum[:])
 	s.put(b.buf[superOffset:])
 	// The checksum is a CRC-32C without the final inversion, over the block
 	// that the superblock starts, with the checksum itself as 0.

@@ -78,6 +78,11 @@ func everything(s *store) *tree.Node {
 		tree.Dirent{Name: "capable", Node: with(s.file(0, "c"), func(n *tree.Node) {
 			n.Xattrs = []layer.Xattr{{Name: "security.capability", Value: "\x01\x00\x00\x02\x00\x20\x00\x00" + strings.Repeat("\x00", 12)}}
 		})},
+		tree.Dirent{Name: "hole", Node: s.sparse(0, 1<<20, nil)},
+		tree.Dirent{Name: "holes", Node: s.sparse(1, 3<<20+7, map[int64]string{512: strings.Repeat("x", 1024), 1 << 20: strings.Repeat("y", 4096), 3 << 20: "the end"})},
+		tree.Dirent{Name: "holes-coarse", Node: with(s.sparse(0, 3<<20, map[int64]string{1 << 20: strings.Repeat("z", 1<<20)}), func(n *tree.Node) {
+			n.Xattrs = []layer.Xattr{{Name: "user.a", Value: "b"}}
+		})},
 		tree.Dirent{Name: "hard1", Node: shared},
 		tree.Dirent{Name: "hard2", Node: shared},
 		tree.Dirent{Name: "sub", Node: dir(tree.Dirent{Name: "hard3", Node: shared}, tree.Dirent{Name: "nothing", Node: dir()})},
@@ -190,6 +195,58 @@ func TestLargeFile(t *testing.T) {
 	}
 }
 
+// TestHugeHoles reads files of which there is almost nothing.
+func TestHugeHoles(t *testing.T) {
+	const gib, tib = 1 << 30, 1 << 40
+	s := newStore(1)
+	mib := strings.Repeat("m", 1<<20)
+	root := dir(
+		tree.Dirent{Name: "8 GiB", Node: s.sparse(0, 8*gib, map[int64]string{4096: strings.Repeat("a", 4096), 8*gib - 8192: strings.Repeat("b", 8192)})},
+		tree.Dirent{Name: "1 TiB", Node: s.sparse(0, tib, map[int64]string{0: mib, tib / 2: mib, tib - 1<<20: mib})},
+		tree.Dirent{Name: "4 TiB", Node: s.sparse(0, 4*tib+1, nil)},
+		tree.Dirent{Name: "a byte behind 1 TiB", Node: s.sparse(0, tib+1, map[int64]string{tib: "c"})},
+	)
+	img := write(t, root, s.devices())
+	if most := 27 << 20; len(img) > most { // 8 bytes per 4 KiB of 8 GiB, and per MiB of 1 TiB
+		t.Errorf("image of %d bytes, want at most %d", len(img), most)
+	}
+	t.Logf("image of %d bytes", len(img))
+	mnt := mount(t, img, s.files(t))
+	verify(t, root, s, readMount(mnt))
+	for _, c := range root.Children {
+		f, err := os.Open(filepath.Join(mnt, erofs.RootDir, c.Name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		got := make([]byte, 4096)
+		for _, x := range c.Node.Sparse {
+			for at, want := range map[int64]string{x.Pos: string(s.data[0][x.Off:][:1]), x.Pos - 4096: "\x00", x.End() - 1: string(s.data[0][x.Off:][x.Len-1 : x.Len]), x.End(): "\x00"} {
+				if at < 0 || at >= c.Node.Size {
+					continue
+				}
+				if _, err := f.ReadAt(got[:1], at); err != nil || string(got[:1]) != want {
+					t.Errorf("%s at %d: got %q (%v), want %q", c.Name, at, got[:1], err, want)
+				}
+			}
+		}
+		for at := int64(12345); at < c.Node.Size; at += c.Node.Size/50 + 1 {
+			if n, err := f.ReadAt(got, at); n == 0 || err != nil && err != io.EOF || !inData(c.Node, at) && got[0] != 0 {
+				t.Errorf("%s at %d: got %q (%v)", c.Name, at, got[:1], err)
+			}
+		}
+	}
+}
+
+func inData(n *tree.Node, at int64) bool {
+	for _, x := range n.Sparse {
+		if x.Pos <= at && at < x.End() {
+			return true
+		}
+	}
+	return false
+}
+
 // TestDeepTree checks that depth costs no stack.
 func TestDeepTree(t *testing.T) {
 	root := dir()
@@ -240,6 +297,10 @@ func TestUnsupported(t *testing.T) {
 				n.Xattrs = append(n.Xattrs, layer.Xattr{Name: fmt.Sprint("user.", i), Value: strings.Repeat("v", 65535)})
 			}
 		}), one},
+		"holes in blocks": {reg(func(n *tree.Node) { n.Size, n.Sparse = 4096, []layer.Extent{{Pos: 100, Len: 512}} }), one},
+		"holes unaligned": {reg(func(n *tree.Node) { n.Size, n.Sparse = 4096, []layer.Extent{{Pos: 512, Len: 512, Off: 100}} }), one},
+		"holes too fine":  {reg(func(n *tree.Node) { n.Size, n.Sparse = 1<<40, []layer.Extent{{Pos: 512, Len: 512}} }), one},
+		"holes beyond":    {reg(func(n *tree.Node) { n.Size, n.Sparse = 4096, []layer.Extent{{Pos: 512, Len: 512, Off: 1<<41 - 512}} }), one},
 		"name":            {dir(tree.Dirent{Name: strings.Repeat("n", 256), Node: sub}), one},
 		"empty name":      {dir(tree.Dirent{Name: "", Node: sub}), one},
 		"slash":           {dir(tree.Dirent{Name: "a/b", Node: sub}), one},

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -65,7 +66,25 @@ func (s *store) devices() []erofs.Device {
 }
 
 func (s *store) content(n *tree.Node) string {
-	return string(s.data[n.Layer][n.Off:][:n.Size])
+	data := make([]byte, n.Size)
+	for _, x := range n.Extents() {
+		copy(data[x.Pos:x.End()], s.data[n.Layer][x.Off:])
+	}
+	return string(data)
+}
+
+// sparse returns a node of a file with size bytes and data at positions, one
+// piece after the other in the layer. Pieces are whole blocks, but for one at
+// the file's end.
+func (s *store) sparse(layerID int, size int64, pieces map[int64]string) *tree.Node {
+	n := s.file(layerID, "")
+	n.Size, n.Sparse = size, []layer.Extent{}
+	for _, pos := range slices.Sorted(maps.Keys(pieces)) {
+		n.Sparse = append(n.Sparse, layer.Extent{Pos: pos, Len: int64(len(pieces[pos])), Off: inflate.Out(len(s.data[layerID]))})
+		s.data[layerID] = append(s.data[layerID], pieces[pos]...)
+	}
+	s.pad(layerID)
+	return n
 }
 
 func dir(children ...tree.Dirent) *tree.Node {
@@ -426,9 +445,27 @@ func randomName(r *rand.Rand, i int) string {
 	return name
 }
 
+func randomSparse(r *rand.Rand, s *store) *tree.Node {
+	pieces, pos := map[int64]string{}, int64(0)
+	unit := 512 << r.IntN(8)
+	for range r.IntN(5) {
+		pos += int64((1 + r.IntN(20)) * unit)
+		pieces[pos] = strings.Repeat("piece of data...", (1+r.IntN(9))*unit/16)
+		pos += int64(len(pieces[pos]))
+	}
+	pos += int64((1 + r.IntN(20)) * unit)
+	if r.IntN(2) == 0 {
+		pieces[pos] = strings.Repeat("e", 1+r.IntN(2000))
+		pos += int64(len(pieces[pos]))
+	}
+	return s.sparse(r.IntN(len(s.data)), pos, pieces)
+}
+
 func randomNode(r *rand.Rand, s *store) *tree.Node {
 	n := &tree.Node{Nlink: 1}
-	switch r.IntN(8) {
+	switch r.IntN(9) {
+	case 8:
+		n = randomSparse(r, s)
 	case 0, 1:
 		n = dir()
 	case 2, 3, 4:

@@ -174,7 +174,7 @@ func TestBuildSourceFails(t *testing.T) {
 func endless(t *testing.T) (io.Reader, ocispec.Descriptor) {
 	t.Helper()
 	var b bytes.Buffer
-	require.NoError(t, tar.NewWriter(&b).WriteHeader(&tar.Header{Name: "f", Size: 1 << 50, Format: tar.FormatGNU}))
+	require.NoError(t, tar.NewWriter(&b).WriteHeader(&tar.Header{Name: "f", Size: 1 << 40, Format: tar.FormatGNU}))
 	desc := testimage.Descriptor(ocispec.MediaTypeImageLayer, nil)
 	desc.Size = 1 << 50
 	return io.MultiReader(&b, zeros{}), desc

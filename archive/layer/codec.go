@@ -70,10 +70,13 @@ func (x *Index) AppendEntries(b []byte) []byte {
 		b = binary.AppendUvarint(b, uint64(e.ModNsec))
 		modTime = e.ModTime
 		switch e.Type {
-		case TypeReg:
+		case TypeReg, TypeSparse:
 			b = binary.AppendUvarint(b, uint64(e.Size))
 			b = binary.AppendUvarint(b, uint64(e.Off-off))
 			off = e.Off
+			if e.Type == TypeSparse {
+				b = appendExtents(b, e.Extents)
+			}
 		case TypeLink, TypeSymlink:
 			b = appendString(b, e.Link)
 		case TypeChar, TypeBlock:
@@ -85,6 +88,17 @@ func (x *Index) AppendEntries(b []byte) []byte {
 			b = appendString(b, a.Name)
 			b = appendString(b, a.Value)
 		}
+	}
+	return b
+}
+
+func appendExtents(b []byte, extents []Extent) []byte {
+	b = binary.AppendUvarint(b, uint64(len(extents)))
+	pos := int64(0)
+	for _, x := range extents {
+		b = binary.AppendUvarint(b, uint64(x.Pos-pos))
+		b = binary.AppendUvarint(b, uint64(x.Len))
+		pos = x.End()
 	}
 	return b
 }
@@ -196,6 +210,7 @@ func (x *Index) DecodeEntries(b []byte) error {
 	}
 	var off inflate.Out
 	var modTime int64
+	var t totals
 	for range n {
 		e := Entry{Name: r.string(maxString, "name"), Type: r.byte()}
 		e.Mode = uint32(r.uint(0o7777, "mode"))
@@ -210,6 +225,11 @@ func (x *Index) DecodeEntries(b []byte) error {
 			off += inflate.Out(r.uint(uint64(x.OutSize-off), "file offset"))
 			e.Off = off
 			r.check(inflate.Out(e.Size) <= x.OutSize-off, "file beyond the end of its layer")
+		case TypeSparse:
+			e.Size = int64(r.uint(math.MaxInt64, "file size"))
+			off += inflate.Out(r.uint(uint64(x.OutSize-off), "file offset"))
+			e.Off = off
+			e.Extents = r.extents(&e, x.OutSize)
 		case TypeLink, TypeSymlink:
 			e.Link = r.string(maxString, "link")
 		case TypeChar, TypeBlock:
@@ -220,6 +240,7 @@ func (x *Index) DecodeEntries(b []byte) error {
 			r.check(false, "entry type")
 		}
 		e.Xattrs = r.xattrs()
+		r.check(t.add(&e) == nil, "holes or xattrs beyond their bounds")
 		if r.err != nil {
 			return r.err
 		}
@@ -232,8 +253,33 @@ func (x *Index) DecodeEntries(b []byte) error {
 	return nil
 }
 
+// extents reads where the sparse file e has data; end is the end of its layer.
+func (r *cursor) extents(e *Entry, end inflate.Out) []Extent {
+	n := r.count(2, "extents")
+	if r.err != nil || n == 0 {
+		return nil
+	}
+	extents := make([]Extent, 0, n)
+	next := Extent{Off: e.Off}
+	for i := range n {
+		gap := int64(r.uint(uint64(e.Size-next.Pos), "extent"))
+		next.Pos += gap
+		next.Len = int64(r.uint(uint64(e.Size-next.Pos), "extent"))
+		r.check(next.Len > 0 && (gap > 0 || i == 0), "extent")
+		r.check(inflate.Out(next.Len) <= end-next.Off, "file beyond the end of its layer")
+		if r.err != nil {
+			return nil
+		}
+		extents = append(extents, next)
+		next.Pos, next.Off = next.End(), next.Off+inflate.Out(next.Len)
+	}
+	r.check(checkExtents(&Entry{Size: e.Size, Extents: extents}) == nil, "extents")
+	return extents
+}
+
 func (r *cursor) xattrs() []Xattr {
 	n := r.count(2, "xattrs")
+	r.check(n <= maxXattrs/4, "number of xattrs")
 	if r.err != nil || n == 0 {
 		return nil
 	}
@@ -241,6 +287,7 @@ func (r *cursor) xattrs() []Xattr {
 	for range n {
 		xattrs = append(xattrs, Xattr{Name: r.string(maxString, "xattr name"), Value: r.string(maxString, "xattr value")})
 	}
+	r.check(checkXattrs(xattrs) == nil, "size of xattrs")
 	return xattrs
 }
 

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"math"
 	"reflect"
-	"slices"
 	"strings"
 	"testing"
 
@@ -44,12 +43,16 @@ func gzipIndex(tb testing.TB) *layer.Index {
 		},
 		Entries: []layer.Entry{
 			{Name: "d", Type: layer.TypeDir, Mode: 0o1777, ModTime: math.MaxInt64},
+			{Name: "z", Type: layer.TypeSparse, Size: 1<<20 + 5, Off: 512, Extents: []layer.Extent{
+				{Pos: 1024, Len: 512, Off: 512}, {Pos: 4096, Len: 1024, Off: 1024}, {Pos: 1 << 20, Len: 5, Off: 2048},
+			}},
 			{Name: "f", Type: layer.TypeReg, Mode: 0o644, ModTime: math.MinInt64, ModNsec: 999_999_999, Size: 5000, Off: 512},
 			{Name: "g", Type: layer.TypeReg, UID: math.MaxUint32, GID: math.MaxUint32, Size: 100, Off: 9900},
 			{Name: "s", Type: layer.TypeSymlink, Link: "\xff", Xattrs: []layer.Xattr{{Name: "user.a", Value: "\x00"}, {}}},
 			{Name: "h", Type: layer.TypeLink, Link: "f"},
 			{Name: "", Type: layer.TypeChar, DevMajor: math.MaxUint32, DevMinor: 1},
 			{Name: "p", Type: layer.TypeFifo},
+			{Name: "hole", Type: layer.TypeSparse, Size: 1 << 40, Off: 9900},
 		},
 	}
 }
@@ -111,18 +114,29 @@ func TestDecodeEntriesMalformed(t *testing.T) {
 		spoil func([]layer.Entry)
 	}{
 		{"name", func(e []layer.Entry) { e[0].Name = strings.Repeat("x", 1<<20+1) }},
-		{"link", func(e []layer.Entry) { e[3].Link = strings.Repeat("x", 1<<20+1) }},
+		{"link", func(e []layer.Entry) { e[4].Link = strings.Repeat("x", 1<<20+1) }},
 		{"entry type", func(e []layer.Entry) { e[0].Type = 'x' }},
 		{"entry type", func(e []layer.Entry) { e[0].Type = 0 }},
 		{"mode", func(e []layer.Entry) { e[0].Mode = 0o10000 }},
 		{"nanoseconds", func(e []layer.Entry) { e[0].ModNsec = 1e9 }},
-		{"file size", func(e []layer.Entry) { e[1].Size = 10_001 }},
+		{"file size", func(e []layer.Entry) { e[2].Size = 10_001 }},
+		{"file size", func(e []layer.Entry) { e[2].Size = -1 }},
+		{"file offset", func(e []layer.Entry) { e[3].Off = 511 }},
+		{"file offset", func(e []layer.Entry) { e[3].Off = 10_001 }},
+		{"beyond the end", func(e []layer.Entry) { e[3].Size = 101 }},
 		{"file size", func(e []layer.Entry) { e[1].Size = -1 }},
-		{"file offset", func(e []layer.Entry) { e[2].Off = 511 }},
-		{"file offset", func(e []layer.Entry) { e[2].Off = 10_001 }},
-		{"beyond the end", func(e []layer.Entry) { e[2].Size = 101 }},
-		{"xattr name", func(e []layer.Entry) { e[3].Xattrs[0].Name = strings.Repeat("x", 1<<20+1) }},
-		{"xattr value", func(e []layer.Entry) { e[3].Xattrs[0].Value = strings.Repeat("x", 1<<20+1) }},
+		{"file beyond", func(e []layer.Entry) { e[1].Off, e[2].Off = 9000, 9000 }},
+		{"extent", func(e []layer.Entry) { e[1].Extents[0].Len = 0 }},
+		{"extent", func(e []layer.Entry) { e[1].Extents[1].Len = -1 }},
+		{"extent", func(e []layer.Entry) { e[1].Extents[0].Pos = -512 }},
+		{"extent", func(e []layer.Entry) { e[1].Extents[1].Pos = e[1].Extents[0].End() }},
+		{"extent", func(e []layer.Entry) { e[1].Extents[2].Pos = 0 }},
+		{"extent", func(e []layer.Entry) { e[1].Extents[2].Len = 6 }},
+		{"extents", func(e []layer.Entry) { e[1].Extents[0].Pos = 1000 }},
+		{"extents", func(e []layer.Entry) { e[1].Extents[0].Len = 500 }},
+		{"extents", func(e []layer.Entry) { e[1].Size = 1<<40 + 5 }},
+		{"xattr name", func(e []layer.Entry) { e[4].Xattrs[0].Name = strings.Repeat("x", 1<<20+1) }},
+		{"xattr value", func(e []layer.Entry) { e[4].Xattrs[0].Value = strings.Repeat("x", 1<<20+1) }},
 	} {
 		x := gzipIndex(t)
 		c.spoil(x.Entries)
@@ -130,6 +144,14 @@ func TestDecodeEntriesMalformed(t *testing.T) {
 		require.ErrorIs(t, err, layer.ErrFormat, c.want)
 		require.ErrorContains(t, err, c.want)
 	}
+	fine := layer.Entry{Type: layer.TypeSparse, Size: 3 << 29, Extents: []layer.Extent{{Pos: 512, Len: 512}}} // more than half
+	err := (&layer.Index{OutSize: 512}).DecodeEntries((&layer.Index{Entries: []layer.Entry{fine, fine}}).AppendEntries(nil))
+	require.ErrorContains(t, err, "holes")
+	require.NoError(t, (&layer.Index{OutSize: 512}).DecodeEntries((&layer.Index{Entries: []layer.Entry{fine}}).AppendEntries(nil)))
+	many := layer.Entry{Type: layer.TypeDir, Xattrs: make([]layer.Xattr, 70_000)}
+	err = (&layer.Index{}).DecodeEntries((&layer.Index{Entries: []layer.Entry{many}}).AppendEntries(nil))
+	require.ErrorContains(t, err, "number of xattrs")
+
 	x := gzipIndex(t)
 	b := x.AppendEntries(nil)
 	require.ErrorContains(t, x.DecodeEntries(append(b, 0)), "after its end")
@@ -137,7 +159,7 @@ func TestDecodeEntriesMalformed(t *testing.T) {
 	for n := range b {
 		require.ErrorIs(t, x.DecodeEntries(b[:n]), layer.ErrFormat, "%d bytes", n)
 	}
-	require.Len(t, x.Entries, 7, "a failure leaves the index as it was")
+	require.Len(t, x.Entries, 9, "a failure leaves the index as it was")
 }
 
 func FuzzDecodeSpans(f *testing.F) {
@@ -185,8 +207,17 @@ func FuzzDecodeEntries(f *testing.F) {
 		y := &layer.Index{OutSize: x.OutSize}
 		require.NoError(t, y.DecodeEntries(x.AppendEntries(nil)))
 		require.True(t, reflect.DeepEqual(x, y))
-		require.False(t, slices.ContainsFunc(x.Entries, func(e layer.Entry) bool {
-			return e.Size < 0 || e.Off < 0 || e.Off > x.OutSize || inflate.Out(e.Size) > x.OutSize-e.Off
-		}))
+		for _, e := range x.Entries {
+			require.True(t, e.Size >= 0 && e.Off >= 0 && e.Off <= x.OutSize)
+			extents := e.Extents
+			if e.Type != layer.TypeSparse {
+				extents = []layer.Extent{{Len: e.Size, Off: e.Off}}
+			}
+			pos := int64(0)
+			for _, p := range extents {
+				require.True(t, p.Pos >= pos && p.End() <= e.Size && p.Off >= e.Off && inflate.Out(p.Len) <= x.OutSize-p.Off)
+				pos = p.End()
+			}
+		}
 	})
 }

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"fmt"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 
@@ -98,43 +99,17 @@ func TestEntriesGlobalHeader(t *testing.T) {
 	require.EqualValues(t, 3*512, x.Entries[0].Off)
 }
 
-// retype changes the type of the header at off in a tar stream.
-func retype(data []byte, off int, typeflag byte) []byte {
-	h := data[off : off+512]
-	h[156] = typeflag
-	copy(h[148:156], "        ")
-	sum := 0
-	for _, b := range h {
-		sum += int(b)
-	}
-	copy(h[148:156], fmt.Sprintf("%06o\x00 ", sum))
-	return data
-}
-
-// sparse is a stream whose one file has PAX records that archive/tar would not write.
-func sparse(t *testing.T, content string, records ...string) []byte {
-	t.Helper()
-	var pax bytes.Buffer
-	for _, r := range records {
-		n := len(r) + 4 // for a record of 6 to 95 bytes: two digits, a space, a newline
-		fmt.Fprintf(&pax, "%02d %s\n", n, r)
-	}
-	return retype(testimage.Tar(t, testimage.Reg("PaxHeaders/f", pax.String()), testimage.Reg("f", content)), 0, 'x')
-}
-
 func TestUnsupportedEntries(t *testing.T) {
 	for name, data := range map[string][]byte{
-		"sparse 0.0": sparse(t, "", "GNU.sparse.size=4096", "GNU.sparse.numblocks=0"),
-		"sparse 0.1": sparse(t, "x", "GNU.sparse.size=4096", "GNU.sparse.numblocks=1", "GNU.sparse.map=0,1"),
-		"sparse 1.0": sparse(t, "1\n0\n1\n"+string(make([]byte, 506))+"x",
-			"GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=f", "GNU.sparse.realsize=4096"),
-		"sparse, old GNU":  retype(testimage.Tar(t, testimage.File{Header: tar.Header{Name: "f", Typeflag: '0', Format: tar.FormatGNU, ModTime: time.Unix(1<<40, 0)}}), 0, 'S'),
-		"contiguous":       retype(testimage.Tar(t, testimage.Reg("f", "x")), 0, '7'),
-		"unknown type":     retype(testimage.Tar(t, testimage.Reg("f", "x")), 0, 'Z'),
+		"sparse, old GNU":  testimage.Retype(testimage.Tar(t, testimage.File{Header: tar.Header{Name: "f", Typeflag: '0', Format: tar.FormatGNU, ModTime: time.Unix(1<<40, 0)}}), 0, 'S'),
+		"contiguous":       testimage.Retype(testimage.Tar(t, testimage.Reg("f", "x")), 0, '7'),
+		"unknown type":     testimage.Retype(testimage.Tar(t, testimage.Reg("f", "x")), 0, 'Z'),
 		"no owner":         testimage.Tar(t, testimage.File{Header: tar.Header{Name: "f", Uid: 1<<32 - 1}}),
 		"no group":         testimage.Tar(t, testimage.File{Header: tar.Header{Name: "f", Gid: 1 << 32}}),
 		"negative owner":   testimage.Tar(t, testimage.File{Header: tar.Header{Name: "f", Uid: -1, Format: tar.FormatGNU}}),
 		"big device":       testimage.Tar(t, testimage.File{Header: tar.Header{Name: "f", Typeflag: tar.TypeChar, Devmajor: 1 << 32, Format: tar.FormatGNU}}),
+		"large xattr":      testimage.Tar(t, testimage.File{Header: tar.Header{Name: "f", PAXRecords: map[string]string{"SCHILY.xattr.user.a": strings.Repeat("v", 65536)}}}),
+		"many xattrs":      testimage.Tar(t, testimage.File{Header: tar.Header{Name: "f", PAXRecords: largeXattrs(5)}}),
 		"negative device ": testimage.Tar(t, testimage.File{Header: tar.Header{Name: "f", Typeflag: tar.TypeBlock, Devminor: -1, Format: tar.FormatGNU}}),
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -143,6 +118,14 @@ func TestUnsupportedEntries(t *testing.T) {
 			require.ErrorContains(t, err, `entry "f"`)
 		})
 	}
+}
+
+func largeXattrs(n int) map[string]string {
+	records := map[string]string{}
+	for i := range n {
+		records[fmt.Sprint("SCHILY.xattr.user.", i)] = strings.Repeat("v", 65535)
+	}
+	return records
 }
 
 func requireRoundTrip(tb testing.TB, x *layer.Index) {

@@ -92,6 +92,7 @@ const (
 	TypeBlock   = '4'
 	TypeDir     = '5'
 	TypeFifo    = '6'
+	TypeSparse  = 'S' // regular file with holes; Extents is where it has data
 )
 
 // Entry is one tar entry, as the tar says it: names are not cleaned, whiteouts
@@ -106,10 +107,22 @@ type Entry struct {
 	DevMinor uint32
 	ModTime  int64       // seconds since 1970
 	ModNsec  uint32      // 0-999,999,999
-	Size     int64       // bytes of file content; 0 unless TypeReg
+	Size     int64       // bytes of file content, holes included; 0 unless TypeReg or TypeSparse
 	Off      inflate.Out // where the content starts in the uncompressed stream
+	Extents  []Extent    // TypeSparse: ascending, not touching each other, inside Size
 	Xattrs   []Xattr     // sorted by name
 }
+
+// Extent is a piece of a file's content. What a sparse file's extents leave out
+// reads as zeros. Their data follows each other in the stream without gaps.
+type Extent struct {
+	Pos int64       // in the file
+	Len int64       // at least 1
+	Off inflate.Out // in the uncompressed stream
+}
+
+// End returns the position in the file behind the extent.
+func (e Extent) End() int64 { return e.Pos + e.Len }
 
 // Xattr is one extended attribute, with its full name ("security.capability").
 type Xattr struct {

@@ -118,6 +118,29 @@ type chunkReader struct {
 	cur *chunk
 	off int   // into cur.data
 	pos int64 // in the stream
+
+	headAt int64  // where head starts in the stream
+	head   []byte // what was read from headAt on, at most maxHead bytes
+}
+
+// maxHead bounds the headers kept of one entry: archive/tar reads PAX records,
+// long names and sparse maps of 1 MiB each.
+const maxHead = 5 << 20
+
+// keep starts to collect what is read from pos on, which is not behind the
+// current position.
+func (r *chunkReader) keep(pos int64) { r.headAt, r.head = pos, r.head[:0] }
+
+// next consumes up to n bytes of the current chunk.
+func (r *chunkReader) next(n int) []byte {
+	p := r.cur.data[r.off:]
+	p = p[:min(n, len(p))]
+	r.off += len(p)
+	r.pos += int64(len(p))
+	if kept := min(r.pos-r.headAt, int64(len(p))); kept > 0 && len(r.head) < maxHead {
+		r.head = append(r.head, p[int64(len(p))-kept:]...)
+	}
+	return p
 }
 
 // fill makes sure that cur holds unread bytes, or returns io.EOF.
@@ -151,10 +174,17 @@ func (r *chunkReader) Read(p []byte) (int, error) {
 	if err := r.fill(); err != nil {
 		return 0, err
 	}
-	n := copy(p, r.cur.data[r.off:])
-	r.off += n
-	r.pos += int64(n)
-	return n, nil
+	return copy(p, r.next(len(p))), nil
+}
+
+// block returns the next block of the tar stream without consuming it, or what
+// there is of it in the current chunk; its length says which.
+func (r *chunkReader) block() ([]byte, error) {
+	if err := r.fill(); err != nil {
+		return nil, err
+	}
+	p := r.cur.data[r.off:]
+	return p[:min(len(p), blockSize)], nil
 }
 
 // Seek moves forward, relative to the current position. Beyond the end of the
@@ -169,10 +199,7 @@ func (r *chunkReader) Seek(offset int64, whence int) (int64, error) {
 		} else if err != nil {
 			return 0, err
 		}
-		n := min(offset, int64(len(r.cur.data)-r.off))
-		r.off += int(n)
-		r.pos += n
-		offset -= n
+		offset -= int64(len(r.next(int(min(offset, int64(len(r.cur.data)))))))
 	}
 	return r.pos, nil
 }

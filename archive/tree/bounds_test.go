@@ -187,3 +187,33 @@ func Example() {
 	// hostname: 5 bytes at 1024 of layer 1
 	// passwd: 30 bytes at 2048 of layer 0
 }
+
+// TestBounds gives up on what no EROFS image can hold, which containerd may
+// unpack.
+func TestBounds(t *testing.T) {
+	big := func(name string) layer.Entry {
+		return layer.Entry{Name: "d", Type: layer.TypeDir, Xattrs: []layer.Xattr{{Name: "user." + name, Value: strings.Repeat("v", 60<<10)}}}
+	}
+	fine := layer.Entry{Name: "f", Type: layer.TypeSparse, Size: 3 << 29, Extents: []layer.Extent{{Pos: 512, Len: 512}}}
+	for name, c := range map[string]struct {
+		entries []layer.Entry
+		layers  int
+		ok      bool
+	}{
+		"xattrs of one directory":    {[]layer.Entry{big("a"), big("b"), big("c"), big("d"), big("e")}, 1, false},
+		"xattrs that just fit":       {[]layer.Entry{big("a"), big("b"), big("c"), big("d")}, 1, true},
+		"holes of all layers":        {[]layer.Entry{fine}, 6, false},
+		"holes that are not so many": {[]layer.Entry{fine}, 5, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var layers []*layer.Index
+			for range c.layers {
+				layers = append(layers, &layer.Index{Entries: c.entries})
+			}
+			_, err := tree.Merge(layers)
+			if c.ok != (err == nil) || err != nil && !errors.Is(err, tree.ErrUnsupported) {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+}

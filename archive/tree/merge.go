@@ -15,7 +15,8 @@ import (
 var ErrInvalid = errors.New("invalid layer")
 
 // ErrUnsupported is wrapped when containerd might accept the layers but Merge
-// cannot: resolving their paths takes more work than any real image needs.
+// cannot: resolving their paths takes more work than any real image needs,
+// sparse files more pieces, or the xattrs of a file more space.
 var ErrUnsupported = errors.New("unsupported layer")
 
 // Merge stacks layers, the bottom one first, and returns the root directory.
@@ -24,8 +25,13 @@ var ErrUnsupported = errors.New("unsupported layer")
 // An empty stack gives an empty root.
 func Merge(layers []*layer.Index) (*Node, error) {
 	work := &budget{left: baseSteps}
+	chunks := int64(0)
 	for _, l := range layers {
 		work.left += stepsPerEntry * len(l.Entries)
+		chunks += sparseChunks(l.Entries)
+	}
+	if chunks > maxChunks {
+		return nil, fmt.Errorf("%w: sparse files of %d pieces", ErrUnsupported, chunks)
 	}
 	uppers := make([]*upper, 0, len(layers))
 	for i, l := range layers {
@@ -38,7 +44,21 @@ func Merge(layers []*layer.Index) (*Node, error) {
 	if len(uppers) == 0 {
 		uppers = append(uppers, newUpper(0, nil, work))
 	}
-	return stack(uppers), nil
+	return stack(uppers)
+}
+
+// maxChunks bounds the pieces of all sparse files: 64 GiB if their data is
+// aligned to 4 KiB, which takes 128 MiB in an EROFS image.
+const maxChunks = 16 << 20
+
+func sparseChunks(entries []layer.Entry) (n int64) {
+	for i := range entries {
+		if e := &entries[i]; e.Type == layer.TypeSparse {
+			_, count := layer.Chunks(e.Size, e.Extents)
+			n += min(count, maxChunks+1)
+		}
+	}
+	return n
 }
 
 // merged is a directory of the result and the directories it is made of, the
@@ -54,7 +74,7 @@ type held struct {
 }
 
 // stack does what overlayfs does with its lower directories.
-func stack(uppers []*upper) *Node {
+func stack(uppers []*upper) (*Node, error) {
 	roots := make(merged, 0, len(uppers))
 	for _, u := range slices.Backward(uppers) {
 		roots = append(roots, u.root) // overlayfs ignores an opaque mark on a root
@@ -85,15 +105,18 @@ func stack(uppers []*upper) *Node {
 			}
 			return cmp.Compare(a.rank, b.rank)
 		})
-		todo = fill(dirs, names, todo)
+		var err error
+		if todo, err = fill(dirs, names, todo); err != nil {
+			return nil, err
+		}
 	}
 	root.Nlink = 1 // merged at least with the container's own upper directory
-	return root
+	return root, checkXattrSpace("/", root)
 }
 
 // fill sets the children of the merged directory dirs from names, which are
 // sorted, and appends its subdirectories to todo.
-func fill(dirs merged, names []held, todo []merged) []merged {
+func fill(dirs merged, names []held, todo []merged) ([]merged, error) {
 	top := &dirs[0].Node
 	top.Children = make([]Dirent, 0, len(names))
 	subdirs := uint32(0)
@@ -108,6 +131,9 @@ func fill(dirs merged, names []held, todo []merged) []merged {
 		if in.whiteout() {
 			continue
 		}
+		if err := checkXattrSpace(group[0].name, &in.Node); err != nil {
+			return nil, err
+		}
 		top.Children = append(top.Children, Dirent{group[0].name, &in.Node})
 		if !in.dir() {
 			continue
@@ -120,7 +146,22 @@ func fill(dirs merged, names []held, todo []merged) []merged {
 	if len(dirs) == 1 {
 		top.Nlink = 2 + subdirs
 	}
-	return todo
+	return todo, nil
+}
+
+// maxXattrSpace is less than what an EROFS inode can hold. An entry stays below
+// it; several of one directory may not.
+const maxXattrSpace = 255 << 10
+
+func checkXattrSpace(name string, n *Node) error {
+	size := 0
+	for _, x := range n.Xattrs {
+		size += (4 + len(x.Name) + len(x.Value) + 3) &^ 3
+	}
+	if size > maxXattrSpace {
+		return fmt.Errorf("%w: %q has %d bytes of extended attributes", ErrUnsupported, name, size)
+	}
+	return nil
 }
 
 // mergeable is the directories of a group that are seen through each other.

@@ -18,7 +18,7 @@ import (
 )
 
 func entry(kind byte, name, link, data string) file {
-	return file{tar.Header{Typeflag: kind, Name: name, Linkname: link, Mode: 0o755, ModTime: time.Unix(1e9, 0)}, data}
+	return file{Header: tar.Header{Typeflag: kind, Name: name, Linkname: link, Mode: 0o755, ModTime: time.Unix(1e9, 0)}, Data: data}
 }
 
 func dir(name string) file           { return entry(tar.TypeDir, name, "", "") }
@@ -85,7 +85,9 @@ func checkPeer(t *testing.T, root *tree.Node, tars [][]byte) {
 		}
 	}
 	if root != nil {
-		compare(t, p.scan(t, start), flatten(t, root, tars))
+		want := p.scan(t, start)
+		compare(t, want, flatten(t, root, tars))
+		compare(t, want, scanImage(t, dir, root, tars, start))
 	}
 }
 
@@ -306,7 +308,7 @@ func TestAttributes(t *testing.T) {
 // TestNotATar checks entries that archive/tar does not write.
 func TestNotATar(t *testing.T) {
 	for name, e := range map[string]layer.Entry{
-		"type":             {Name: "a", Type: 'S'},
+		"type":             {Name: "a", Type: 'V'},
 		"zero in name":     {Name: "a\x00b", Type: layer.TypeReg},
 		"zero in target":   {Name: "a", Type: layer.TypeSymlink, Link: "b\x00"},
 		"zero in link":     {Name: "a", Type: layer.TypeLink, Link: "b\x00/c"},

@@ -19,6 +19,9 @@
 // necessary. The root's is that of the last "./" entry of the topmost layer
 // that has one, else 0.
 //
+// A sparse file keeps its holes, which containerd fills with zeros: both read
+// the same.
+//
 // The limits of Linux apply (names of 255 bytes, paths and link targets of
 // 4095), those of a particular file system (link counts, xattr space) do not.
 // An xattr that the kernel refuses is refused here; one that containerd drops
@@ -44,9 +47,23 @@ type Node struct {
 	Size     int64  // bytes of a regular file's content or of a symlink's target
 	Target   string // of a symlink
 	Xattrs   []layer.Xattr
-	Layer    int         // regular files: index into the stack of layers
-	Off      inflate.Out // regular files: start of the content in that layer's uncompressed stream
-	Children []Dirent    // directories: sorted bytewise by name, without "." and ".."
+	Layer    int            // regular files: index into the stack of layers
+	Off      inflate.Out    // regular files: start of the content in that layer's uncompressed stream
+	Sparse   []layer.Extent // regular files with holes: where the data is; nil if there are none
+	Children []Dirent       // directories: sorted bytewise by name, without "." and ".."
+}
+
+// Extents returns the pieces of a regular file's content, in order. What they
+// leave out of its Size reads as zeros.
+func (n *Node) Extents() []layer.Extent {
+	switch {
+	case n.Sparse != nil:
+		return n.Sparse
+	case n.Size > 0:
+		return []layer.Extent{{Len: n.Size, Off: n.Off}}
+	default:
+		return nil
+	}
 }
 
 // Dirent names a node inside a directory.

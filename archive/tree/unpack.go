@@ -280,6 +280,10 @@ func (u *upper) create(parent *inode, e *layer.Entry) (*inode, error) {
 	case layer.TypeReg:
 		in.Mode = unix.S_IFREG
 		in.Size, in.Off, in.Layer = e.Size, e.Off, u.index
+	case layer.TypeSparse:
+		in.Mode = unix.S_IFREG
+		in.Size, in.Off, in.Layer = e.Size, e.Off, u.index
+		in.Sparse = append([]layer.Extent{}, e.Extents...)
 	case layer.TypeDir:
 		in.Mode = unix.S_IFDIR
 		in.kids = map[string]*inode{}

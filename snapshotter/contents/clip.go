@@ -100,37 +100,51 @@ func copyNode(ctx context.Context, w io.Writer, s storage.ClipStorageInterface, 
 	return nil
 }
 
-// Mount mounts the archive on dir with CLIP's own file system until the
-// returned function is called. What fails later is a read error of a file.
-func (a *Archive) Mount(dir string) (unmount func() error, err error) {
-	m, err := a.upstream.Metadata()
+// Mount mounts the archive read-only on dir until the returned function is
+// called. An archive with layer indexes has all its metadata there, and its
+// layers are fetched in spans; that needs root. All others are served by CLIP's
+// own file system. ctx carries the logger and nothing else.
+func (a *Archive) Mount(ctx context.Context, dir string) (unmount func() error, err error) {
+	if a.indexed != nil {
+		unmount, err = a.mountIndexed(ctx, dir)
+	} else {
+		unmount, err = a.mountClip(dir)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("archive %s: %w", a.path, err)
+	}
+	return unmount, nil
+}
+
+func (a *Archive) mountClip(dir string) (func() error, error) {
+	m, err := a.upstream.Metadata()
+	if err != nil {
+		return nil, err
 	}
 	s, err := a.storage(m)
 	if err != nil {
 		return nil, err
 	}
-	root, err := rootOf(s)
+	top, err := clipRoot(s)
 	if err != nil {
 		return nil, errors.Join(err, s.Cleanup())
 	}
 	// As CLIP mounts, but for the time that the kernel may remember: nothing changes here.
 	timeout := time.Hour
-	server, err := fuse.NewServer(fs.NewNodeFS(root, &fs.Options{AttrTimeout: &timeout, EntryTimeout: &timeout}), dir, &fuse.MountOptions{
+	server, err := fuse.NewServer(fs.NewNodeFS(top, &fs.Options{AttrTimeout: &timeout, EntryTimeout: &timeout}), dir, &fuse.MountOptions{
 		FsName: a.path, Name: "clip", Options: []string{"ro"}, AllowOther: unix.Geteuid() == 0,
 		MaxBackground: 512, DisableXAttrs: true, EnableSymlinkCaching: true, RememberInodes: true, MaxReadAhead: 128 << 10,
 	})
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("mounting %s on %s: %w", a.path, dir, err), s.Cleanup())
+		return nil, errors.Join(fmt.Errorf("mounting on %s: %w", dir, err), s.Cleanup())
 	}
 	go server.Serve()
-	unmount = func() error {
-		if err := server.Unmount(); err != nil {
-			return fmt.Errorf("unmounting %s (does something still use it?): %w", dir, err)
+	unmount := func() error {
+		if server.Unmount() == nil {
+			server.Wait()
+			return s.Cleanup()
 		}
-		server.Wait()
-		return s.Cleanup()
+		return errors.Join(detach(dir), s.Cleanup()) // somebody still uses it
 	}
 	if err := server.WaitMount(); err != nil {
 		return nil, errors.Join(err, unmount())
@@ -138,7 +152,7 @@ func (a *Archive) Mount(dir string) (unmount func() error, err error) {
 	return unmount, nil
 }
 
-func rootOf(s storage.ClipStorageInterface) (fs.InodeEmbedder, error) {
+func clipRoot(s storage.ClipStorageInterface) (fs.InodeEmbedder, error) {
 	files, err := clip.NewFileSystem(s, clip.ClipFileSystemOpts{})
 	if err != nil {
 		return nil, err

@@ -6,9 +6,8 @@
 // that CLIP itself indexed, and those of its first version, which hold their
 // data or have it in S3.
 //
-// Mount serves every kind with CLIP's own FUSE code, from the part of the
-// archive that CLIP reads, and so within CLIP's limits (docs/compatibility.md).
-// The snapshotter does not use this package.
+// The snapshotter does not use this package: it has its own way to an image's
+// archive, cache and roots.
 package contents
 
 import (
@@ -51,10 +50,11 @@ type Fetcher interface {
 
 // Options configures Open.
 type Options struct {
-	// Fetch reads the layers of archives with layer indexes.
+	// Fetch reads the layers of archives with layer indexes, and nothing else.
 	Fetch Fetcher
-	// CacheDir is where CLIP's code keeps the layers that it reads, whole.
-	// Empty means a temporary directory that Close removes.
+	// CacheDir is where a mount keeps what it fetches, and CLIP's code the
+	// layers that it reads, whole. Empty means a temporary directory that Close
+	// removes.
 	CacheDir string
 }
 

@@ -141,3 +141,19 @@ func TestLinks(t *testing.T) {
 	_, err = Open(filepath.Join(dir, "none"), Options{})
 	require.ErrorIs(t, err, os.ErrNotExist)
 }
+
+// Holes read as zeros, however the data arrives.
+func TestSparseWriter(t *testing.T) {
+	extents := []layer.Extent{{Pos: 2, Len: 3}, {Pos: 9, Len: 1}, {Pos: 10, Len: 2}}
+	for size := 1; size <= 6; size++ {
+		var b bytes.Buffer
+		w := &sparseWriter{w: &b, extents: extents}
+		for data := []byte("abcdef"); len(data) > 0; data = data[min(size, len(data)):] {
+			n, err := w.Write(data[:min(size, len(data))])
+			require.NoError(t, err)
+			require.Equal(t, min(size, len(data)), n)
+		}
+		require.Equal(t, "\x00\x00abc\x00\x00\x00\x00def", b.String())
+	}
+	require.Equal(t, layer.Extent{Pos: 2, Len: 3}, extents[0], "they are the archive's own")
+}

@@ -80,7 +80,7 @@ func ExampleArchive_Mount() {
 	if err := os.Mkdir(mnt, 0o755); err != nil {
 		log.Fatal(err)
 	}
-	unmount, err := a.Mount(mnt)
+	unmount, err := a.Mount(context.Background(), mnt)
 	if err != nil {
 		log.Fatal(err)
 	}

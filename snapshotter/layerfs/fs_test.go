@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -159,4 +160,19 @@ func TestManySlowReadersAreServedAtOnce(t *testing.T) {
 		})
 	}
 	read.Wait()
+}
+
+// TestErrorThatWrapsEOF must not look like the end of the file, which is filled
+// up with zeros.
+func TestErrorThatWrapsEOF(t *testing.T) {
+	for name, err := range map[string]error{"wrapped": fmt.Errorf("connection closed: %w", io.EOF), "bare": io.EOF} {
+		t.Run(name, func(t *testing.T) {
+			fs := newFS(t)
+			data := randomBytes(1 << 20)
+			id := digest.FromBytes(data)
+			require.NoError(t, fs.Add(id, memory{bytes.NewReader(data), func() error { return err }}))
+			_, err := readFile(fs.Path(id))
+			require.ErrorIs(t, err, unix.EIO)
+		})
+	}
 }

@@ -5,154 +5,378 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net/http"
 	"net/url"
 	"path"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
-	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/containerd/v2/pkg/reference"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 )
 
-// Retrying: rounds over all sources, with a doubling and jittered pause between.
+// Retrying: the pause between two rounds over the candidates doubles and is
+// jittered. A read that gets answers that are no answers gives up.
 const (
-	rounds     = 5
 	firstPause = 100 * time.Millisecond
 	maxPause   = 5 * time.Second
+	maxWrong   = 3
 )
 
 // Open returns the bytes [off, off+n) of the blob d. Each source is an image
-// reference whose repository should hold the blob; they are asked in order,
-// again after a pause if none answers, until ctx ends. The caller closes the
-// reader, which yields exactly n bytes or an error.
+// reference whose repository should hold the blob. They are asked in order,
+// and again after a pause, until the bytes have come, ctx ends or nothing has
+// arrived for Options.GiveUp; right after a read that has given up the next one
+// is quicker to do so. The caller closes the reader, which is a *Reader.
+//
+// The error is errdefs.ErrNotFound, ErrPermissionDenied or ErrOutOfRange if
+// every candidate has refused, ErrUnavailable or ErrDataLoss otherwise, and
+// has the cause of ctx in it if that has ended.
 func (c *Client) Open(ctx context.Context, sources []string, d digest.Digest, off, n int64) (io.ReadCloser, error) {
 	if len(sources) == 0 {
 		return nil, fmt.Errorf("blob %s: no repository is known to hold it: %w", d, errdefs.ErrNotFound)
 	}
-	pause := firstPause
-	for round := 1; ; round++ {
-		var failed []error
-		for _, source := range sources {
-			rc, err := c.openSource(ctx, source, d, off, n)
-			if err == nil {
-				return rc, nil
-			}
+	if off < 0 || n <= 0 || off+n < off {
+		return nil, fmt.Errorf("blob %s: range of %d bytes at %d: %w", d, n, off, errdefs.ErrInvalidArgument)
+	}
+	r := &Reader{client: c, ctx: ctx, digest: d, off: off, end: off + n, pause: firstPause, until: time.Now().Add(c.opts.GiveUp)}
+	if r.hasty = c.isHopeless(d); r.hasty {
+		r.until = time.Now().Add(min(c.opts.GiveUp, c.opts.SilenceTimeout/5))
+	}
+	var failed []error
+	for _, source := range sources {
+		if err := r.addSource(source); err != nil {
 			failed = append(failed, err)
 		}
-		err := fmt.Errorf("blob %s [%d, %d): %w", d, off, off+n, joined(failed))
-		if round == rounds || permanent(failed) {
-			return nil, err
-		}
-		select {
-		case <-time.After(pause/2 + rand.N(pause)):
-		case <-ctx.Done():
-			return nil, fmt.Errorf("%w (%w)", err, context.Cause(ctx))
-		}
-		pause = min(2*pause, maxPause)
 	}
+	if len(r.candidates) == 0 {
+		return nil, r.wrap(joined(failed))
+	}
+	if err := r.connect(); err != nil {
+		return nil, err
+	}
+	return r, nil
 }
 
-// permanent says that asking again is of no use: every answer was a refusal.
-func permanent(errs []error) bool {
-	for _, err := range errs {
-		if errdefs.IsUnavailable(err) || errdefs.IsResourceExhausted(err) || errdefs.IsDataLoss(err) {
-			return false
-		}
-	}
-	return true
+// Reader reads a range of a blob. What breaks off is fetched anew from where
+// it broke off, from the next candidate that has it. It is not safe for
+// concurrent use.
+type Reader struct {
+	client   *Client
+	ctx      context.Context // of Open; an io.Reader has no other place for it
+	digest   digest.Digest
+	off, end int64 // what is still to come
+
+	candidates []*candidate
+	body       *body         // nil between two
+	from       *candidate    // whom body is from
+	until      time.Time     // when to give up
+	hasty      bool          // another read of the blob has just given up
+	got        int64         // bytes of body so far
+	pause      time.Duration // before the next round
+	fruitless  int           // bodies since the last that brought something
+	broke      error         // how the last of them ended; nil if it was short
+	wrong      int           // answers that were no answers
+	err        error         // final
 }
 
-// openSource asks the hosts of one source, once more if what they refuse are
-// credentials kept from an earlier read: tokens end before their time.
-func (c *Client) openSource(ctx context.Context, source string, d digest.Digest, off, n int64) (io.ReadCloser, error) {
+// candidate is one host of one source, during one read.
+type candidate struct {
+	place  place
+	url    *url.URL
+	scope  string // of tokens
+	auth   *authorizer
+	served bool  // bytes of the read are from it
+	final  error // it has refused
+
+	transport http.RoundTripper
+}
+
+// addSource adds the hosts of a source.
+func (r *Reader) addSource(source string) error {
 	spec, err := reference.Parse(source)
 	if err != nil {
-		return nil, fmt.Errorf("source %q: %w", source, errors.Join(err, errdefs.ErrInvalidArgument))
+		return fmt.Errorf("source %q: %w", source, errors.Join(err, errdefs.ErrInvalidArgument))
 	}
 	registry := spec.Hostname()
-	q := query{registry: registry, repo: strings.TrimPrefix(spec.Locator, registry+"/"), digest: d, off: off, n: n}
-	ctx, err = docker.ContextWithRepositoryScope(ctx, spec, false)
+	repo := strings.TrimPrefix(spec.Locator, registry+"/")
+	scope, err := docker.RepositoryScope(spec, false)
 	if err != nil {
-		return nil, err
+		return fmt.Errorf("source %q: %w", source, errors.Join(err, errdefs.ErrInvalidArgument))
 	}
-	hosts, kept, err := c.hostsOf(registry)
+	hosts, err := r.client.hostsOf(registry)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	rc, stale, err := q.ask(ctx, hosts)
-	if !stale {
-		return rc, err
-	}
-	c.forget(registry, hosts)
-	if err == nil || !kept {
-		return rc, err
-	}
-	if hosts, _, err = c.hostsOf(registry); err != nil {
-		return nil, err
-	}
-	if rc, stale, err = q.ask(ctx, hosts); stale {
-		c.forget(registry, hosts)
-	}
-	return rc, err
-}
-
-// query is one range of a blob in a repository.
-type query struct {
-	registry, repo string
-	digest         digest.Digest
-	off, n         int64
-}
-
-// ask asks hosts in order and says whether one did not accept the credentials.
-func (q query) ask(ctx context.Context, hosts []docker.RegistryHost) (_ io.ReadCloser, stale bool, _ error) {
-	var failed []error
+	usable := false
 	for _, host := range hosts {
 		if !host.Capabilities.Has(docker.HostCapabilityPull) {
 			continue
 		}
-		rc, err := q.get(ctx, host)
-		if err == nil {
-			return rc, stale, nil
+		usable = true
+		u := &url.URL{Scheme: host.Scheme, Host: host.Host, Path: path.Join("/", host.Path, repo, "blobs", r.digest.String())}
+		if isMirror(host, registry) {
+			u.RawQuery = url.Values{"ns": {registry}}.Encode()
 		}
-		var c *credentialsError
-		stale = stale || errors.As(err, &c) || errdefs.IsPermissionDenied(err)
-		failed = append(failed, err)
+		c := &candidate{
+			place: place{u.Scheme, u.Host, u.Path, r.digest},
+			url:   u, scope: scope, auth: host.Authorizer.(*authorizer),
+			transport: host.Client.Transport.(redirecting).hostTransport,
+		}
+		if !slices.ContainsFunc(r.candidates, func(o *candidate) bool { return o.place == c.place }) {
+			r.candidates = append(r.candidates, c)
+		}
 	}
-	if len(failed) == 0 {
-		return nil, false, fmt.Errorf("no host of %s may be pulled from: %w", q.registry, errdefs.ErrNotFound)
+	if !usable {
+		return fmt.Errorf("no host of %s may be pulled from: %w", registry, errdefs.ErrNotFound)
 	}
-	return nil, stale, joined(failed)
+	return nil
 }
 
-// credentialsError says that credentials could not be had. An authorizer
-// remembers it: it must not be used again.
-type credentialsError struct {
-	host  string
-	cause error
-	kind  error // of errdefs
+// Read implements io.Reader.
+func (r *Reader) Read(p []byte) (int, error) {
+	for r.err == nil {
+		if r.off == r.end {
+			return 0, io.EOF
+		}
+		if r.body == nil {
+			if err := r.connect(); err != nil {
+				r.err = err
+				break
+			}
+		}
+		if n := r.readBody(p); n > 0 || len(p) == 0 {
+			return n, nil
+		}
+	}
+	return 0, r.err
 }
 
-func (e *credentialsError) Error() string {
-	return fmt.Sprintf("credentials for %s: %v", e.host, e.cause)
-}
-func (e *credentialsError) Unwrap() []error { return []error{e.cause, e.kind} }
+// fruitful is how many bytes a body must have brought before it breaks off for
+// that to be progress rather than a failure.
+const fruitful = 4 << 10
 
-func newCredentialsError(host string, err error) error {
-	kind := error(errdefs.ErrPermissionDenied)
-	status, answered := errors.AsType[remoteerrors.ErrUnexpectedStatus](err)
-	_, unreachable := errors.AsType[*url.Error](err)
+func (r *Reader) readBody(p []byte) int {
+	n, err := r.body.Read(p)
+	r.off += int64(n)
+	r.got += int64(n)
+	if n > 0 && r.got >= fruitful {
+		r.hasty = false
+		r.until = time.Now().Add(r.client.opts.GiveUp)
+	}
+	r.from.served = r.from.served || n > 0
+	if err != nil || r.body.n == 0 {
+		r.drop()
+		if r.got >= fruitful || r.off == r.end {
+			r.fruitless, r.pause = 0, firstPause
+		} else {
+			r.fruitless++
+			r.broke = err
+		}
+	}
+	return n
+}
+
+// Close implements io.Closer.
+func (r *Reader) Close() error {
+	r.drop()
+	return nil
+}
+
+func (r *Reader) drop() {
+	if r.body != nil {
+		r.body.close()
+		r.body = nil
+	}
+}
+
+// Blame says that what was read is not the blob. Whoever sent it is asked last
+// for a while. A read that has failed itself is nobody's fault.
+func (r *Reader) Blame() {
+	if r.err != nil {
+		return
+	}
+	for _, c := range r.candidates {
+		if c.served {
+			r.client.avoid(c.place)
+		}
+	}
+}
+
+// connect sets r.body.
+func (r *Reader) connect() error {
+	if r.fruitless >= len(r.candidates) {
+		if err := r.sleep(r.nextPause(), r.broke); err != nil {
+			return err
+		}
+	}
+	for {
+		last, wait := r.round()
+		if r.body != nil {
+			r.got = 0
+			return nil
+		}
+		if wait < 0 {
+			return r.wrap(r.failures(last))
+		}
+		if err := r.sleep(wait, r.failures(last)); err != nil {
+			return err
+		}
+	}
+}
+
+// sleep waits before another try, if there is time for one. It returns an
+// error that says what went wrong in the last one.
+func (r *Reader) sleep(wait time.Duration, failed error) error {
+	if failed == nil {
+		failed = fmt.Errorf("answers are too short to be of use: %w", errdefs.ErrUnavailable)
+	}
+	until := r.until
+	if deadline, ok := r.ctx.Deadline(); ok && deadline.Before(until) {
+		until = deadline
+	}
+	if r.ctx.Err() == nil && time.Until(until) < wait {
+		if !r.hasty && until == r.until {
+			r.client.gaveUp(r.digest)
+		}
+		return r.wrap(fmt.Errorf("no time is left for another try: %w: %w", failed, errdefs.ErrUnavailable))
+	}
+	select {
+	case <-time.After(wait):
+		return nil
+	case <-r.ctx.Done():
+		return r.wrap(fmt.Errorf("%w: %w", context.Cause(r.ctx), failed))
+	}
+}
+
+func (r *Reader) nextPause() time.Duration {
+	pause := jitter(r.pause)
+	r.pause = min(2*r.pause, maxPause)
+	return pause
+}
+
+// round asks the candidates that have not refused, best first, until one has
+// the bytes. It returns how long to wait before the next round, -1 if that
+// would be of no use, and what went wrong at whom.
+func (r *Reader) round() (last map[*candidate]error, wait time.Duration) {
+	last = map[*candidate]error{}
+	var broken, whole []*candidate // asked if nobody better may answer
+	hope := false
+	try := func(c *candidate, force, drain bool) bool {
+		err := r.try(c, force, drain)
+		if err == nil {
+			return true
+		}
+		last[c] = err
+		var later *unavailable
+		switch {
+		case errors.Is(err, errWhole):
+			whole = append(whole, c)
+		case errors.As(err, &later) && !later.refused && !force:
+			broken = append(broken, c)
+		case c.final == nil:
+			hope = true
+		}
+		return false
+	}
+	ranked := r.ranked()
+	for i, c := range ranked {
+		if try(c, false, i == len(ranked)-1) {
+			return nil, 0
+		}
+	}
+	for _, c := range whole {
+		if try(c, true, true) {
+			return nil, 0
+		}
+	}
+	for _, c := range broken {
+		if !hope && try(c, true, true) {
+			return nil, 0
+		}
+	}
+	return last, r.nextWait(last)
+}
+
+// nextWait is how long to wait after a round in which nobody answered.
+func (r *Reader) nextWait(last map[*candidate]error) time.Duration {
+	if r.wrong >= maxWrong || !slices.ContainsFunc(r.candidates, func(c *candidate) bool { return c.final == nil }) {
+		return -1
+	}
+	wait := r.nextPause()
+	var soonest time.Duration = -1
+	for c, err := range last {
+		var later *unavailable
+		if c.final != nil {
+			continue
+		}
+		if !errors.As(err, &later) || !later.refused {
+			return wait
+		}
+		if d := time.Until(later.until); soonest < 0 || d < soonest {
+			soonest = d
+		}
+	}
+	return max(wait, soonest)
+}
+
+// ranked returns the candidates that have not refused, best first.
+func (r *Reader) ranked() []*candidate {
+	var all []*candidate
+	rank := map[*candidate]int{}
+	for _, c := range r.candidates {
+		if c.final == nil {
+			rank[c] = r.client.rank(c.place)
+			all = append(all, c)
+		}
+	}
+	slices.SortStableFunc(all, func(a, b *candidate) int { return rank[a] - rank[b] })
+	return all
+}
+
+// try asks one candidate.
+func (r *Reader) try(c *candidate, force, drain bool) error {
+	if r.ctx.Err() != nil {
+		return context.Cause(r.ctx)
+	}
+	drain = drain || r.client.rank(c.place) == 2
+	ctx := docker.WithScope(r.ctx, c.scope)
+	b, err := r.client.open(ctx, query{candidate: c, off: r.off, end: r.end, until: r.until, force: force, drain: drain})
+	if err == nil {
+		r.body, r.from = b, c
+		if c != r.candidates[0] {
+			r.client.prefer(c.place)
+		}
+		return nil
+	}
 	switch {
-	case answered && status.StatusCode == http.StatusTooManyRequests:
-		kind = errdefs.ErrResourceExhausted
-	case answered && status.StatusCode >= http.StatusInternalServerError, unreachable:
-		kind = errdefs.ErrUnavailable
+	case errdefs.IsDataLoss(err):
+		r.wrong++
+		r.client.avoid(c.place)
+	case !errdefs.IsUnavailable(err) && !errdefs.IsResourceExhausted(err) && r.ctx.Err() == nil:
+		c.final = err
 	}
-	return &credentialsError{host, err, kind}
+	return err
+}
+
+// failures puts the last error of each candidate into one.
+func (r *Reader) failures(last map[*candidate]error) error {
+	var all []error
+	for _, c := range r.candidates {
+		if err := last[c]; err != nil {
+			all = append(all, err)
+		} else if c.final != nil {
+			all = append(all, c.final)
+		}
+	}
+	return joined(all)
+}
+
+func (r *Reader) wrap(err error) error {
+	return fmt.Errorf("blob %s [%d, %d): %w", r.digest, r.off, r.end, err)
 }
 
 // joined is errors.Join on one line.
@@ -162,99 +386,4 @@ func joined(errs []error) error {
 		err = fmt.Errorf("%w; %w", err, next)
 	}
 	return err
-}
-
-// get sends one ranged request to host, once more after a 401 it can answer.
-func (q query) get(ctx context.Context, host docker.RegistryHost) (io.ReadCloser, error) {
-	u := url.URL{Scheme: host.Scheme, Host: host.Host, Path: path.Join(host.Path, q.repo, "blobs", q.digest.String())}
-	if isMirror(host, q.registry) {
-		u.RawQuery = url.Values{"ns": {q.registry}}.Encode()
-	}
-	var answers []*http.Response
-	for range 2 {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
-		if err != nil {
-			return nil, err
-		}
-		for key, values := range host.Header {
-			req.Header[key] = append([]string(nil), values...)
-		}
-		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", q.off, q.off+q.n-1))
-		req.Header.Set("Accept-Encoding", "identity")
-		if host.Authorizer != nil {
-			if err := host.Authorizer.Authorize(ctx, req); err != nil {
-				return nil, newCredentialsError(host.Host, err)
-			}
-		}
-		resp, err := host.Client.Do(req)
-		if err != nil {
-			return nil, fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
-		}
-		if resp.StatusCode != http.StatusUnauthorized || host.Authorizer == nil {
-			return body(resp, q.off, q.n)
-		}
-		resp.Body.Close()
-		answers = append(answers, resp)
-		if err := host.Authorizer.AddResponses(ctx, answers); err != nil {
-			return nil, fmt.Errorf("%s refused the credentials: %w (%w)", host.Host, err, errdefs.ErrPermissionDenied)
-		}
-	}
-	return nil, fmt.Errorf("%s refused the credentials: %w", host.Host, errdefs.ErrPermissionDenied)
-}
-
-// body turns an answer into the bytes that were asked for.
-func body(resp *http.Response, off, n int64) (io.ReadCloser, error) {
-	switch resp.StatusCode {
-	case http.StatusPartialContent:
-		var first, last int64
-		rng := resp.Header.Get("Content-Range") // its total may be "*", see RFC 9110
-		if _, err := fmt.Sscanf(rng, "bytes %d-%d/", &first, &last); err != nil || first != off || last != off+n-1 {
-			resp.Body.Close()
-			return nil, fmt.Errorf("%s answered with range %q instead of [%d, %d): %w", resp.Request.URL.Host, rng, off, off+n, errdefs.ErrDataLoss)
-		}
-	case http.StatusOK: // the host ignores ranges and sends the whole blob
-		if _, err := io.CopyN(io.Discard, resp.Body, off); err != nil {
-			resp.Body.Close()
-			return nil, fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
-		}
-	default:
-		resp.Body.Close()
-		return nil, fmt.Errorf("%s answered %q: %w", resp.Request.URL.Host, resp.Status, statusKind(resp.StatusCode))
-	}
-	return &exactly{resp.Body, n}, nil
-}
-
-func statusKind(code int) error {
-	switch code {
-	case http.StatusNotFound, http.StatusGone:
-		return errdefs.ErrNotFound
-	case http.StatusUnauthorized, http.StatusForbidden:
-		return errdefs.ErrPermissionDenied
-	case http.StatusRequestedRangeNotSatisfiable:
-		return errdefs.ErrOutOfRange
-	case http.StatusTooManyRequests:
-		return errdefs.ErrResourceExhausted
-	}
-	return errdefs.ErrUnavailable
-}
-
-// exactly yields n bytes, then io.EOF, and calls an earlier end an error.
-type exactly struct {
-	io.ReadCloser
-	n int64
-}
-
-func (e *exactly) Read(p []byte) (int, error) {
-	if e.n == 0 {
-		return 0, io.EOF
-	}
-	n, err := e.ReadCloser.Read(p[:min(int64(len(p)), e.n)])
-	e.n -= int64(n)
-	switch {
-	case err != nil && e.n == 0:
-		err = io.EOF
-	case errors.Is(err, io.EOF):
-		err = fmt.Errorf("answer ended %d bytes early: %w", e.n, errdefs.ErrUnavailable)
-	}
-	return n, err
 }

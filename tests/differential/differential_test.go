@@ -152,8 +152,8 @@ var samples = []sample{
 			return e
 		}()},
 	}},
-	{name: "a sparse file", why: "CLIP's indexer takes the condensed data for the file's own: reads give other bytes. This project does not read such a layer lazily, and leaves the part that CLIP reads empty.", add: func(l *images.Layout) ([]images.Layer, error) {
-		one, err := l.AddLayer(images.WriteSparse)
+	{name: "a sparse file", why: "CLIP's indexer takes the condensed data for the file's own: reads give other bytes. CLIP has no words for holes, so an archive of ours leaves the file out of the part that CLIP reads.", add: func(l *images.Layout) ([]images.Layer, error) {
+		one, err := l.AddLayer(images.WriteSparse) // four files
 		return []images.Layer{one}, err
 	}},
 	{name: "a layer that is not compressed", why: "CLIP's indexer fails. Here the files are listed; CLIP can read them only from its caches.", add: func(l *images.Layout) ([]images.Layer, error) {
@@ -240,7 +240,8 @@ func (s sample) compare(t *testing.T) []string {
 	case ourErr != nil:
 		return []string{"here: " + lastOf(ourErr)}
 	}
-	return append(compareStorage(t, theirs, ours), compareTrees(theirs, ours)...)
+	compareStorage(t, theirs, ours)
+	return compareTrees(theirs, ours)
 }
 
 // layerName is how errors name a layer; the names of the samples' layers say nothing.
@@ -286,8 +287,8 @@ func indexOurs(t *testing.T, dir string) (*common.ClipArchiveMetadata, error) {
 	return clip.NewClipArchiver().ExtractMetadata(path)
 }
 
-// compareStorage compares the storage infos, but for checkpoints: ours has none.
-func compareStorage(t *testing.T, theirs, ours *common.ClipArchiveMetadata) []string {
+// compareStorage makes sure that the storage infos are equal, but for checkpoints: ours has none.
+func compareStorage(t *testing.T, theirs, ours *common.ClipArchiveMetadata) {
 	t.Helper()
 	a, b := theirs.StorageInfo.(common.OCIStorageInfo), ours.StorageInfo.(common.OCIStorageInfo)
 	for _, x := range b.GzipIdxByLayer {
@@ -296,11 +297,7 @@ func compareStorage(t *testing.T, theirs, ours *common.ClipArchiveMetadata) []st
 	for _, x := range a.GzipIdxByLayer {
 		x.Checkpoints = nil
 	}
-	if len(b.DecompressedHashByLayer) < len(b.Layers) { // a layer without an index
-		return []string{"here: the list of files is empty"}
-	}
 	require.Equal(t, a, b)
-	return nil
 }
 
 // node is what is compared of a file: all that CLIP serves, but for the link count of directories, which CLIP has as 2

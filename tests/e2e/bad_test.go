@@ -191,7 +191,7 @@ func TestLayerGoneFromRegistry(t *testing.T) {
 		"altered": func(t *testing.T, blob string) { flipEvery(t, blob, 4001) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t)
+			w := newWorldWith(t, faultConfig)
 			ref := w.ref(images.SmallName)
 			w.index(images.SmallName)
 			blob := w.registry.BlobPath(w.layers(images.SmallName)[0])
@@ -219,7 +219,7 @@ func TestLayerGoneFromRegistry(t *testing.T) {
 // TestRegistryDownWhileRunning switches the registry off below a running container: what was read stays readable, what
 // was not is an error in time, and comes back with the registry.
 func TestRegistryDownWhileRunning(t *testing.T) {
-	w := newWorld(t)
+	w := newWorldWith(t, faultConfig)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
 	w.pull(w.worker, lazy, ref)

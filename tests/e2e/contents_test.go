@@ -240,5 +240,15 @@ func TestImageArchives(t *testing.T) {
 		require.Equal(t, "clip\n", mustClipctl(t, "cat", theirs, "/app/name", "--cache-dir", cache))
 	}
 	require.Empty(t, w.registry.Requests().Gets(layers...), "it is in the cache")
-	w.requireSameForUpstream(want, mountContents(t, ours))
+
+	w.registry.Reset()
+	mounted, err := rootdiff.Read(mountContents(t, ours))
+	require.NoError(t, err)
+	require.Empty(t, rootdiff.Diff(want, mounted, w.start), "a mount of ours is the image's root, whole")
+	for _, r := range w.registry.Requests().Gets(layers...) {
+		require.NotEmpty(t, r.Range, "%s", r)
+	}
+	name, err := os.ReadFile(filepath.Join(mountContents(t, theirs), "app/name"))
+	require.NoError(t, err)
+	require.Equal(t, "clip\n", string(name))
 }

@@ -14,7 +14,7 @@ import (
 func TestLayersThatCannotBeLazy(t *testing.T) {
 	for name, why := range map[string]string{
 		images.WindowName: "zstd window",
-		images.SparseName: "sparse",
+		images.OddName:    "sparse file with data at 100",
 	} {
 		t.Run(images.ShortName(name), func(t *testing.T) {
 			w := newWorld(t)

@@ -46,8 +46,11 @@ type world struct {
 }
 
 // newWorld has the small images in the builder's store and in the registry, under the same names in both.
-func newWorld(t *testing.T) *world {
-	w := emptyWorld(t)
+func newWorld(t *testing.T) *world { return newWorldWith(t, "") }
+
+// newWorldWith has a daemon with a configuration, in which LAB stands for the lab's directory.
+func newWorldWith(t *testing.T, config string) *world {
+	w := emptyWorld(t, config)
 	layout, err := testimages.Small(w.lab.Path("small"))
 	require.NoError(t, err)
 	file := w.lab.Path("small.tar")
@@ -63,7 +66,7 @@ func newWorld(t *testing.T) *world {
 
 // newDemoWorld has the demo image instead.
 func newDemoWorld(t *testing.T) *world {
-	w := emptyWorld(t)
+	w := emptyWorld(t, "")
 	top, err := harness.Top()
 	require.NoError(t, err)
 	file, err := testimages.Demo(w.ctx, filepath.Join(top, ".cache", "images"))
@@ -74,14 +77,14 @@ func newDemoWorld(t *testing.T) *world {
 	return w
 }
 
-func emptyWorld(t *testing.T) *world {
+func emptyWorld(t *testing.T, config string) *world {
 	w := &world{T: t, ctx: t.Context(), lab: harness.ForTest(t)}
 	var err error
 	w.registry, err = w.lab.StartRegistry(w.ctx)
 	require.NoError(t, err)
 	w.builder, err = w.lab.StartContainerd(w.ctx, "builder", nil)
 	require.NoError(t, err)
-	w.daemon, err = w.lab.StartDaemon(w.ctx, "daemon", "")
+	w.daemon, err = w.lab.StartDaemon(w.ctx, "daemon", strings.ReplaceAll(config, "LAB", w.lab.Dir))
 	require.NoError(t, err)
 	w.worker, err = w.lab.StartContainerd(w.ctx, "worker", w.daemon)
 	require.NoError(t, err)
@@ -168,11 +171,17 @@ func (w *world) size(name string) (n int64) {
 // view mounts an unpacked image's root read-only until the test ends.
 func (w *world) view(c *harness.Containerd, snapshotter, ref string) string {
 	w.Helper()
+	return w.viewChain(c, snapshotter, w.chainID(c, ref))
+}
+
+// chainID is what an image's root is called by the snapshotters of a containerd.
+func (w *world) chainID(c *harness.Containerd, ref string) string {
+	w.Helper()
 	image, err := c.Client().GetImage(w.ctx, ref)
 	require.NoError(w, err)
 	diffIDs, err := image.RootFS(w.ctx)
 	require.NoError(w, err)
-	return w.viewChain(c, snapshotter, identity.ChainID(diffIDs).String())
+	return identity.ChainID(diffIDs).String()
 }
 
 func (w *world) viewChain(c *harness.Containerd, snapshotter, chainID string) string {

@@ -136,7 +136,6 @@ hold the file are fetched, and verified. Without, CLIP's own code fetches the la
 		},
 	}
 	f.add(cmd)
-	cmd.Flags().StringSliceVar(&f.hosts, "hosts-dir", []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, "directories with <host>/hosts.toml, as containerd's config_path")
 	return cmd
 }
 
@@ -145,8 +144,9 @@ func newMountCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "mount FILE DIR",
 		Short: "Mount an archive read-only until interrupted",
-		Long: `Mount an archive read-only on the directory DIR, with upstream CLIP's own file
-system and within its limits, until this command is interrupted or ended.
+		Long: `Mount an archive read-only on the directory DIR until this command is
+interrupted or ended. An archive with layer indexes is served as containers see
+the image; all others by upstream CLIP's own file system, within its limits.
 Containers on lazy images do not need this: the snapshotter mounts for them.
 ` + aboutArchives,
 		Args: cobra.ExactArgs(2),
@@ -169,7 +169,7 @@ func runMount(ctx context.Context, a *contents.Archive, dir string, stdout io.Wr
 	} else if !st.IsDir() {
 		return fmt.Errorf("mount point %s is not a directory", dir)
 	}
-	unmount, err := a.Mount(dir)
+	unmount, err := a.Mount(context.WithoutCancel(ctx), dir)
 	if err != nil {
 		return err
 	}
@@ -179,12 +179,13 @@ func runMount(ctx context.Context, a *contents.Archive, dir string, stdout io.Wr
 }
 
 func (f *archiveFlags) add(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&f.cacheDir, "cache-dir", "", "where layers that CLIP's code fetches are kept for the next time (default: nowhere)")
+	cmd.Flags().StringVar(&f.cacheDir, "cache-dir", "", "where what is fetched is kept for the next time (default: nowhere)")
+	cmd.Flags().StringSliceVar(&f.hosts, "hosts-dir", []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, "directories with <host>/hosts.toml, as containerd's config_path")
 }
 
 func (f *archiveFlags) open(path string) (*contents.Archive, error) {
 	if err := clip.SetLogLevel("error"); err != nil {
 		return nil, err
 	}
-	return contents.Open(path, contents.Options{CacheDir: f.cacheDir, Fetch: remote.New(f.hosts)})
+	return contents.Open(path, contents.Options{CacheDir: f.cacheDir, Fetch: remote.New(remote.Options{ConfigPath: f.hosts})})
 }

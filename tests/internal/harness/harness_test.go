@@ -109,3 +109,18 @@ func TestServerThatFails(t *testing.T) {
 	_, err = lab.start(t.Context(), "server", dialable(lab.Path("none")), "sh", "-c", "echo no luck; exit 3")
 	require.ErrorContains(t, err, "no luck")
 }
+
+// TestBareRegistry talks to a registry on its own port.
+func TestBareRegistry(t *testing.T) {
+	top, err := Top()
+	require.NoError(t, err)
+	lab, err := NewLab(Options{Parent: t.TempDir(), Parts: filepath.Join(top, ".cache", "bin")})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, lab.Close()) })
+	host, err := lab.StartBareRegistry(t.Context())
+	require.NoError(t, err)
+	response, err := http.Get("http://" + host + "/v2/")
+	require.NoError(t, err)
+	require.NoError(t, response.Body.Close())
+	require.Equal(t, http.StatusOK, response.StatusCode)
+}

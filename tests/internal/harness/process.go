@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -82,6 +83,21 @@ func (p *Process) await(ctx context.Context, ready func(context.Context) error) 
 // Pid is the process id.
 func (p *Process) Pid() int { return p.cmd.Process.Pid }
 
+// Memory is how many bytes the process had resident at most; 0 if it has ended.
+func (p *Process) Memory() int64 {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Pid()))
+	if err != nil {
+		return 0
+	}
+	for line := range strings.Lines(string(status)) {
+		var kilobytes int64
+		if _, err := fmt.Sscanf(line, "VmHWM: %d kB", &kilobytes); err == nil {
+			return kilobytes << 10
+		}
+	}
+	return 0
+}
+
 // Running says whether the process has not ended yet.
 func (p *Process) Running() bool {
 	select {
@@ -125,6 +141,7 @@ type Result struct {
 	Code           int
 	First          time.Duration // until the first byte on stdout; 0 when there was none
 	Took           time.Duration
+	Memory         int64 // bytes resident at most
 }
 
 // Output is everything that the command printed.
@@ -148,6 +165,9 @@ func (l *Lab) run(ctx context.Context, env []string, program string, args ...str
 
 	err := cmd.Run()
 	r := Result{Stdout: stdout.String(), Stderr: stderr.String(), First: watch.first, Took: time.Since(watch.began)}
+	if usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
+		r.Memory = usage.Maxrss << 10
+	}
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		r.Code = exit.ExitCode()

@@ -58,7 +58,11 @@ func (rs Requests) String() string {
 	return b.String()
 }
 
-// proxy is a reverse proxy on loopback that counts, and that can be off.
+// Fault answers requests in the place of the registry, which is next. It may ask next with another request, or spoil
+// what it writes.
+type Fault func(w http.ResponseWriter, r *http.Request, next http.Handler)
+
+// proxy is a reverse proxy on loopback that counts, that can be off, and that misbehaves when told to.
 type proxy struct {
 	address string // stays the same while off
 	handler http.Handler
@@ -66,6 +70,7 @@ type proxy struct {
 	mu       sync.Mutex // guards the fields below
 	server   *http.Server
 	requests Requests
+	fault    Fault // nil: none
 }
 
 // newProxy starts a proxy in front of a server that listens on a Unix socket.
@@ -96,6 +101,13 @@ func newProxy(socket string) (*proxy, error) {
 			defer p.mu.Unlock()
 			p.requests = append(p.requests, req)
 		}()
+		p.mu.Lock()
+		fault := p.fault
+		p.mu.Unlock()
+		if fault != nil {
+			fault(c, r, backend)
+			return
+		}
 		backend.ServeHTTP(c, r)
 	})
 	return p, p.switchOn()

@@ -20,7 +20,8 @@ type Registry struct {
 	*Process
 	Root string // of its storage
 
-	proxy *proxy
+	socket string
+	proxy  *proxy
 }
 
 const registryConfig = `version: 0.1
@@ -29,36 +30,67 @@ storage:
   filesystem: {rootdirectory: %s}
   delete: {enabled: true}
 http:
-  net: unix
+  net: %s
   addr: %s
 `
 
 // StartRegistry starts a registry. It listens on a Unix socket; only the proxy has a port.
 func (l *Lab) StartRegistry(ctx context.Context) (*Registry, error) {
-	dir := l.Path("registry")
-	root, socket, config := filepath.Join(dir, "root"), filepath.Join(dir, "registry.sock"), filepath.Join(dir, "config.yml")
-	if err := os.MkdirAll(root, 0o700); err != nil {
+	r := &Registry{Root: l.Path("registry", "root"), socket: l.Path("registry", "registry.sock")}
+	var err error
+	if r.Process, err = l.serveRegistry(ctx, r.Root, "unix", r.socket); err != nil {
 		return nil, err
 	}
-	if err := os.WriteFile(config, fmt.Appendf(nil, registryConfig, root, socket), 0o600); err != nil {
-		return nil, err
-	}
-	process, err := l.start(ctx, "registry", dialable(socket), "registry", "serve", config)
-	if err != nil {
-		return nil, err
-	}
-	r := &Registry{Process: process, Root: root}
-	if r.proxy, err = newProxy(socket); err != nil {
+	if r.proxy, err = newProxy(r.socket); err != nil {
 		return nil, err
 	}
 	l.OnClose(func(context.Context) error { return r.proxy.switchOff() })
 	return r, nil
 }
 
+// StartMirror starts another proxy in front of a registry's process: same content, its own port, counts and faults.
+func (l *Lab) StartMirror(r *Registry) (*Registry, error) {
+	m := *r
+	var err error
+	if m.proxy, err = newProxy(r.socket); err != nil {
+		return nil, err
+	}
+	l.OnClose(func(context.Context) error { return m.proxy.switchOff() })
+	return &m, nil
+}
+
+// StartBareRegistry starts a registry with no proxy before it, for measuring its clients. It returns host:port.
+func (l *Lab) StartBareRegistry(ctx context.Context) (host string, err error) {
+	port, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	host = port.Addr().String()
+	if err := port.Close(); err != nil {
+		return "", err
+	}
+	_, err = l.serveRegistry(ctx, l.Path("registry", "root"), "tcp", host)
+	return host, err
+}
+
+func (l *Lab) serveRegistry(ctx context.Context, root, network, address string) (*Process, error) {
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		return nil, err
+	}
+	config := l.Path("registry", "config.yml")
+	if err := os.WriteFile(config, fmt.Appendf(nil, registryConfig, root, network, address), 0o600); err != nil {
+		return nil, err
+	}
+	return l.start(ctx, "registry", accepts(network, address), "registry", "serve", config)
+}
+
 // dialable is ready when a Unix socket accepts.
-func dialable(socket string) func(context.Context) error {
+func dialable(socket string) func(context.Context) error { return accepts("unix", socket) }
+
+// accepts is ready when a server accepts connections.
+func accepts(network, address string) func(context.Context) error {
 	return func(ctx context.Context) error {
-		conn, err := new(net.Dialer).DialContext(ctx, "unix", socket)
+		conn, err := new(net.Dialer).DialContext(ctx, network, address)
 		if err == nil {
 			conn.Close()
 		}
@@ -91,6 +123,13 @@ func (r *Registry) SwitchOff() error { return r.proxy.switchOff() }
 
 // SwitchOn listens on the same port again.
 func (r *Registry) SwitchOn() error { return r.proxy.switchOn() }
+
+// Misbehave has requests answered by a fault from now on; nil ends it.
+func (r *Registry) Misbehave(f Fault) {
+	r.proxy.mu.Lock()
+	defer r.proxy.mu.Unlock()
+	r.proxy.fault = f
+}
 
 // BlobPath is the file in which the registry keeps a blob.
 func (r *Registry) BlobPath(digest string) string {

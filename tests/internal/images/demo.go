@@ -2,16 +2,10 @@ package images
 
 import (
 	"context"
-	_ "embed"
-	"errors"
-	"fmt"
 	"io"
-	"os"
-	"os/exec"
 	"path/filepath"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -19,72 +13,29 @@ const (
 	DemoName = "example.com/demo/python:1"
 
 	// demoRecipe changes whenever what Demo makes changes.
-	demoRecipe = "demo-1"
+	demoRecipe = "demo-2"
 )
 
-//go:embed demo.sh
-var demoScript string
-
-// Demo returns the demo image, an OCI archive in the directory cache, and makes it when it is not there. That needs
-// root, debootstrap, a Debian mirror and some minutes.
+// Demo returns the demo image, an OCI archive in the directory cache, and makes it when it is not there.
 func Demo(ctx context.Context, cache string) (file string, err error) {
-	if err := os.MkdirAll(cache, 0o755); err != nil {
-		return "", err
-	}
-	unlock, err := lock(filepath.Join(cache, "lock"))
-	if err != nil {
-		return "", err
-	}
-	defer unlock()
-	file = filepath.Join(cache, demoRecipe+".tar")
-	if _, err := os.Stat(file); err == nil {
-		return file, nil
-	}
-	work, err := os.MkdirTemp(cache, "work-")
-	if err != nil {
-		return "", err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
-	if err := makeDemo(ctx, work, file); err != nil {
-		return "", fmt.Errorf("making the demo image: %w", err)
-	}
-	return file, nil
+	return cached(cache, demoRecipe+".tar", func(work string) (string, error) { return makeDemo(ctx, work) })
 }
 
-// lock has a second run wait for the first one's image.
-func lock(file string) (unlock func(), err error) {
-	f, err := os.Create(file)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
-		f.Close()
-		return nil, err
-	}
-	return func() { f.Close() }, nil
-}
-
-func makeDemo(ctx context.Context, work, file string) error {
-	build := exec.CommandContext(ctx, "unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "sh", "-c", demoScript, "demo.sh", work)
-	build.Stdout, build.Stderr = os.Stderr, os.Stderr
-	if err := build.Run(); err != nil {
-		return err
+func makeDemo(ctx context.Context, work string) (file string, err error) {
+	if err := debian(ctx, work, step{name: "python", commands: install("python3", "python3-numpy", "python3-pandas", "git")}); err != nil {
+		return "", err
 	}
 	layout, err := NewLayout(filepath.Join(work, "layout"))
 	if err != nil {
-		return err
+		return "", err
 	}
-	var layers []Layer
-	for _, write := range []func(io.Writer) error{
+	layers, err := addLayers(layout.AddLayer,
 		func(w io.Writer) error { return WriteUpper(w, filepath.Join(work, "base")) },
 		func(w io.Writer) error { return WriteUpper(w, filepath.Join(work, "python")) },
 		writeDemoApp,
-	} {
-		layer, err := layout.AddLayer(write)
-		if err != nil {
-			return err
-		}
-		layers = append(layers, layer)
+	)
+	if err != nil {
+		return "", err
 	}
 	config := ocispec.ImageConfig{
 		Env:        []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"},
@@ -92,16 +43,13 @@ func makeDemo(ctx context.Context, work, file string) error {
 		WorkingDir: "/app",
 	}
 	if _, err := layout.AddImage(DemoName, config, layers...); err != nil {
-		return err
+		return "", err
 	}
 	if err := layout.Finish(); err != nil {
-		return err
+		return "", err
 	}
-	part := filepath.Join(work, "image.tar")
-	if err := layout.WriteTar(part); err != nil {
-		return err
-	}
-	return os.Rename(part, file)
+	file = filepath.Join(work, "image.tar")
+	return file, layout.WriteTar(file)
 }
 
 // writeDemoApp is the top layer: a program, a file of the base removed, a directory of it replaced.

@@ -20,7 +20,9 @@ const (
 	DockerName   = "example.com/small/docker:1"        // Docker's media types
 	ZstdName     = "example.com/small/zstd:1"          // layers are zstd
 	WindowName   = "example.com/small/window:1"        // a layer in the middle is zstd with a window too large for us
-	SparseName   = "example.com/small/sparse:1"        // the top layer has a sparse file
+	SparseName   = "example.com/small/sparse:1"        // a layer in the middle has sparse files
+	OddName      = "example.com/small/odd:1"           // and one whose data does not start on a block
+	HugeName     = "example.com/small/huge:1"          // and ones with holes of a TiB
 )
 
 // busybox is Debian's busybox-static: one file that needs no library.
@@ -56,6 +58,8 @@ func Small(dir string) (*Layout, error) {
 	// A small layer would declare a window of its own size.
 	m.image(WindowName, config, base[0], m.layer(l.AddLongZstdLayer, func(t *tarball) { t.file("large", 0o644, strings.Repeat("large\n", 1<<20)) }), top)
 	m.image(SparseName, config, base[0], m.raw(l.AddLayer, WriteSparse), top)
+	m.image(OddName, config, base[0], m.raw(l.AddLayer, writeOddSparse), top)
+	m.image(HugeName, config, base[0], m.raw(l.AddLayer, writeHugeHole), top)
 	if m.err == nil {
 		_, m.err = l.AddDockerImage(DockerName, config, base[0], base[2], top)
 	}

@@ -81,8 +81,10 @@ func firstly(n int, h http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// read opens and reads a range.
+// read opens and reads a range. It gives up after a second and a half.
 func read(ctx context.Context, c *Client, sources []string, off, n int64) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 1500*time.Millisecond)
+	defer cancel()
 	rc, err := c.Open(ctx, sources, testDigest, off, n)
 	if err != nil {
 		return "", err
@@ -96,7 +98,7 @@ func read(ctx context.Context, c *Client, sources []string, off, n int64) (strin
 func newClient(t *testing.T, configPath ...string) *Client {
 	t.Helper()
 	dockerConfig(t, "{}")
-	return New(configPath)
+	return New(Options{ConfigPath: configPath, ConnectTimeout: 300 * time.Millisecond, SilenceTimeout: 300 * time.Millisecond})
 }
 
 func dockerConfig(t *testing.T, content string) {
@@ -122,6 +124,17 @@ func TestRange(t *testing.T) {
 	require.Equal(t, []string{"identity"}, r.Header["Accept-Encoding"])
 }
 
+// again is any number of tries but one.
+const again = -1
+
+// shortRanges sends three bytes at most.
+func shortRanges(w http.ResponseWriter, r *http.Request) {
+	var off, last int
+	_, _ = fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &off, &last)
+	r.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", off, min(last, off+2)))
+	serveBlob(w, r)
+}
+
 // TestAnswers has one source that answers every request alike.
 func TestAnswers(t *testing.T) {
 	partial := func(rng, body string) http.HandlerFunc {
@@ -137,29 +150,35 @@ func TestAnswers(t *testing.T) {
 		is     error
 		tries  int
 	}{
-		"range":                {answer: partial("bytes 10-14/36", "abcde"), want: "abcde", tries: 1},
-		"range, unknown total": {answer: partial("bytes 10-14/*", "abcde"), want: "abcde", tries: 1},
-		"range, longer body":   {answer: partial("bytes 10-14/36", "abcdefgh"), want: "abcde", tries: 1},
-		"range, other start":   {answer: partial("bytes 0-4/36", "01234"), is: errdefs.ErrDataLoss, tries: rounds},
-		"range, other end":     {answer: partial("bytes 10-12/36", "abc"), is: errdefs.ErrDataLoss, tries: rounds},
-		"range, none said":     {answer: partial("", "abcde"), is: errdefs.ErrDataLoss, tries: rounds},
-		"range, short body":    {answer: partial("bytes 10-14/36", "abc"), is: errdefs.ErrUnavailable, tries: 1},
-		"whole":                {answer: func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, testBlob) }, want: "abcde", tries: 1},
-		"whole, ends inside":   {answer: func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, testBlob[:12]) }, is: errdefs.ErrUnavailable, tries: 1},
-		"whole, ends before":   {answer: func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, testBlob[:5]) }, is: errdefs.ErrUnavailable, tries: rounds},
-		"not found":            {answer: status(http.StatusNotFound), is: errdefs.ErrNotFound, tries: 1},
-		"gone":                 {answer: status(http.StatusGone), is: errdefs.ErrNotFound, tries: 1},
-		"forbidden":            {answer: status(http.StatusForbidden), is: errdefs.ErrPermissionDenied, tries: 1},
-		"beyond the end":       {answer: status(http.StatusRequestedRangeNotSatisfiable), is: errdefs.ErrOutOfRange, tries: 1},
-		"busy":                 {answer: status(http.StatusTooManyRequests), is: errdefs.ErrResourceExhausted, tries: rounds},
-		"broken":               {answer: status(http.StatusInternalServerError), is: errdefs.ErrUnavailable, tries: rounds},
-		"503 once":             {answer: firstly(1, status(http.StatusServiceUnavailable)), want: "abcde", tries: 2},
-		"wrong range once":     {answer: firstly(1, partial("bytes 0-4/36", "01234")), want: "abcde", tries: 2},
+		"range":                 {answer: partial("bytes 10-14/36", "abcde"), want: "abcde", tries: 1},
+		"range, unknown total":  {answer: partial("bytes 10-14/*", "abcde"), want: "abcde", tries: 1},
+		"range, longer body":    {answer: partial("bytes 10-14/36", "abcdefgh"), want: "abcde", tries: 1},
+		"range, other start":    {answer: partial("bytes 0-4/36", "01234"), is: errdefs.ErrDataLoss, tries: maxWrong},
+		"range, longer":         {answer: partial("bytes 10-19/36", "abcdefghij"), is: errdefs.ErrDataLoss, tries: maxWrong},
+		"range, shorter":        {answer: shortRanges, want: "abcde", tries: 2},
+		"range, blob too short": {answer: partial("bytes 10-12/13", "abc"), is: errdefs.ErrOutOfRange, tries: 1},
+		"range, none said":      {answer: partial("", "abcde"), is: errdefs.ErrDataLoss, tries: maxWrong},
+		"range, short body":     {answer: partial("bytes 10-14/36", "abc"), is: errdefs.ErrDataLoss, tries: 1 + maxWrong},
+		"whole":                 {answer: func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, testBlob) }, want: "abcde", tries: 1},
+		"whole, ends inside":    {answer: func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, testBlob[:12]) }, is: errdefs.ErrOutOfRange, tries: 1},
+		"whole, ends before":    {answer: func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, testBlob[:5]) }, is: errdefs.ErrOutOfRange, tries: 1},
+		"not found":             {answer: status(http.StatusNotFound), is: errdefs.ErrNotFound, tries: 1},
+		"gone":                  {answer: status(http.StatusGone), is: errdefs.ErrNotFound, tries: 1},
+		"forbidden":             {answer: status(http.StatusForbidden), is: errdefs.ErrPermissionDenied, tries: 1},
+		"beyond the end":        {answer: status(http.StatusRequestedRangeNotSatisfiable), is: errdefs.ErrOutOfRange, tries: 1},
+		"busy":                  {answer: status(http.StatusTooManyRequests), is: errdefs.ErrResourceExhausted, tries: again},
+		"broken":                {answer: status(http.StatusInternalServerError), is: errdefs.ErrUnavailable, tries: again},
+		"503 once":              {answer: firstly(1, status(http.StatusServiceUnavailable)), want: "abcde", tries: 2},
+		"wrong range once":      {answer: firstly(1, partial("bytes 0-4/36", "01234")), want: "abcde", tries: 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := start(t, c.answer)
 			got, err := read(t.Context(), newClient(t), []string{h.ref()}, 10, 5)
-			require.Len(t, h.seen(), c.tries)
+			if c.tries == again {
+				require.Greater(t, len(h.seen()), 1)
+			} else {
+				require.Len(t, h.seen(), c.tries)
+			}
 			if c.is != nil {
 				require.ErrorIs(t, err, c.is)
 				return
@@ -168,19 +187,6 @@ func TestAnswers(t *testing.T) {
 			require.Equal(t, c.want, got)
 		})
 	}
-}
-
-// TestConnectionBreaks has the body end in the middle of a declared length.
-func TestConnectionBreaks(t *testing.T) {
-	h := start(t, func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Range", "bytes 10-19/36")
-		w.Header().Set("Content-Length", "10")
-		w.WriteHeader(http.StatusPartialContent)
-		_, _ = io.WriteString(w, "abc")
-	})
-	got, err := read(t.Context(), newClient(t), []string{h.ref()}, 10, 10)
-	require.Error(t, err)
-	require.Equal(t, "abc", got)
 }
 
 func TestSources(t *testing.T) {
@@ -200,12 +206,12 @@ func TestSources(t *testing.T) {
 	_, err = read(t.Context(), c, []string{"/app:1"}, 0, 3)
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 
-	// One of the two may answer later: both are asked again.
+	// One of the two may answer later, the other has said no.
 	broken := start(t, firstly(1, status(http.StatusBadGateway)))
 	got, err = read(t.Context(), c, []string{absent.ref(), broken.ref()}, 0, 3)
 	require.NoError(t, err)
 	require.Equal(t, "012", got)
-	require.Len(t, absent.seen(), 3)
+	require.Len(t, absent.seen(), 2)
 }
 
 func TestNobodyListens(t *testing.T) {
@@ -223,7 +229,6 @@ func TestCancelEndsTheWait(t *testing.T) {
 	_, err := read(ctx, newClient(t), []string{h.ref()}, 0, 3)
 	require.ErrorIs(t, err, cause)
 	require.Less(t, time.Since(begin), 5*time.Second)
-	require.Less(t, len(h.seen()), rounds)
 }
 
 // bearer is a registry and its token server, which accepts user and secret.
@@ -277,6 +282,7 @@ func TestBearerToken(t *testing.T) {
 	_, err := read(t.Context(), c, []string{b.ref()}, 10, 5)
 	require.ErrorIs(t, err, errdefs.ErrPermissionDenied, "nobody is logged in")
 	require.Len(t, b.seen(), 1)
+	require.Len(t, b.tokens.seen(), 1)
 
 	dockerConfig(t, login(b.name))
 	var asked []*http.Request
@@ -324,7 +330,7 @@ func TestRevokedToken(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := startBearer(t, challenge)
 			dockerConfig(t, login(b.name))
-			c := New(nil)
+			c := New(Options{})
 			for range 3 {
 				got, err := read(t.Context(), c, []string{b.ref()}, 10, 5)
 				require.NoError(t, err)
@@ -364,7 +370,7 @@ func TestRedirectDropsCredentials(t *testing.T) {
 		http.Redirect(w, r, strings.Replace("http://"+store.name, "127.0.0.1", "localhost", 1)+"/data", http.StatusTemporaryRedirect)
 	})
 	dockerConfig(t, login(h.name))
-	got, err := read(t.Context(), New(nil), []string{h.ref()}, 10, 5)
+	got, err := read(t.Context(), New(Options{}), []string{h.ref()}, 10, 5)
 	require.NoError(t, err)
 	require.Equal(t, "abcde", got)
 	require.Len(t, store.seen(), 1)
@@ -427,7 +433,7 @@ func TestHostsThatMayNotBePulledFrom(t *testing.T) {
 func TestConcurrentReads(t *testing.T) {
 	b := startBearer(t, "")
 	dockerConfig(t, login(b.name))
-	c := New(nil)
+	c := New(Options{})
 	var wg sync.WaitGroup
 	for i := range 32 {
 		wg.Go(func() {

@@ -1,0 +1,66 @@
+#!/bin/sh
+# Makes directories in $1 for the layers of an image: base (a Debian root) and, for each further three arguments
+# NAME ON COMMANDS, NAME: an overlay's upper directory with what COMMANDS changed when they ran as root on top of the
+# layers before, or of base alone where ON says base.
+# Runs in a mount namespace of its own, so that no mount outlives it.
+set -eu
+work=$1
+shift
+export DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
+
+# What differs from one build to the next, or says something about this machine, is no part of the image.
+scrub() {
+	rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/* "$1"/var/log/* "$1"/var/cache/debconf/*-old \
+		"$1"/var/cache/ldconfig/* "$1"/tmp/* "$1"/root/.cache "$1"/root/.npm
+	find "$1" -name __pycache__ -prune -exec rm -rf {} +
+}
+
+# quietly NAME COMMAND... shows the end of COMMAND's output when it fails.
+quietly() {
+	log=$work/$1.log
+	shift
+	"$@" >"$log" 2>&1 </dev/null || {
+		tail -20 "$log" >&2
+		return 1
+	}
+}
+
+bootstrap() {
+	rm -rf "$work/base"
+	quietly debootstrap debootstrap --variant=minbase bookworm "$work/base"
+}
+
+# stack NAME COMMANDS LOWERDIRS
+stack() {
+	mkdir -p "$work/$1" "$work/scratch-$1" "$work/root"
+	mount -t overlay overlay "$work/root" \
+		-o "lowerdir=$3,upperdir=$work/$1,workdir=$work/scratch-$1,redirect_dir=off,metacopy=off,index=off"
+	mount -t proc proc "$work/root/proc"
+	cp /etc/resolv.conf "$work/root/etc/resolv.conf"
+	# The authorities that this machine trusts, for programs that bring their own list.
+	[ ! -e /etc/ssl/certs/ca-certificates.crt ] || cp /etc/ssl/certs/ca-certificates.crt "$work/root/tmp/trusted.crt"
+	# No service is to start in there.
+	printf '#!/bin/sh\nexit 101\n' >"$work/root/usr/sbin/policy-rc.d"
+	chmod 755 "$work/root/usr/sbin/policy-rc.d"
+	quietly "$1" chroot "$work/root" sh -euc "$2"
+	umount "$work/root/proc"
+	rm "$work/root/usr/sbin/policy-rc.d" "$work/root/etc/resolv.conf"
+	scrub "$work/root"
+	umount "$work/root"
+}
+
+# A mirror that fails once is no reason to give up; apt tries again by itself.
+bootstrap || bootstrap
+rm -f "$work/base/etc/resolv.conf" "$work/base/etc/hostname"
+scrub "$work/base"
+below=$work/base
+while [ $# -gt 0 ]; do
+	case $2 in
+	base) stack "$1" "$3" "$work/base" ;;
+	*)
+		stack "$1" "$3" "$below"
+		below=$work/$1:$below
+		;;
+	esac
+	shift 3
+done
