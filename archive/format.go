@@ -17,7 +17,7 @@ var (
 	ErrNotArchive = errors.New("not a .clip archive")
 	// ErrNoSections is returned for a .clip file that upstream CLIP wrote:
 	// it has no layer indexes to read lazily with.
-	ErrNoSections = errors.New("archive has no layer indexes")
+	ErrNoSections = errors.New("archive was written by CLIP and has no layer indexes: index the image with clipctl to have them")
 	// ErrVersion is returned when a newer program wrote the archive.
 	ErrVersion = errors.New("archive was written by a newer version: upgrade containerd-clip, or index the image again with this version")
 	// ErrCorrupt is returned when an archive is truncated or altered.

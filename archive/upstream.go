@@ -11,6 +11,7 @@ import (
 	"path"
 
 	"github.com/beam-cloud/clip/pkg/common"
+	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/opencontainers/go-digest"
 	"github.com/tidwall/btree"
 	"golang.org/x/sys/unix"
@@ -122,15 +123,35 @@ func decodeStorage(b []byte) (common.ClipStorageInfo, error) {
 // common.S3StorageInfo, or nil if it is in the archive itself.
 func (u *Upstream) Storage() common.ClipStorageInfo { return u.storage }
 
-// Image returns what an archive of an image says of it: the digest of its
-// manifest and its layers, lowest first. ok is false for other archives.
-func (u *Upstream) Image() (manifest digest.Digest, layers []string, ok bool) {
+// UpstreamImage is what CLIP's archive of an image says of it.
+type UpstreamImage struct {
+	Ref      string        // the storage reference, spelled out
+	Manifest digest.Digest // empty in archives of earlier versions of CLIP
+	Layers   []string      // digests, lowest first
+}
+
+// Image returns what an archive of an image says of it. ok is false for others.
+func (u *Upstream) Image() (img UpstreamImage, ok bool) {
 	info, ok := u.storage.(common.OCIStorageInfo)
-	if !ok || info.ImageMetadata == nil {
-		return "", nil, false
+	if !ok {
+		return img, false
 	}
-	manifest = digest.Digest(info.ImageMetadata.Digest)
-	return manifest, info.Layers, manifest.Validate() == nil
+	separator := ":"
+	if digest.Digest(info.Reference).Validate() == nil {
+		separator = "@"
+	}
+	img.Ref, img.Layers = info.RegistryURL+"/"+info.Repository+separator+info.Reference, info.Layers
+	if info.ImageMetadata != nil && digest.Digest(info.ImageMetadata.Digest).Validate() == nil {
+		img.Manifest = digest.Digest(info.ImageMetadata.Digest)
+	}
+	return img, true
+}
+
+// SameRef says whether two references name the same image, as CLIP spells them out.
+func SameRef(a, b string) bool {
+	x, errX := name.ParseReference(a)
+	y, errY := name.ParseReference(b)
+	return errX == nil && errY == nil && x.Name() == y.Name()
 }
 
 // Metadata returns all that CLIP knows of the archive, in the form that CLIP's

@@ -10,6 +10,7 @@ import (
 
 	"github.com/beam-cloud/clip/pkg/clip"
 	"github.com/beam-cloud/clip/pkg/common"
+	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
 	"github.com/tidwall/btree"
 	"golang.org/x/sys/unix"
@@ -74,11 +75,12 @@ func TestUpstreamKinds(t *testing.T) {
 		require.Equal(t, want.StorageInfo, got.StorageInfo, name)
 		require.Equal(t, want.Header, got.Header, name)
 		require.Equal(t, nodes(want), nodes(got), name)
-		manifest, layers, ok := u.Image()
+		image, ok := u.Image()
 		require.Equal(t, name == "oci" || name == "ours", ok, name)
 		if ok {
-			require.Equal(t, img.Descriptor.Digest, manifest)
-			require.Len(t, layers, len(img.Layers))
+			require.Equal(t, img.Descriptor.Digest, image.Manifest)
+			require.Equal(t, testRef, image.Ref)
+			require.Len(t, image.Layers, len(img.Layers))
 		}
 		require.NoError(t, u.Close())
 		require.Error(t, u.Close(), "the file was closed before")
@@ -232,4 +234,17 @@ func FuzzUpstream(f *testing.F) {
 			t.Errorf("unknown error: %v", err)
 		}
 	})
+}
+
+func TestSameRef(t *testing.T) {
+	hash := digest.FromString("x").String()
+	for _, same := range [][2]string{
+		{"index.docker.io/library/alpine:latest", "alpine"}, {"index.docker.io/library/alpine:3", "docker.io/library/alpine:3"},
+		{"localhost:5000/a@" + hash, "localhost:5000/a@" + hash},
+	} {
+		require.True(t, SameRef(same[0], same[1]), same)
+	}
+	for _, other := range [][2]string{{"alpine:3", "alpine:4"}, {"quay.io/a", "a"}, {"", ""}, {"Not A Ref", "Not A Ref"}} {
+		require.False(t, SameRef(other[0], other[1]), other)
+	}
 }

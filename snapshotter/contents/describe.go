@@ -46,7 +46,7 @@ func (a *Archive) Describe() (*Description, error) {
 		if a.indexed != nil {
 			err = a.describeIndexed(d)
 		} else {
-			describeOCI(d, info)
+			a.describeOCI(d, info)
 		}
 	}
 	if err != nil {
@@ -80,12 +80,9 @@ func (a *Archive) describeIndexed(d *Description) error {
 	return nil
 }
 
-func describeOCI(d *Description, info common.OCIStorageInfo) {
-	separator := ":"
-	if digest.Digest(info.Reference).Validate() == nil {
-		separator = "@"
-	}
-	d.StorageRef = info.RegistryURL + "/" + info.Repository + separator + info.Reference
+func (a *Archive) describeOCI(d *Description, info common.OCIStorageInfo) {
+	img, _ := a.upstream.Image()
+	d.StorageRef = img.Ref
 	if meta := info.ImageMetadata; meta != nil {
 		d.Manifest = &ocispec.Descriptor{Digest: digest.Digest(meta.Digest)}
 		d.Platform = platform(meta.Os, meta.Architecture, meta.Variant)

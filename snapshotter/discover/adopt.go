@@ -34,7 +34,7 @@ const (
 
 // errAdopting is wrapped when indexing failed: an attempt is too dear to repeat
 // for each layer of a pull.
-var errAdopting = errors.New("archive was written by CLIP and has no layer indexes; making them failed")
+var errAdopting = errors.New("making layer indexes for an archive that CLIP wrote")
 
 var errStalled = fmt.Errorf("nothing arrived for %s: %w", stallTimeout, errdefs.ErrUnavailable)
 
@@ -122,10 +122,10 @@ func sameLayers(path string, m ocispec.Manifest) error {
 		return err
 	}
 	defer u.Close()
-	_, layers, _ := u.Image()
-	same := len(layers) == len(m.Layers)
-	for i := 0; same && i < len(layers); i++ {
-		same = layers[i] == m.Layers[i].Digest.String()
+	img, _ := u.Image()
+	same := len(img.Layers) == len(m.Layers)
+	for i := 0; same && i < len(m.Layers); i++ {
+		same = img.Layers[i] == m.Layers[i].Digest.String()
 	}
 	if !same {
 		return fmt.Errorf("it lists other layers than the image's manifest: %w", errdefs.ErrInvalidArgument)

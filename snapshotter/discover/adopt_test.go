@@ -12,6 +12,7 @@ import (
 	"github.com/beam-cloud/clip/pkg/clip"
 	"github.com/beam-cloud/clip/pkg/common"
 	"github.com/containerd/containerd/v2/core/remotes"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
@@ -84,6 +85,32 @@ func TestAdoptLast(t *testing.T) {
 	require.NoError(t, err)
 	release()
 	require.NoFileExists(t, strings.TrimSuffix(path, ".clip")+".indexed.clip")
+}
+
+// An archive that names its image by reference only is taken for that
+// reference, and refused if the reference has moved on.
+func TestAdoptByReference(t *testing.T) {
+	s := startServer(t, true)
+	f := s.finder(t)
+	img := s.pushed(t)
+	path := upstreamArchive(t, f, s.ref(), "")
+	m, err := clip.NewClipArchiver().ExtractMetadata(path)
+	require.NoError(t, err)
+	info := m.StorageInfo.(common.OCIStorageInfo)
+	info.ImageMetadata = nil
+	require.NoError(t, clip.NewClipArchiver().CreateRemoteArchive(info, m, path))
+	_, _, err = f.Find(t.Context(), s.host+"/"+repo+":2", img.Descriptor.Digest)
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	f.Forget(img.Descriptor.Digest)
+	a, release, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	require.NoError(t, err)
+	require.Equal(t, img.DiffIDs, a.DiffIDs())
+	release()
+
+	moved := testutil.NewImage(t, testutil.Tar(t, testutil.File{Name: "c", Data: "third"}))
+	moved.Push(t, s.host, repo)
+	_, _, err = f.Find(t.Context(), s.ref(), moved.Descriptor.Digest)
+	require.ErrorContains(t, err, "other layers")
 }
 
 func TestAdoptFails(t *testing.T) {
@@ -162,7 +189,7 @@ func TestNotOfAnImage(t *testing.T) {
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "file"), []byte("data"), 0o600))
 	require.NoError(t, clip.CreateArchive(clip.CreateOptions{InputPath: dir, OutputPath: filepath.Join(f.opts.Dir, "data.clip")}))
 	_, _, err := imageOf(filepath.Join(f.opts.Dir, "data.clip"))
-	require.ErrorContains(t, err, "does not say of which image")
+	require.ErrorContains(t, err, "holds data instead of an image")
 	_, _, err = f.Find(t.Context(), s.ref(), digest.FromString("x"))
 	require.Error(t, err)
 }

@@ -48,8 +48,8 @@ type Finder struct {
 type localFile struct {
 	size     int64
 	modTime  time.Time
-	image    digest.Digest // manifest that the archive is of; empty if it is none
-	upstream bool          // CLIP wrote it: it has no layer indexes
+	image    digest.Digest // manifest that the archive is of; empty if it does not say
+	upstream string        // storage reference of one that CLIP wrote: it has no layer indexes
 }
 
 // result is the outcome of a search for a manifest's archive.
@@ -167,7 +167,7 @@ func (f *Finder) release(r *result) {
 }
 
 func (f *Finder) search(ctx context.Context, ref string, manifest digest.Digest) (*archive.Archive, error) {
-	local, upstream, err := f.findLocal(ctx, manifest)
+	local, upstream, err := f.findLocal(ctx, ref, manifest)
 	if err != nil {
 		return nil, err
 	}
@@ -188,8 +188,9 @@ func (f *Finder) search(ctx context.Context, ref string, manifest digest.Digest)
 }
 
 // findLocal looks into Options.Dir for a file of ours and for one that CLIP
-// wrote. A file that is no usable archive is reported once and passed over.
-func (f *Finder) findLocal(ctx context.Context, manifest digest.Digest) (ours, upstream string, err error) {
+// wrote, which may name its image by reference only. A file that is no usable
+// archive is reported once and passed over.
+func (f *Finder) findLocal(ctx context.Context, ref string, manifest digest.Digest) (ours, upstream string, err error) {
 	paths, err := filepath.Glob(filepath.Join(f.opts.Dir, "*.clip"))
 	if err != nil {
 		return "", "", err
@@ -197,11 +198,11 @@ func (f *Finder) findLocal(ctx context.Context, manifest digest.Digest) (ours, u
 	for _, path := range paths {
 		file := f.inspect(ctx, path)
 		switch {
-		case file.image != manifest:
-		case file.upstream:
-			upstream = path
-		default:
+		case file.upstream == "" && file.image == manifest:
 			return path, "", nil
+		case file.upstream == "":
+		case file.image == manifest, file.image == "" && archive.SameRef(file.upstream, ref):
+			upstream = path
 		}
 	}
 	return "", upstream, nil
@@ -229,27 +230,27 @@ func (f *Finder) inspect(ctx context.Context, path string) localFile {
 	return file
 }
 
-// imageOf returns the manifest that the archive at path is of, and whether
-// CLIP wrote it.
-func imageOf(path string) (manifest digest.Digest, upstream bool, err error) {
+// imageOf returns the manifest that the archive at path is of and, if CLIP
+// wrote it, its storage reference. Only such a one may not know its manifest.
+func imageOf(path string) (manifest digest.Digest, upstream string, err error) {
 	a, err := archive.OpenFile(path)
 	if err == nil {
 		defer a.Close()
-		return a.Info().Descriptor.Digest, false, nil
+		return a.Info().Descriptor.Digest, "", nil
 	}
 	if !errors.Is(err, archive.ErrNoSections) {
-		return "", false, err
+		return "", "", err
 	}
 	u, err := archive.OpenUpstreamFile(path)
 	if err != nil {
-		return "", false, err
+		return "", "", err
 	}
 	defer u.Close()
-	manifest, _, ok := u.Image()
+	img, ok := u.Image()
 	if !ok {
-		return "", false, fmt.Errorf("archive %s does not say of which image it is: index the image with clipctl: %w", path, errdefs.ErrInvalidArgument)
+		return "", "", fmt.Errorf("archive %s holds data instead of an image; clipctl mount shows it: %w", path, errdefs.ErrInvalidArgument)
 	}
-	return manifest, true, nil
+	return img.Manifest, img.Ref, nil
 }
 
 // findReferrer asks the registry which archives refer to the manifest and
