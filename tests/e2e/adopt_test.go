@@ -1,6 +1,8 @@
 package e2e
 
 import (
+	"fmt"
+	"os"
 	"path/filepath"
 	"testing"
 
@@ -65,4 +67,36 @@ func TestUpstreamArchiveUnusable(t *testing.T) {
 	w.pull(w.worker, lazy, ref)
 	w.requireReason(ref, "it lists other layers than the image's manifest")
 	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+}
+
+// TestEngineCLIP has CLIP's own indexer index an image of the local store, without the registry. What it writes works in
+// CLIP and here.
+func TestEngineCLIP(t *testing.T) {
+	w := newWorld(t)
+	w.publish(images.DockerName)
+	ref, layers := w.ref(images.DockerName), w.layers(images.DockerName)
+	file := filepath.Join(w.daemon.Root, "archives", "theirs.clip")
+	w.registry.Reset()
+	result, err := w.builder.Clipctl(w.ctx, "index", ref, "--engine", "clip", "-o", file)
+	require.NoError(t, err)
+	require.Empty(t, w.registry.Requests(), "the registry is not asked")
+	require.Contains(t, result.Stdout, file)
+	for i, l := range layers {
+		require.Regexp(t, fmt.Sprintf("layer %d/%d %s .* indexed", i+1, len(layers), l), result.Stderr)
+	}
+	require.Equal(t, ref, w.upstreamInfo(file).ImageMetadata.Name)
+
+	o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: t.TempDir()}
+	mountUpstream(t, o)
+	name, err := os.ReadFile(filepath.Join(o.MountPoint, "app/name"))
+	require.NoError(t, err)
+	require.Equal(t, "clip\n", string(name))
+
+	w.pull(w.worker, lazy, ref)
+	require.Contains(t, w.daemon.Log(), "indexed the layers of an archive that CLIP wrote")
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+
+	_, err = w.builder.Clipctl(w.ctx, "index", w.ref(images.SmallName), "--engine", "clip", "-o", w.lab.Path("no.clip"))
+	require.ErrorContains(t, err, "reads gzip layers only", "one layer is not compressed")
+	require.NoFileExists(t, w.lab.Path("no.clip"))
 }

@@ -7,7 +7,11 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"strconv"
+	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/beam-cloud/clip/pkg/clip"
 	"github.com/spf13/cobra"
@@ -95,10 +99,9 @@ func line(f contents.File) string {
 
 // printable quotes a name that would disturb a terminal or a line.
 func printable(name string) string {
-	for _, r := range name {
-		if r < ' ' || r == 0x7f || r == '\ufffd' {
-			return fmt.Sprintf("%q", name)
-		}
+	odd := func(r rune) bool { return r == utf8.RuneError || !unicode.IsPrint(r) }
+	if strings.ContainsFunc(name, odd) {
+		return strconv.Quote(name)
 	}
 	return name
 }
