@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"os"
 	"path"
 
 	"github.com/beam-cloud/clip/pkg/common"
@@ -68,21 +67,7 @@ func OpenUpstream(r io.ReaderAt, size int64) (*Upstream, error) {
 }
 
 // OpenUpstreamFile is OpenUpstream for the file at path. The caller closes it.
-func OpenUpstreamFile(path string) (*Upstream, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	st, err := f.Stat()
-	if err == nil {
-		var u *Upstream
-		if u, err = OpenUpstream(f, st.Size()); err == nil {
-			return u, nil
-		}
-	}
-	f.Close()
-	return nil, fmt.Errorf("archive %s: %w", path, err)
-}
+func OpenUpstreamFile(path string) (*Upstream, error) { return openPath(path, OpenUpstream) }
 
 // Close closes what the archive was opened from.
 func (u *Upstream) Close() error {

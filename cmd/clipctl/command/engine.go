@@ -9,7 +9,6 @@ import (
 
 	"github.com/beam-cloud/containerd-clip/plugin/clipindex"
 	"github.com/beam-cloud/containerd-clip/plugin/export"
-	"github.com/beam-cloud/containerd-clip/plugin/index"
 )
 
 // Engines of clipctl index.
@@ -40,9 +39,7 @@ func indexWithCLIP(ctx context.Context, source *export.Source, m export.Manifest
 	defer cleanup()
 	start := time.Now()
 	progress := newProgress(stderr, m.Layers)
-	err = clipindex.WriteFile(ctx, path, source.Provider, index.Image{
-		StorageRef: ref, Platform: m.Platform, Descriptor: m.Descriptor, Manifest: m.Raw, Config: m.Config, Layers: m.Layers,
-	}, progress)
+	err = clipindex.WriteFile(ctx, path, source.Provider, toIndex(m, ref), progress)
 	progress.close(err)
 	if err != nil {
 		return fmt.Errorf("indexing %s: %w", source.Name, err)

@@ -209,10 +209,7 @@ func indexOne(ctx context.Context, source *export.Source, m export.Manifest, ref
 	start := time.Now()
 	progress := newProgress(stderr, m.Layers)
 	indexing.Progress = progress
-	img, err := index.Run(ctx, source.Provider, index.Image{
-		StorageRef: ref, Platform: m.Platform, Descriptor: m.Descriptor,
-		Manifest: m.Raw, Config: m.Config, Layers: m.Layers,
-	}, indexing)
+	img, err := index.Run(ctx, source.Provider, toIndex(m, ref), indexing)
 	progress.close(err)
 	if err != nil {
 		return fmt.Errorf("indexing %s: %w", source.Name, err)
@@ -243,6 +240,14 @@ func indexOne(ctx context.Context, source *export.Source, m export.Manifest, ref
 	fmt.Fprintf(stdout, "pushed %s\tfor %s\t%s\t%d layers\t%d files\t%.1fs\n",
 		id, ref, size(n), len(m.Layers), st.Files, time.Since(start).Seconds())
 	return nil
+}
+
+// toIndex is m with its storage reference, as indexers take it.
+func toIndex(m export.Manifest, ref string) index.Image {
+	return index.Image{
+		StorageRef: ref, Platform: m.Platform, Descriptor: m.Descriptor,
+		Manifest: m.Raw, Config: m.Config, Layers: m.Layers,
+	}
 }
 
 // path returns where to write the archive, and what to call when it is no
