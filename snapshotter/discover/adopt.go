@@ -74,11 +74,17 @@ func (f *Finder) indexImage(ctx context.Context, ref string, manifest digest.Dig
 		return nil, err
 	}
 	img.Layers = make([]archive.Layer, len(m.Layers))
+	buffers := make(chan *layer.Buffers, adoptWorkers)
+	for range adoptWorkers {
+		buffers <- new(layer.Buffers)
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(adoptWorkers)
 	for i, desc := range m.Layers {
 		g.Go(func() (err error) {
-			img.Layers[i], err = indexLayer(ctx, fetcher, desc)
+			b := <-buffers
+			defer func() { buffers <- b }()
+			img.Layers[i], err = indexLayer(ctx, fetcher, desc, b)
 			return err
 		})
 	}
@@ -135,9 +141,9 @@ func sameLayers(path string, m ocispec.Manifest) error {
 
 // indexLayer streams a layer. One that is sound but cannot be read lazily has
 // a reason instead of an index.
-func indexLayer(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor) (archive.Layer, error) {
+func indexLayer(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, b *layer.Buffers) (archive.Layer, error) {
 	for attempt := 1; ; attempt++ {
-		x, err := streamLayer(ctx, fetcher, desc)
+		x, err := streamLayer(ctx, fetcher, desc, b)
 		switch {
 		case err == nil:
 			return archive.Layer{Index: x}, nil
@@ -150,7 +156,7 @@ func indexLayer(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descr
 	}
 }
 
-func streamLayer(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor) (*layer.Index, error) {
+func streamLayer(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, b *layer.Buffers) (*layer.Index, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	watch := time.AfterFunc(stallTimeout, func() { cancel(errStalled) })
@@ -161,7 +167,7 @@ func streamLayer(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Desc
 		return nil, err
 	}
 	defer rc.Close()
-	return layer.Build(ctx, watched{rc, watch}, desc, layer.Options{})
+	return layer.Build(ctx, watched{rc, watch}, desc, layer.Options{Buffers: b})
 }
 
 // watched is a reader that puts off the end of its time whenever something comes.
