@@ -365,6 +365,33 @@ func TestDownload(t *testing.T) {
 	require.Empty(t, entries, "nothing is left behind")
 }
 
+// TestEngine has upstream CLIP index a layout.
+func TestEngine(t *testing.T) {
+	dir, img := layout(t)
+	output := filepath.Join(t.TempDir(), "a.clip")
+	args := []string{"index", "oci:" + dir, "-o", output, "--storage-ref", "example.com/app:1"}
+	stdout, said, err := runBoth(t, append(args, "--engine", "clip")...)
+	require.NoError(t, err)
+	require.Contains(t, stdout, output)
+	require.Contains(t, said, "layer 1/1 "+img.Layers[0].Digest.String())
+	_, err = archive.OpenFile(output)
+	require.ErrorIs(t, err, archive.ErrNoSections)
+	inspected, err := run(t, "inspect", output)
+	require.NoError(t, err)
+	require.Contains(t, inspected, `"kind": "oci"`)
+	require.Contains(t, inspected, `"storageRef": "example.com/app:1"`)
+
+	_, err = run(t, append(args, "--engine", "clip", "--push")...)
+	require.ErrorContains(t, err, "--push needs layer indexes")
+	_, err = run(t, append(args, "--engine", "best")...)
+	require.ErrorContains(t, err, "must be span or clip")
+	_, err = run(t, append(args, "--engine", "span")...)
+	require.NoError(t, err)
+	listed, err := run(t, "ls", output, "/f")
+	require.NoError(t, err)
+	require.Contains(t, listed, "/f\n")
+}
+
 // TestCancelLeavesNothing ends the command at many moments: what is there then
 // is whole, and there is nothing else.
 func TestCancelLeavesNothing(t *testing.T) {

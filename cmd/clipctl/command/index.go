@@ -30,6 +30,7 @@ type indexOptions struct {
 	cacheDir   string
 	force      bool
 	spanSize   string
+	engine     string
 }
 
 func newIndexCommand(g *globals) *cobra.Command {
@@ -61,10 +62,14 @@ runs the image; --push checks it.`,
 	f.StringVar(&o.cacheDir, "cache-dir", os.Getenv("CLIPCTL_CACHE_DIR"), "where indexes of layers are kept, for other images with the same layers (default: "+systemCacheDir+" for root, else containerd-clip in the user's cache directory) [$CLIPCTL_CACHE_DIR]")
 	f.BoolVar(&o.force, "force", false, "index every layer, also those whose index is in the cache")
 	f.StringVar(&o.spanSize, "span-size", units.BytesSize(float64(layer.DefaultPointInterval)), "distance of the places in a layer where reading can start: less fetches less per read, more makes a smaller archive")
+	f.StringVar(&o.engine, "engine", engineOurs, "who indexes: "+engineOurs+", or "+engineCLIP+" for upstream CLIP's own indexer, whose archives have no layer indexes")
 	return cmd
 }
 
 func runIndex(ctx context.Context, g *globals, image string, o indexOptions, stdout, stderr io.Writer) error {
+	if err := o.checkEngine(); err != nil {
+		return err
+	}
 	selection, err := o.platforms.selection()
 	if err != nil {
 		return err
@@ -92,8 +97,14 @@ func runIndex(ctx context.Context, g *globals, image string, o indexOptions, std
 	if err != nil {
 		return err
 	}
+	several := len(manifests) > 1
 	for _, m := range manifests {
-		if err := indexOne(ctx, source, m, ref, o, indexing, len(manifests) > 1, stdout, stderr); err != nil {
+		if o.engine == engineCLIP {
+			err = indexWithCLIP(ctx, source, m, ref, o, several, stdout, stderr)
+		} else {
+			err = indexOne(ctx, source, m, ref, o, indexing, several, stdout, stderr)
+		}
+		if err != nil {
 			return err
 		}
 	}
