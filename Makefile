@@ -37,10 +37,10 @@ INFLATE = %/archive/inflate
 
 unit: deps ## unit tests, with the race detector
 	$(GO) test -timeout 15m $(filter $(INFLATE),$(UNIT))
-	$(GO) test -race -timeout 15m $(filter-out $(INFLATE),$(UNIT))
+	CI=1 $(GO) test -race -timeout 15m $(filter-out $(INFLATE),$(UNIT))
 
 e2e: deps parts build ## end-to-end tests on real parts (root)
-	$(GO) test -count=1 -timeout 40m -v ./tests/e2e
+	CI=1 $(GO) test -count=1 -timeout 40m -v ./tests/e2e
 
 lint: deps parts ## gofmt, go vet, staticcheck, govulncheck
 	@unformatted=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \
