@@ -19,33 +19,44 @@ type Link struct {
 
 // Of how a link is imitated.
 const (
-	linkChunk = 16 << 10              // bytes that one connection sends before it is the next one's turn
-	linkBurst = 10 * time.Millisecond // how far a sender that was woken late may catch up
-	linkQueue = 64                    // chunks on their way on one connection
-	linkClose = time.Second           // how long a connection that is closed may take to deliver
+	linkChunk = 16 << 10               // bytes that one connection sends before it is the next one's turn
+	linkIdle  = 5 * time.Millisecond   // after which nobody has anything to catch up
+	linkLate  = 200 * time.Millisecond // most that senders who are woken late may catch up
+	linkQueue = 64                     // chunks on their way on one connection
+	linkClose = time.Second            // how long a connection that is closed may take to deliver
 )
 
 // wire is a Link in use.
 type wire struct {
 	Link
 
-	mu   sync.Mutex // guards free
+	mu   sync.Mutex // guards the fields below
 	free time.Time  // when everything sent so far is through
+	busy time.Time  // when somebody sent last
 }
 
-// pass returns when n bytes are through the wire, after those that were sent before.
-func (w *wire) pass(n int) time.Time {
-	now := time.Now()
+// pass waits until n bytes are through the wire, behind those that were sent before.
+func (w *wire) pass(n int) {
 	if w.Rate == 0 {
-		return now
+		return
 	}
 	w.mu.Lock()
-	defer w.mu.Unlock()
-	if earliest := now.Add(-linkBurst); w.free.Before(earliest) {
+	now := time.Now()
+	earliest := now
+	if now.Sub(w.busy) < linkIdle {
+		// The wire was in use all the time: whoever was woken late catches up.
+		earliest = now.Add(-linkLate)
+	}
+	if w.free.Before(earliest) {
 		w.free = earliest
 	}
 	w.free = w.free.Add(time.Duration(int64(n) * int64(time.Second) / w.Rate))
-	return w.free
+	free := w.free
+	w.mu.Unlock()
+	time.Sleep(time.Until(free))
+	w.mu.Lock()
+	w.busy = time.Now()
+	w.mu.Unlock()
 }
 
 // shapedListener puts connections behind the wire that is in use at the moment.
@@ -119,7 +130,7 @@ func (c *shapedConn) Write(p []byte) (n int, err error) {
 			return n + m, err
 		}
 		chunk := p[n:min(len(p), n+linkChunk)]
-		time.Sleep(time.Until(w.pass(len(chunk))))
+		w.pass(len(chunk))
 		c.underway.Add(1)
 		c.sending <- parcel{slices.Clone(chunk), time.Now().Add(w.Latency)}
 		n += len(chunk)
