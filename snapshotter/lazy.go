@@ -8,9 +8,11 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -18,7 +20,9 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
+	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
+	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
 )
 
 // chain is what is kept of a lazy snapshot, in snapshots/<id>/chain.
@@ -66,9 +70,27 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, targe
 	if top == len(a.DiffIDs())-1 {
 		s.finder.Forget(target.Manifest) // nothing more will be asked of it
 		s.buildAhead(ctx, id, c)
+		s.fill(ctx, c)
 	}
 	return nil
 }
+
+// fill has the layers of a chain fetched in the background.
+func (s *Snapshotter) fill(ctx context.Context, c chain) {
+	layers := make([]*cache.Layer, 0, len(c.Layers))
+	for _, diffID := range c.Layers {
+		l, err := s.layers.Layer(diffID)
+		if err != nil {
+			log.G(ctx).WithError(err).WithField("image", c.Image).Warn("a layer cannot be fetched ahead")
+			continue
+		}
+		layers = append(layers, l)
+	}
+	s.filler.Add(layers...)
+}
+
+// FillState says how much of each lazy layer is on disk.
+func (s *Snapshotter) FillState() []fill.State { return s.filler.State() }
 
 // lazyName is the name of a lazy snapshot. Containerd finds it by the label
 // containerd.io/snapshot.ref and the parent, and the same chain may stand on
@@ -168,7 +190,7 @@ func (s *Snapshotter) commitLazy(ctx context.Context, key, name, parent string, 
 	if err != nil {
 		return "", err
 	}
-	if err := os.WriteFile(filepath.Join(tmp, "chain"), raw, 0o600); err != nil {
+	if err := writeSynced(filepath.Join(tmp, "chain"), raw); err != nil {
 		return "", err
 	}
 	var id string
@@ -185,12 +207,33 @@ func (s *Snapshotter) commitLazy(ctx context.Context, key, name, parent string, 
 		}
 		path = filepath.Join(s.dir, "snapshots", id)
 		s.refs.add(id, c.Layers)
-		return os.Rename(tmp, path)
+		if err := os.Rename(tmp, path); err != nil {
+			return err
+		}
+		// The record of the snapshot must not outlive a power cut without it.
+		return errors.Join(syncFile(path), syncFile(filepath.Dir(path)))
 	})
 	if err != nil {
 		s.refs.drop(id)
 	}
 	return id, err
+}
+
+// writeSynced writes a file that survives a power cut, once its directory does.
+func writeSynced(path string, b []byte) error {
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		return err
+	}
+	return syncFile(path)
+}
+
+// syncFile makes a file, or what is in a directory, durable.
+func syncFile(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
 
 // chain reads what is kept of the lazy snapshot id; errdefs.ErrNotFound says
@@ -229,18 +272,29 @@ func (s *Snapshotter) chains() (map[string]chain, error) {
 	return found, nil
 }
 
-// lazyUsage is the disk space that the top layer of a lazy snapshot takes.
-func (s *Snapshotter) lazyUsage(id string, c chain) (snapshots.Usage, error) {
-	l, err := s.layers.Layer(c.Layers[len(c.Layers)-1])
+// lazyUsage is the disk space that the top layer of a lazy snapshot takes,
+// unless an older snapshot answers for it, and the snapshot's root.
+func (s *Snapshotter) lazyUsage(ctx context.Context, id string, c chain) (snapshots.Usage, error) {
+	usage, err := fs.DiskUsage(ctx, filepath.Join(s.dir, "snapshots", id))
 	if err != nil {
 		return snapshots.Usage{}, err
 	}
-	usage := snapshots.Usage{Size: l.Fetched(), Inodes: 1}
-	if st, err := os.Stat(s.rootImage(id)); err == nil {
-		usage.Size += st.Size()
+	if st, err := os.Stat(s.root(id, c).Image()); err == nil {
+		usage.Size += st.Sys().(*syscall.Stat_t).Blocks * 512
 		usage.Inodes++
 	}
-	return usage, nil
+	top := c.Layers[len(c.Layers)-1]
+	if s.refs.oldestOn(top) != id {
+		return snapshots.Usage(usage), nil
+	}
+	l, err := s.layers.Layer(top)
+	if err != nil {
+		return snapshots.Usage{}, err
+	}
+	size, inodes := l.Usage()
+	usage.Size += size
+	usage.Inodes += inodes
+	return snapshots.Usage(usage), nil
 }
 
 // refs counts which lazy snapshots use which layers.
@@ -275,6 +329,19 @@ func (r *refs) drop(id string) (unused []digest.Digest) {
 	}
 	delete(r.layers, id)
 	return unused
+}
+
+// oldestOn returns the oldest snapshot whose topmost layer is top.
+func (r *refs) oldestOn(top digest.Digest) (oldest string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for id, layers := range r.layers {
+		// Ids are numbers that only grow.
+		if layers[len(layers)-1] == top && (oldest == "" || len(id) < len(oldest) || len(id) == len(oldest) && id < oldest) {
+			oldest = id
+		}
+	}
+	return oldest
 }
 
 // used says whether some snapshot uses the layer.

@@ -9,10 +9,11 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/moby/sys/mountinfo"
+	"github.com/opencontainers/go-digest"
 
-	"github.com/beam-cloud/containerd-clip/archive/erofs"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
@@ -41,8 +42,19 @@ func (r roots) get(id string) *rootState {
 	return r.byID[id]
 }
 
-func (s *Snapshotter) rootImage(id string) string { return filepath.Join(s.dir, "roots", id, "image") }
-func (s *Snapshotter) rootMount(id string) string { return filepath.Join(s.dir, "roots", id, "mnt") }
+// root describes the root of the lazy snapshot id.
+func (s *Snapshotter) root(id string, c chain) root.Root {
+	return root.Root{Dir: filepath.Join(s.dir, "roots", id), Indexes: func() ([]*layer.Index, error) {
+		layers := make([]*layer.Index, len(c.Layers))
+		for i, diffID := range c.Layers {
+			var err error
+			if layers[i], err = s.layers.Entries(diffID); err != nil {
+				return nil, err
+			}
+		}
+		return layers, nil
+	}}
+}
 
 // mountRoot makes sure that the root of the lazy snapshot id is mounted and
 // returns the directory that is the container's root.
@@ -50,53 +62,44 @@ func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (string
 	st := s.roots.get(id)
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	dir := filepath.Join(s.rootMount(id), erofs.RootDir)
+	r := s.root(id, c)
 	if st.mounted {
-		return dir, nil
+		return r.Path(), nil
 	}
 	if s.noLazy != nil {
 		return "", fmt.Errorf("image %s was pulled lazily, but this machine can no longer mount it: %w", c.Image, s.noLazy)
 	}
-	if err := s.buildRoot(id, c); err != nil {
-		return "", fmt.Errorf("root of image %s: %w", c.Image, err)
-	}
-	devices := make([]string, len(c.Layers))
-	for i, diffID := range c.Layers {
-		l, err := s.layers.Layer(diffID)
+	for _, diffID := range c.Layers {
+		l, release, err := s.layerOf(diffID)
 		if err != nil {
 			return "", fmt.Errorf("root of image %s: %w", c.Image, err)
 		}
-		if err := s.files.Add(diffID, l); err != nil {
-			return "", err
-		}
-		devices[i] = s.files.Path(diffID)
+		defer release() // once it is mounted, the kernel has the file open
+		r.Layers = append(r.Layers, l)
 	}
-	if err := root.Mount(ctx, s.rootImage(id), s.rootMount(id), devices); err != nil {
+	if err := r.Mount(ctx, s.can.Mode); err != nil {
 		return "", fmt.Errorf("root of image %s: %w", c.Image, err)
 	}
 	st.mounted = true
-	return dir, nil
+	s.mounted.add(id, c.Layers)
+	return r.Path(), nil
 }
 
-// buildRoot writes the root's metadata image if it is not there. The caller
-// holds the root's lock.
-func (s *Snapshotter) buildRoot(id string, c chain) error {
-	if _, err := os.Stat(s.rootImage(id)); err == nil {
-		return nil
+// layerOf decides where a root that is about to be mounted reads a layer: from
+// the layer's own file if all of it is here, so that nothing of ours is in the
+// way, else from one that fetches what is missing. It stays what it is until
+// release is called.
+func (s *Snapshotter) layerOf(diffID digest.Digest) (_ root.Layer, release func(), err error) {
+	l, err := s.layers.Layer(diffID)
+	if err != nil {
+		return root.Layer{}, nil, err
 	}
-	for _, dir := range []string{filepath.Dir(s.rootMount(id)), s.rootMount(id)} {
-		if err := os.Mkdir(dir, 0o711); err != nil && !os.IsExist(err) {
-			return err
-		}
+	path, release, err := s.layers.Device(diffID)
+	if errdefs.IsNotFound(err) {
+		path, release = s.files.Path(diffID), func() {}
+		err = s.files.Add(diffID, l)
 	}
-	layers := make([]*layer.Index, len(c.Layers))
-	for i, diffID := range c.Layers {
-		var err error
-		if layers[i], err = s.layers.Entries(diffID); err != nil {
-			return err
-		}
-	}
-	return root.Build(s.rootImage(id), layers)
+	return root.Layer{Device: path, Stream: l}, release, err
 }
 
 // buildAhead builds the root of an image's top layer while containerd is still
@@ -110,7 +113,7 @@ func (s *Snapshotter) buildAhead(ctx context.Context, id string, c chain) {
 		if _, err := s.chain(id); err != nil {
 			return // removed meanwhile
 		}
-		if err := s.buildRoot(id, c); err != nil {
+		if err := s.root(id, c).Build(s.can.Mode); err != nil {
 			log.G(ctx).WithError(err).WithField("image", c.Image).Warn("building the root ahead failed; it is tried again when a container needs it")
 		}
 	})
@@ -121,11 +124,13 @@ func (s *Snapshotter) removeRoot(id string) error {
 	st := s.roots.get(id)
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	if err := root.Unmount(s.rootMount(id)); err != nil {
-		return fmt.Errorf("unmounting %s: %w", s.rootMount(id), err)
+	r := s.root(id, chain{})
+	if err := r.Unmount(); err != nil {
+		return fmt.Errorf("unmounting %s: %w", r.Dir, err)
 	}
 	st.mounted = false
-	if err := os.RemoveAll(filepath.Join(s.dir, "roots", id)); err != nil {
+	s.mounted.drop(id)
+	if err := os.RemoveAll(r.Dir); err != nil {
 		return err
 	}
 	s.roots.mu.Lock()
@@ -142,7 +147,7 @@ func (s *Snapshotter) unmountAll() error {
 	for id, st := range s.roots.byID {
 		st.mu.Lock()
 		if st.mounted {
-			errs = append(errs, root.Unmount(s.rootMount(id)))
+			errs = append(errs, s.root(id, chain{}).Unmount())
 			st.mounted = false
 		}
 		st.mu.Unlock()
@@ -170,20 +175,26 @@ func (s *Snapshotter) unmountStale() error {
 	return errors.Join(errs...)
 }
 
-// probe mounts a layer file system and, on top of it, a root of one file. What
-// fails here would fail for every image.
-func (s *Snapshotter) probe(ctx context.Context) (*layerfs.FS, error) {
+// probe mounts a layer file system and finds out what roots can be on top of
+// it. What fails here would fail for every image.
+func (s *Snapshotter) probe(ctx context.Context, want root.Mode) error {
 	files, err := layerfs.New(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	dir, err := os.MkdirTemp(filepath.Join(s.dir, "roots"), "probe-")
-	if err == nil {
-		defer os.RemoveAll(dir)
-		err = root.Probe(ctx, dir, files)
-	}
+	can, err := root.Choose(ctx, want, filepath.Join(s.dir, "roots"), files)
 	if err != nil {
-		return nil, errors.Join(err, files.Close())
+		return errors.Join(err, files.Close())
 	}
-	return files, nil
+	log.G(ctx).WithField("mode", can.Mode).Info("this machine can mount lazy roots")
+	for what, err := range map[string]error{
+		"containers in containers may fail on lazy roots":             can.Nested,
+		"containers with user namespaces cannot run from lazy images": can.Remap,
+	} {
+		if err != nil {
+			log.G(ctx).WithError(err).Warn(what)
+		}
+	}
+	s.files, s.can = files, can
+	return nil
 }

@@ -28,10 +28,16 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 			os.RemoveAll(path)
 		}
 	}()
-	var snap storage.Snapshot
+	var (
+		snap storage.Snapshot
+		ids  idmap
+	)
 	err = s.meta.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
 		if snap, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...); err != nil {
 			return fmt.Errorf("creating snapshot %q: %w", key, err)
+		}
+		if ids, err = idmapOfKey(ctx, key); err != nil {
+			return err
 		}
 		path = filepath.Join(s.dir, "snapshots", snap.ID)
 		return os.Rename(tmp, path)
@@ -39,9 +45,9 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	if err != nil {
 		return nil, err
 	}
-	mounts, err := s.mounts(ctx, snap)
+	mounts, err := s.mounts(ctx, snap, ids)
 	if err == nil {
-		err = s.inheritOwner(ctx, snap)
+		err = s.setOwner(ctx, snap, ids)
 	}
 	if err != nil {
 		// The record is removed first: without it the directory is garbage.
@@ -68,10 +74,6 @@ func (s *Snapshotter) newDirectory(kind snapshots.Kind) (_ string, err error) {
 			os.RemoveAll(dir)
 		}
 	}()
-	// Others may pass into the container's root; its own modes protect it.
-	if err := os.Chmod(dir, 0o711); err != nil {
-		return "", err
-	}
 	if err := os.Mkdir(filepath.Join(dir, "fs"), 0o755); err != nil {
 		return "", err
 	}
@@ -81,15 +83,35 @@ func (s *Snapshotter) newDirectory(kind snapshots.Kind) (_ string, err error) {
 	return dir, os.Mkdir(filepath.Join(dir, "work"), 0o711)
 }
 
-// inheritOwner gives the root directory of a new snapshot the owner of its
-// parent's, as containerd's overlayfs snapshotter does.
-func (s *Snapshotter) inheritOwner(ctx context.Context, snap storage.Snapshot) error {
-	if len(snap.ParentIDs) == 0 {
+// idmapOfKey reads the labels of a snapshot, in a transaction.
+func idmapOfKey(ctx context.Context, key string) (idmap, error) {
+	_, info, _, err := storage.GetInfo(ctx, key)
+	if err != nil {
+		return idmap{}, err
+	}
+	return idmapOf(info.Labels)
+}
+
+// setOwner gives the root directory of a new snapshot the owner that
+// containerd's overlayfs snapshotter gives it: its parent's or, in a user
+// namespace, the one that the namespace calls root.
+func (s *Snapshotter) setOwner(ctx context.Context, snap storage.Snapshot, ids idmap) error {
+	switch {
+	case !ids.empty():
+		if len(snap.ParentIDs) == 0 && snap.Kind == snapshots.KindActive {
+			return nil // this directory itself is mapped
+		}
+		uid, gid, err := ids.root()
+		if err != nil {
+			return err
+		}
+		return os.Lchown(s.upper(snap.ID), uid, gid)
+	case len(snap.ParentIDs) == 0:
 		return nil
 	}
-	lower, _, err := s.lower(ctx, snap.ParentIDs[0])
-	if err != nil {
-		return err
+	lower, whole, err := s.lower(ctx, snap.ParentIDs[0])
+	if err != nil || whole {
+		return err // the root of a lazy root is 0:0's, see archive/tree
 	}
 	st, err := os.Stat(lower)
 	if err != nil {
@@ -114,29 +136,33 @@ func (s *Snapshotter) lower(ctx context.Context, id string) (dir string, whole b
 }
 
 // mounts returns what containerd has to mount for snap.
-func (s *Snapshotter) mounts(ctx context.Context, snap storage.Snapshot) ([]mount.Mount, error) {
-	if len(snap.ParentIDs) == 0 {
-		mode := "rw"
-		if snap.Kind == snapshots.KindView {
-			mode = "ro"
-		}
-		return bind(s.upper(snap.ID), mode), nil
+func (s *Snapshotter) mounts(ctx context.Context, snap storage.Snapshot, ids idmap) ([]mount.Mount, error) {
+	done, err := s.copied(snap, ids)
+	if err != nil {
+		return nil, err
 	}
-	var lowers []string
-	for _, id := range snap.ParentIDs {
-		dir, whole, err := s.lower(ctx, id)
-		if err != nil {
-			return nil, err
+	if done {
+		ids = idmap{}
+	}
+	if len(snap.ParentIDs) == 0 {
+		if snap.Kind == snapshots.KindView {
+			return bind(s.upper(snap.ID), "ro"), nil
 		}
-		lowers = append(lowers, dir)
-		if whole {
-			break
-		}
+		return bind(s.upper(snap.ID), append(ids.options(), "rw")...), nil
+	}
+	lowers, err := s.lowers(ctx, snap, ids)
+	if err != nil {
+		return nil, err
 	}
 	if snap.Kind != snapshots.KindActive && len(lowers) == 1 {
-		return bind(lowers[0], "ro"), nil
+		if ids.empty() {
+			return bind(lowers[0], "ro"), nil
+		}
+		// containerd maps no owners of a read-only bind mount. Overlayfs
+		// without an upper directory wants two lower ones.
+		lowers = append(lowers, s.upper(snap.ID))
 	}
-	var options []string
+	options := ids.options()
 	if snap.Kind == snapshots.KindActive {
 		options = append(options, "workdir="+s.work(snap.ID), "upperdir="+s.upper(snap.ID))
 	}
@@ -144,8 +170,51 @@ func (s *Snapshotter) mounts(ctx context.Context, snap storage.Snapshot) ([]moun
 	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: append(options, overlayOptions()...)}}, nil
 }
 
-func bind(source, mode string) []mount.Mount {
-	return []mount.Mount{{Type: "bind", Source: source, Options: []string{mode, "rbind"}}}
+// copied says whether the owners of all that snap stands on have been changed
+// already. Without the capability remap-ids containerd commits a copy for that
+// and asks for the same mapping again on top of it. What tells the copy is the
+// owner of its root, which is the container's root and else the host's.
+func (s *Snapshotter) copied(snap storage.Snapshot, ids idmap) (bool, error) {
+	if ids.empty() || len(snap.ParentIDs) == 0 {
+		return false, nil
+	}
+	uid, gid, err := ids.root()
+	if err != nil {
+		return false, err
+	}
+	st, err := os.Stat(s.upper(snap.ParentIDs[0]))
+	if os.IsNotExist(err) {
+		return false, nil // a lazy snapshot
+	}
+	if err != nil {
+		return false, err
+	}
+	owner := st.Sys().(*syscall.Stat_t)
+	return (uid != 0 || gid != 0) && int(owner.Uid) == uid && int(owner.Gid) == gid, nil
+}
+
+// lowers returns the directories that snap stands on, the topmost first.
+func (s *Snapshotter) lowers(ctx context.Context, snap storage.Snapshot, ids idmap) (dirs []string, err error) {
+	for _, id := range snap.ParentIDs {
+		dir, whole, err := s.lower(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		dirs = append(dirs, dir)
+		if !whole {
+			continue
+		}
+		if !ids.empty() && s.can.Remap != nil {
+			return nil, fmt.Errorf("this machine cannot run lazy images with user namespaces; without the capability remap-ids of the clip "+
+				"snapshotter in its configuration, containerd makes a copy with other owners: %w: %w", errdefs.ErrFailedPrecondition, s.can.Remap)
+		}
+		break
+	}
+	return dirs, nil
+}
+
+func bind(source string, options ...string) []mount.Mount {
+	return []mount.Mount{{Type: "bind", Source: source, Options: append(options, "rbind")}}
 }
 
 // overlayOptions switches off the inode index, which would refuse to mount an

@@ -2,8 +2,8 @@
 //
 // A snapshot is either ordinary, a directory as overlayfs wants it, or lazy: a
 // committed image layer of which only the index is here. A lazy snapshot
-// stands for its layer and all below it; what is mounted for it is one EROFS
-// root of the whole chain (package root), whatever the snapshots below it are.
+// stands for its layer and all below it; what is mounted for it is one root of
+// the whole chain (package root), whatever the snapshots below it are.
 // Ordinary snapshots may stand on lazy ones, so the mounts of a snapshot are
 // overlayfs over the ordinary directories down to the first lazy snapshot and
 // its root.
@@ -26,6 +26,7 @@
 package snapshotter
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -43,17 +44,23 @@ import (
 
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
+	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
 	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
 	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
+	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
 // Options configures New.
 type Options struct {
 	Root string // directory of all state; not on overlayfs or tmpfs
+	// Mount is how lazy roots are mounted; empty is root.Auto.
+	Mount root.Mode
 	// Referrers looks for archives in the image's registry.
 	Referrers bool
 	// Registry says how registries are reached.
-	Registry remote.Options
+	Registry  remote.Options
+	CacheSize cache.Limit // how much disk fetched layers may take
+	Fill      fill.Options
 }
 
 // Snapshotter implements snapshots.Snapshotter and snapshots.Cleaner.
@@ -61,7 +68,9 @@ type Snapshotter struct {
 	dir    string
 	meta   *storage.MetaStore
 	layers *cache.Store
+	filler *fill.Filler
 	files  *layerfs.FS // nil if noLazy is set
+	can    root.Ability
 	finder *discover.Finder
 	noLazy error // why this machine cannot mount lazy roots
 	roots  roots
@@ -70,6 +79,8 @@ type Snapshotter struct {
 	// committed yet, exclusively while unused layers are removed.
 	gate sync.RWMutex
 	refs refs
+
+	mounted refs // the lazy snapshots whose roots are mounted, and their layers
 
 	mergedMu sync.Mutex // guards merged
 	merged   map[digest.Digest]error
@@ -88,11 +99,9 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 			return nil, err
 		}
 	}
-	// Containers with user namespaces must be able to pass.
-	for _, sub := range []string{"", "snapshots", "roots"} {
-		if err := os.Chmod(filepath.Join(s.dir, sub), 0o711); err != nil {
-			return nil, err
-		}
+	// Whoever could pass could run what images have with setuid bits.
+	if err := os.Chmod(s.dir, 0o700); err != nil {
+		return nil, err
 	}
 	if err := s.unmountStale(); err != nil {
 		return nil, err
@@ -106,11 +115,14 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 		return nil, err
 	}
 	client := remote.New(opts.Registry)
-	if s.layers, err = cache.Open(filepath.Join(s.dir, "layers"), client); err != nil {
+	if s.layers, err = cache.Open(ctx, cache.Options{
+		Dir: filepath.Join(s.dir, "layers"), Fetch: client, MaxSize: opts.CacheSize, InUse: s.mounted.used,
+	}); err != nil {
 		return nil, err
 	}
+	s.filler = fill.New(ctx, opts.Fill)
 	s.finder = discover.New(discover.Options{Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher})
-	if s.files, s.noLazy = s.probe(ctx); s.noLazy != nil {
+	if s.noLazy = s.probe(ctx, cmp.Or(opts.Mount, root.Auto)); s.noLazy != nil {
 		log.G(ctx).WithError(s.noLazy).Warn("this machine cannot mount lazy roots; all images are unpacked")
 	}
 	return s, s.restore(ctx)
@@ -128,7 +140,17 @@ func (s *Snapshotter) restore(ctx context.Context) error {
 	for id, c := range chains {
 		s.refs.add(id, c.Layers)
 	}
-	return s.layers.Keep(s.refs.used)
+	if err := s.layers.Keep(s.refs.used); err != nil {
+		return err
+	}
+	s.background.Go(func() {
+		s.gate.RLock()
+		defer s.gate.RUnlock()
+		for _, c := range chains {
+			s.fill(ctx, c)
+		}
+	})
+	return nil
 }
 
 // Close unmounts all roots. A container that still runs on one keeps its mount
@@ -141,6 +163,9 @@ func (s *Snapshotter) Close() error {
 
 func (s *Snapshotter) close() error {
 	s.background.Wait()
+	if s.filler != nil {
+		s.filler.Close()
+	}
 	var errs []error
 	errs = append(errs, s.unmountAll())
 	if s.files != nil {
@@ -185,8 +210,9 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 	})
 }
 
-// Usage implements snapshots.Snapshotter. Of a lazy snapshot it is what has
-// been fetched of its layer so far.
+// Usage implements snapshots.Snapshotter. Of a lazy snapshot it is what its
+// layer and its root take on disk now; a layer that is the topmost of several
+// snapshots counts for the oldest of them.
 func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
 	var (
 		id    string
@@ -211,20 +237,26 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 	if err != nil {
 		return snapshots.Usage{}, err
 	}
-	return s.lazyUsage(id, chain)
+	return s.lazyUsage(ctx, id, chain)
 }
 
 // Mounts implements snapshots.Snapshotter.
 func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
-	var snap storage.Snapshot
+	var (
+		snap storage.Snapshot
+		ids  idmap
+	)
 	err := s.meta.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
-		snap, err = storage.GetSnapshot(ctx, key)
+		if snap, err = storage.GetSnapshot(ctx, key); err != nil {
+			return err
+		}
+		ids, err = idmapOfKey(ctx, key)
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	return s.mounts(ctx, snap)
+	return s.mounts(ctx, snap, ids)
 }
 
 // Prepare implements snapshots.Snapshotter. It returns errdefs.ErrAlreadyExists
@@ -388,6 +420,7 @@ func (s *Snapshotter) discard(id string) error {
 		if s.files != nil {
 			s.files.Remove(diffID)
 		}
+		s.filler.Remove(diffID)
 	}
 	return s.layers.Keep(s.refs.used)
 }

@@ -8,10 +8,13 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
 	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/moby/sys/mountinfo"
@@ -21,11 +24,18 @@ import (
 
 	"github.com/beam-cloud/containerd-clip/internal/testutil"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
+	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
+	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
 func open(t *testing.T, root string) *Snapshotter {
 	t.Helper()
-	sn, err := New(t.Context(), Options{Root: root})
+	return openMode(t, root, "")
+}
+
+func openMode(t *testing.T, dir string, mode root.Mode) *Snapshotter {
+	t.Helper()
+	sn, err := New(t.Context(), Options{Root: dir, Mount: mode})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, sn.Close()) })
 	require.NoError(t, sn.noLazy, "this test needs root, FUSE and EROFS")
@@ -111,6 +121,13 @@ func TestLeftovers(t *testing.T) {
 // lazyImage is an image in a registry, and its archive in root.
 func lazyImage(t *testing.T, root string) (*testutil.Image, string) {
 	t.Helper()
+	img, ref, _ := lazyImageAt(t, root)
+	return img, ref
+}
+
+// lazyImageAt returns what takes the registry away, too.
+func lazyImageAt(t *testing.T, root string) (_ *testutil.Image, ref string, away func()) {
+	t.Helper()
 	t.Setenv("DOCKER_CONFIG", t.TempDir())
 	srv := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
 	t.Cleanup(srv.Close)
@@ -120,9 +137,9 @@ func lazyImage(t *testing.T, root string) (*testutil.Image, string) {
 		testutil.Tar(t, testutil.File{Name: "both", Data: "new"}))
 	img.Push(t, host, "team/app")
 	require.NoError(t, os.MkdirAll(filepath.Join(root, "archives"), 0o700))
-	ref := host + "/team/app:1"
+	ref = host + "/team/app:1"
 	img.WriteArchive(t, filepath.Join(root, "archives", "a.clip"), ref)
-	return img, ref
+	return img, ref, srv.Close
 }
 
 // pull prepares the image's layers as containerd's unpacker does and returns
@@ -165,9 +182,16 @@ func requireRead(t *testing.T, mounts []mount.Mount) {
 }
 
 func TestLazySnapshots(t *testing.T) {
+	for _, mode := range []root.Mode{root.File, root.Loop, root.FUSE} {
+		t.Run(string(mode), func(t *testing.T) { testLazySnapshots(t, mode) })
+	}
+}
+
+func testLazySnapshots(t *testing.T, mode root.Mode) {
 	root := t.TempDir()
 	img, ref := lazyImage(t, root)
-	sn := open(t, root)
+	sn := openMode(t, root, mode)
+	require.Equal(t, mode, sn.can.Mode)
 	top := pull(t, sn, img, ref)
 	require.Equal(t, top, pull(t, sn, img, ref), "pulled again")
 	mounts, err := sn.Prepare(t.Context(), "container", top)
@@ -179,7 +203,7 @@ func TestLazySnapshots(t *testing.T) {
 	require.NoError(t, sn.Close())
 	require.Zero(t, mountsBelow(t, root))
 
-	sn = open(t, root)
+	sn = openMode(t, root, mode)
 	mounts, err = sn.Mounts(t.Context(), "container")
 	require.NoError(t, err)
 	requireRead(t, mounts)
@@ -196,6 +220,94 @@ func TestLazySnapshots(t *testing.T) {
 		require.Empty(t, names(t, filepath.Join(root, dir)), dir)
 	}
 	require.Zero(t, mountsBelow(t, root))
+}
+
+// requireComplete waits for all layers to be read without the daemon.
+func requireComplete(t *testing.T, sn *Snapshotter, img *testutil.Image) {
+	t.Helper()
+	for _, diffID := range img.DiffIDs {
+		require.Eventually(t, func() bool {
+			l, release, err := sn.layerOf(diffID)
+			require.NoError(t, err)
+			release()
+			return filepath.Dir(filepath.Dir(l.Device)) == filepath.Join(sn.dir, "layers")
+		}, 20*time.Second, 10*time.Millisecond)
+	}
+}
+
+// TestCompleteLayersAreDevices fills the layers and takes the registry away for
+// good: what is mounted then needs nothing but the kernel.
+func TestCompleteLayersAreDevices(t *testing.T) {
+	root := t.TempDir()
+	img, ref, away := lazyImageAt(t, root)
+	sn, err := New(t.Context(), Options{Root: root, Fill: fill.Options{Workers: 2}})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, sn.Close()) })
+	top := pull(t, sn, img, ref)
+	requireComplete(t, sn, img)
+	for _, state := range sn.FillState() {
+		require.Equal(t, state.Total, state.Done)
+	}
+	require.Len(t, sn.FillState(), 2)
+	away()
+	mounts, err := sn.Prepare(t.Context(), "container", top)
+	require.NoError(t, err)
+	requireRead(t, mounts)
+	require.NoError(t, sn.Close())
+
+	sn = open(t, root)
+	mounts, err = sn.Mounts(t.Context(), "container")
+	require.NoError(t, err)
+	requireRead(t, mounts)
+	require.NoError(t, sn.Remove(t.Context(), "container"))
+	require.NoError(t, sn.Remove(t.Context(), top))
+	require.Len(t, sn.FillState(), 1)
+}
+
+// TestUsage adds up to what is on disk, whoever shares it.
+func TestUsage(t *testing.T) {
+	root := t.TempDir()
+	img, ref := lazyImage(t, root)
+	sn := open(t, root)
+	top := pull(t, sn, img, ref)
+	mounts, err := sn.Prepare(t.Context(), "container", top)
+	require.NoError(t, err)
+	requireRead(t, mounts)
+	requireComplete(t, sn, img) // from now on nothing changes
+	// Another chain with the same topmost layer.
+	other := chain{ChainID: digest.FromString("other"), Layers: img.DiffIDs[1:], Image: ref}
+	sn.gate.RLock()
+	_, err = sn.commitLazy(t.Context(), "extract", "other", "", other, nil)
+	sn.gate.RUnlock()
+	require.NoError(t, err)
+
+	var sum, layers int64 // what is said, what is there
+	require.NoError(t, sn.Walk(t.Context(), func(ctx context.Context, info snapshots.Info) error {
+		if info.Kind == snapshots.KindCommitted {
+			usage, err := sn.Usage(ctx, info.Name)
+			require.NoError(t, err)
+			require.Positive(t, usage.Size, info.Name)
+			require.Positive(t, usage.Inodes, info.Name)
+			sum += usage.Size
+		}
+		return nil
+	}))
+	for _, pattern := range []string{"layers/*", "snapshots/[124]"} { // 3 is the container
+		dirs, err := filepath.Glob(filepath.Join(root, pattern))
+		require.NoError(t, err)
+		for _, dir := range dirs {
+			du, err := fs.DiskUsage(t.Context(), dir)
+			require.NoError(t, err)
+			layers += du.Size
+		}
+	}
+	st, err := os.Stat(sn.root("2", chain{}).Image())
+	require.NoError(t, err)
+	layers += st.Sys().(*syscall.Stat_t).Blocks * 512
+	require.Equal(t, layers, sum)
+	small, err := sn.Usage(t.Context(), "other")
+	require.NoError(t, err)
+	require.Less(t, small.Size, int64(16<<10), "its layer counts elsewhere")
 }
 
 // TestNoArchive unpacks, and says why.
@@ -240,12 +352,12 @@ func TestRebase(t *testing.T) {
 }
 
 // TestMachineThatCannotMount unpacks everything, and says why: EROFS takes no
-// image that lies on tmpfs.
+// file on tmpfs as its image.
 func TestMachineThatCannotMount(t *testing.T) {
-	root := t.TempDir()
-	require.NoError(t, (&mount.Mount{Type: "tmpfs", Source: "tmpfs"}).Mount(root))
-	t.Cleanup(func() { require.NoError(t, mount.UnmountAll(root, 0)) })
-	sn, err := New(t.Context(), Options{Root: root})
+	dir := t.TempDir()
+	require.NoError(t, (&mount.Mount{Type: "tmpfs", Source: "tmpfs"}).Mount(dir))
+	t.Cleanup(func() { require.NoError(t, mount.UnmountAll(dir, 0)) })
+	sn, err := New(t.Context(), Options{Root: dir, Mount: root.File})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, sn.Close()) })
 	require.ErrorContains(t, sn.noLazy, "not on overlayfs or tmpfs")
@@ -258,7 +370,7 @@ func TestMachineThatCannotMount(t *testing.T) {
 	info, err := sn.Stat(t.Context(), "extract")
 	require.NoError(t, err)
 	require.Contains(t, info.Labels[discover.LabelNotLazy], "cannot mount lazy roots")
-	require.Empty(t, names(t, filepath.Join(root, "roots")), "the probe leaves nothing")
+	require.Empty(t, names(t, filepath.Join(dir, "roots")), "the probe leaves nothing")
 }
 
 func TestRefs(t *testing.T) {

@@ -20,12 +20,14 @@
 //
 // Inodes are written in the compact form if nothing is lost: it has no
 // modification time of its own, so the superblock takes the one that saves
-// most. The same tree gives the same bytes.
+// most. The image's UUID is a hash of the rest. The same tree gives the same
+// bytes.
 //
 // The package does not read images and does not mount them.
 package erofs
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -121,6 +123,10 @@ func (b *builder) putSuper() {
 		Devices:         uint16(len(b.devices)),
 		DeviceSlot:      (superOffset + sizeSuperBlock) / sizeDeviceSlot,
 	}
+	// Overlayfs names files of lower layers by it. Without one, a hard link
+	// that is made to such a file does not have the file's inode number.
+	sum := sha256.Sum256(b.buf)
+	copy(s.UUID[:], sum[:])
 	s.put(b.buf[superOffset:])
 	// The checksum is a CRC-32C without the final inversion, over the block
 	// that the superblock starts, with the checksum itself as 0.

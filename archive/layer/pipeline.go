@@ -177,6 +177,16 @@ func (r *chunkReader) Read(p []byte) (int, error) {
 	return copy(p, r.next(len(p))), nil
 }
 
+// block returns the next block of the tar stream without consuming it, or what
+// there is of it in the current chunk; its length says which.
+func (r *chunkReader) block() ([]byte, error) {
+	if err := r.fill(); err != nil {
+		return nil, err
+	}
+	p := r.cur.data[r.off:]
+	return p[:min(len(p), blockSize)], nil
+}
+
 // Seek moves forward, relative to the current position. Beyond the end of the
 // stream it stops there; the read that follows reports it.
 func (r *chunkReader) Seek(offset int64, whence int) (int64, error) {

@@ -3,6 +3,7 @@ package layer
 import (
 	"fmt"
 	"io"
+	"sync"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -69,15 +70,17 @@ func (x *Index) pointAt(off inflate.Out) int {
 }
 
 // Decode returns the uncompressed stream from the seek point p on; r delivers
-// the compressed bytes from p.In on. The caller closes the stream when it has read enough.
+// the compressed bytes from p.In on. The caller closes the stream once, when it
+// has read enough.
 func (x *Index) Decode(r io.Reader, p inflate.Point) (io.ReadCloser, error) {
 	switch x.Compression {
 	case Gzip:
-		z, err := inflate.Resume(r, p)
-		if err != nil {
+		z := inflaters.Get().(*inflate.Reader)
+		if err := z.ResetAt(r, p); err != nil {
+			inflaters.Put(z)
 			return nil, err
 		}
-		return io.NopCloser(z), nil
+		return &inflating{z}, nil
 	case Zstd:
 		z, err := newZstdDecoder(r)
 		if err != nil {
@@ -86,6 +89,18 @@ func (x *Index) Decode(r io.Reader, p inflate.Point) (io.ReadCloser, error) {
 		return z.IOReadCloser(), nil
 	}
 	return io.NopCloser(r), nil
+}
+
+// inflaters takes turns: one has half a MiB of tables and window.
+var inflaters = sync.Pool{New: func() any { return new(inflate.Reader) }}
+
+// inflating is a stream whose inflater is used again when it is closed.
+type inflating struct{ *inflate.Reader }
+
+func (s *inflating) Close() error {
+	inflaters.Put(s.Reader)
+	s.Reader = nil // whoever reads on must not read another's stream
+	return nil
 }
 
 // windowDecoder is safe for concurrent DecodeAll. Its memory bound keeps a

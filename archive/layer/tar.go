@@ -32,33 +32,70 @@ const maxLayerXattrs = DefaultMaxEntries
 // readTar records the entries of the tar stream.
 func (b *builder) readTar(r *chunkReader) error {
 	defer r.drop()
-	tr := tar.NewReader(r)
 	var t totals
 	for {
-		hdr, err := tr.Next()
+		e, stored, err := nextEntry(r)
 		if errors.Is(err, io.EOF) {
 			return b.endTar(r)
 		}
 		if err != nil {
-			return fmt.Errorf("tar stream at offset %d: %w", r.pos, err)
+			return err
 		}
-		if hdr.Typeflag == tar.TypeXGlobalHeader {
-			r.keep(blockAlign(r.pos))
-			continue
+		if e.Type != tar.TypeXGlobalHeader {
+			if len(b.idx.Entries) >= b.opts.MaxEntries {
+				return fmt.Errorf("more than %d entries: %w", b.opts.MaxEntries, ErrUnsupported)
+			}
+			if err := t.add(&e); err != nil {
+				return fmt.Errorf("entry %q: %w", e.Name, err)
+			}
+			b.idx.Entries = append(b.idx.Entries, e)
 		}
-		if len(b.idx.Entries) >= b.opts.MaxEntries {
-			return fmt.Errorf("more than %d entries: %w", b.opts.MaxEntries, ErrUnsupported)
+		if err := skipContent(r, stored); err != nil {
+			return fmt.Errorf("tar stream at offset %d: content of %q: %w", r.pos, e.Name, err)
 		}
-		e, stored, err := newEntry(hdr, inflate.Out(r.pos), r.head)
-		if err != nil {
-			return fmt.Errorf("entry %q: %w", hdr.Name, err)
-		}
-		if err := t.add(&e); err != nil {
-			return fmt.Errorf("entry %q: %w", hdr.Name, err)
-		}
-		b.idx.Entries = append(b.idx.Entries, e)
-		r.keep(blockAlign(r.pos + stored))
 	}
+}
+
+// nextEntry reads a header and returns its entry, and how many bytes of
+// content follow in the stream. At the end of the archive it returns io.EOF.
+func nextEntry(r *chunkReader) (Entry, int64, error) {
+	block, err := r.block()
+	if err != nil {
+		return Entry{}, 0, err
+	}
+	if e, ok := ordinaryEntry(block, inflate.Out(r.pos+blockSize)); ok {
+		r.next(blockSize)
+		return e, e.Size, nil
+	}
+	r.keep(r.pos)
+	hdr, err := tar.NewReader(r).Next()
+	if errors.Is(err, io.EOF) {
+		return Entry{}, 0, err
+	}
+	if err != nil {
+		return Entry{}, 0, fmt.Errorf("tar stream at offset %d: %w", r.pos, err)
+	}
+	if hdr.Typeflag == tar.TypeXGlobalHeader {
+		return Entry{Type: hdr.Typeflag}, 0, nil
+	}
+	e, stored, err := newEntry(hdr, inflate.Out(r.pos), r.head)
+	if err != nil {
+		return e, 0, fmt.Errorf("entry %q: %w", hdr.Name, err)
+	}
+	return e, stored, nil
+}
+
+// skipContent goes to the next header. As in archive/tar, content must be
+// whole, and what fills up its last block need not.
+func skipContent(r *chunkReader, stored int64) error {
+	end := r.pos + stored
+	if pos, err := r.Seek(stored, io.SeekCurrent); err != nil {
+		return err
+	} else if pos < end {
+		return io.ErrUnexpectedEOF
+	}
+	_, err := r.Seek(blockAlign(end)-end, io.SeekCurrent)
+	return err
 }
 
 // totals counts what all entries of a layer have together.

@@ -2,19 +2,17 @@ package cache
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"math/bits"
 	"os"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/beam-cloud/containerd-clip/archive/inflate"
@@ -25,309 +23,332 @@ import (
 // are on disk. It is safe for concurrent use.
 type Layer struct {
 	store *Store
-	index *layer.Index // without entries
+	dir   *os.Root
+	head  layer.Index // without spans, points and entries
+	spans int
 	data  *os.File
 
-	mu      sync.Mutex // guards the fields below
-	sources []string
-	have    bitmap
-	flights map[int]*flight // by span: the fetch that will bring it
-	dirty   bool            // have is ahead of its file
-	removed bool
+	recording sync.Mutex   // serialises changes of the files have and complete, and guards hand
+	hand      int          // the span at which the next sweep for cold ones begins
+	punching  sync.RWMutex // held shared while spans of data are read or written, exclusively while holes are punched
+
+	mu         sync.Mutex   // guards the fields below
+	index      *layer.Index // without entries; nil while nothing is fetched
+	indexUsed  time.Time
+	sources    []string
+	have       bitmap // spans that data holds
+	recorded   bitmap // those that the file have says are there
+	touched    bitmap // those that were read since the last sweep
+	runs       map[*run]struct{}
+	waits      map[int]*wait // by span
+	streams    streams
+	counted    int64     // bytes of disk of data, as counted in Store.used
+	used       time.Time // when it was last read
+	punches    int       // how often spans were given up
+	complete   bool      // data was checked against the diff ID
+	devices    int       // mounts of data as a device under way
+	distrusted bool      // data once did not match the diff ID though every span did
+	ended      bool      // nothing is fetched any more: the store is closed or the layer removed
+	removed    bool
 }
 
-// flight is a fetch under way. A span's flight ends when the span is there or
-// the fetch has failed.
-type flight struct {
-	done chan struct{}
-	err  error // valid after done
+// wait is for a span that is not there. It ends when the span has come or the
+// run that was to bring it has ended.
+type wait struct {
+	done  chan struct{}
+	err   error  // valid after done; errAgain if it is worth looking again
+	bytes []byte // valid after done: the span, if it could not be stored
 }
 
-// Reading. A read waits at most readTimeout for its spans; a fetch that
-// delivers something wrong is tried attempts times.
-const (
-	readTimeout = 60 * time.Second
-	attempts    = 3
-)
-
-func newLayer(s *Store, x *layer.Index) *Layer {
-	return &Layer{store: s, index: x, have: make(bitmap, (len(x.Spans)+63)/64), flights: map[int]*flight{}}
-}
-
-// Size returns the length of the uncompressed stream in bytes.
-func (l *Layer) Size() int64 { return int64(l.index.OutSize) }
-
-// ReadAt reads from the uncompressed stream, fetching what is not there. It
-// returns io.EOF only together with the last bytes or beyond them.
-func (l *Layer) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
-	if off >= l.Size() {
-		return 0, io.EOF
-	}
-	p = p[:min(int64(len(p)), l.Size()-off)]
-	if len(p) > 0 {
-		ctx, cancel := context.WithTimeoutCause(ctx, readTimeout, errReadTimeout)
-		defer cancel()
-		first, last := l.index.SpanAt(inflate.Out(off)), l.index.SpanAt(inflate.Out(off)+inflate.Out(len(p))-1)
-		if err := l.ensure(ctx, first, last+1); err != nil {
-			return 0, fmt.Errorf("layer %s [%d, %d): %w", l.index.DiffID, off, off+int64(len(p)), err)
-		}
-	}
-	return l.data.ReadAt(p, off)
-}
+// Reading: how long a read waits for its bytes.
+const readTimeout = 60 * time.Second
 
 var errReadTimeout = fmt.Errorf("data did not arrive within %s: %w", readTimeout, errdefs.ErrUnavailable)
 
-// ensure returns when the spans [first, end) are there.
-func (l *Layer) ensure(ctx context.Context, first, end int) error {
-	for span := first; span < end; {
-		l.mu.Lock()
-		if l.have.get(span) {
-			l.mu.Unlock()
-			span++
-			continue
-		}
-		f := l.flights[span]
-		if f == nil {
-			f = l.startLocked(ctx, span, end)
-		}
-		l.mu.Unlock()
-		select {
-		case <-f.done:
-			if f.err != nil {
-				return f.err
-			}
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
+// errAgain ends a wait whose run stopped for a reason that is not the reader's.
+var errAgain = errors.New("another run may bring it")
+
+func newLayer(s *Store, dir *os.Root, x *layer.Index) *Layer {
+	l := &Layer{
+		store: s, dir: dir, head: *x, spans: len(x.Spans),
+		have: newBitmap(len(x.Spans)), recorded: newBitmap(len(x.Spans)), touched: newBitmap(len(x.Spans)),
+		runs: map[*run]struct{}{}, waits: map[int]*wait{},
 	}
-	return nil
+	l.head.Spans, l.head.Points = nil, nil
+	return l
 }
 
-// startLocked starts a fetch of the missing spans from span on, to end or the
-// next seek point behind it, and returns span's flight. Spans before it that
-// decoding passes through anyway are taken along.
-func (l *Layer) startLocked(ctx context.Context, span, end int) *flight {
-	last := span + 1
-	for last < end && l.missing(last) {
-		last++
+// DiffID returns what the layer is known by.
+func (l *Layer) DiffID() digest.Digest { return l.head.DiffID }
+
+// Size returns the length of the uncompressed stream in bytes.
+func (l *Layer) Size() int64 { return int64(l.head.OutSize) }
+
+// BlobSize returns the length of the compressed blob in bytes.
+func (l *Layer) BlobSize() int64 { return int64(l.head.Size) }
+
+// deviceBlock is EROFS's block size: a device is read in whole blocks.
+const deviceBlock = 512
+
+// fileSize is the size of data: the stream, filled up to a whole block.
+func (l *Layer) fileSize() int64 { return (l.Size() + deviceBlock - 1) / deviceBlock * deviceBlock }
+
+// ReadAt reads from the uncompressed stream, fetching what is not there. It
+// returns io.EOF only beyond the last byte.
+func (l *Layer) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	if off < 0 || off >= l.Size() {
+		return 0, io.EOF
 	}
-	// Decoding starts at seek points only: what lies between here and the next
-	// one would have to be fetched again by whoever reads on.
-	_, stop := l.index.SpanRange(last - 1)
-	_, next := l.index.DecodeRange(stop - 1)
-	for last < len(l.index.Spans) && inflate.Out(last)*l.index.SpanSize < next && l.missing(last) {
-		last++
+	p = p[:min(int64(len(p)), l.Size()-off)]
+	deadline := time.Now().Add(readTimeout)
+	for n := 0; n < len(p); {
+		at := inflate.Out(off) + inflate.Out(n)
+		c, err := l.readHere(p[n:], at)
+		if err == nil && c == 0 {
+			c, err = l.readComing(ctx, p[n:], at, deadline)
+		}
+		if err != nil {
+			return 0, fmt.Errorf("layer %s [%d, %d): %w", l.head.DiffID, off, off+int64(len(p)), err)
+		}
+		n += c
 	}
-	first := span
-	start, _ := l.index.SpanRange(span)
-	decoded, _ := l.index.DecodeRange(start)
-	for first > 0 && inflate.Out(first-1)*l.index.SpanSize >= decoded && l.missing(first-1) {
-		first--
-	}
-	flights := make([]*flight, last-first)
-	for i := range flights {
-		flights[i] = &flight{done: make(chan struct{})}
-		l.flights[first+i] = flights[i]
-	}
-	// The fetch serves everyone who comes to wait for it: it outlives the
-	// reader that started it.
-	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), readTimeout, errReadTimeout)
-	go func() {
-		defer cancel()
-		l.run(ctx, first, last)
-	}()
-	return flights[span-first]
+	return len(p), nil
 }
 
-// missing says that a span is neither there nor on its way.
-func (l *Layer) missing(span int) bool { return !l.have.get(span) && l.flights[span] == nil }
-
-// run fetches the spans [first, end) and ends their flights.
-func (l *Layer) run(ctx context.Context, first, end int) {
-	var err error
-	for range attempts {
-		if first, err = l.fetch(ctx, first, end); err == nil {
-			return
-		}
-		log.G(ctx).WithError(err).WithField("diffID", l.index.DiffID).WithField("span", first).Warn("fetching a span failed")
-		var open openError
-		if errors.As(err, &open) || ctx.Err() != nil {
-			break // the fetcher has tried all it can
-		}
-	}
+// readHere reads what data holds at off: nothing if off's span is missing.
+func (l *Layer) readHere(p []byte, off inflate.Out) (int, error) {
+	l.punching.RLock()
+	defer l.punching.RUnlock()
+	last := l.head.SpanAt(off + inflate.Out(len(p)) - 1)
+	end := off
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	for span := first; span < end; span++ {
-		l.land(span, err)
+	for span := l.head.SpanAt(off); span <= last && l.have.get(span); span++ {
+		l.touched.set(span)
+		_, end = l.spanRange(span)
 	}
-}
-
-// land ends a span's flight. The caller holds l.mu.
-func (l *Layer) land(span int, err error) {
-	f := l.flights[span]
-	delete(l.flights, span)
-	f.err = err
-	close(f.done)
-}
-
-// openError marks an error of Fetcher.Open.
-type openError struct{ error }
-
-func (e openError) Unwrap() error { return e.error }
-
-// fetch reads, verifies and stores the spans [first, end). It returns the
-// first span that it did not store.
-func (l *Layer) fetch(ctx context.Context, first, end int) (int, error) {
-	start, _ := l.index.SpanRange(first)
-	p, err := l.index.SeekPoint(start)
-	if err != nil {
-		return first, err
-	}
-	in := l.index.Spans[end-1].InEnd - p.In
-	l.mu.Lock()
-	sources := slices.Clone(l.sources)
+	l.used = time.Now()
 	l.mu.Unlock()
-	rc, err := l.store.fetch.Open(ctx, sources, l.index.Digest, int64(p.In), int64(in))
-	if err != nil {
-		return first, openError{err}
+	if end == off {
+		return 0, nil
 	}
-	defer rc.Close()
-	stream, err := l.index.Decode(rc, p)
-	if err != nil {
-		return first, err
-	}
-	defer stream.Close()
-	if _, err := io.CopyN(io.Discard, stream, int64(start-p.Out)); err != nil {
-		blame(rc)
-		return first, err
-	}
-	buf := make([]byte, l.index.SpanSize)
-	for span := first; span < end; span++ {
-		from, to := l.index.SpanRange(span)
-		if _, err := io.ReadFull(stream, buf[:to-from]); err != nil {
-			blame(rc)
-			return span, err
-		}
-		if err := l.index.VerifySpan(span, buf[:to-from]); err != nil {
-			blame(rc)
-			return span, err
-		}
-		if err := l.put(span, buf[:to-from]); err != nil {
-			return span, err
-		}
-	}
-	return end, nil
+	return l.data.ReadAt(p[:min(inflate.Out(len(p)), end-off)], int64(off))
 }
 
-// blame tells whoever opened r that what it delivered is wrong, so that the
-// next try asks another source. Errors of r itself it knows to tell apart.
-func blame(r io.Reader) {
-	if b, ok := r.(interface{ Blame() }); ok {
-		b.Blame()
-	}
-}
-
-// put stores a verified span and ends its flight.
-func (l *Layer) put(span int, b []byte) error {
-	start, _ := l.index.SpanRange(span)
-	if _, err := l.data.WriteAt(b, int64(start)); err != nil {
-		return err
-	}
+// readComing waits for the span at off. If it could not be stored, its bytes
+// are copied to p; otherwise they are to be read where they are now.
+func (l *Layer) readComing(ctx context.Context, p []byte, off inflate.Out, deadline time.Time) (int, error) {
+	span, last := l.head.SpanAt(off), l.head.SpanAt(off+inflate.Out(len(p))-1)
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.have.set(span)
-	l.dirty = true
-	l.land(span, nil)
-	return nil
+	if l.have.get(span) {
+		l.mu.Unlock()
+		return 0, nil
+	}
+	start, _ := l.spanRange(span)
+	if b := l.store.memory.get(l, span); b != nil {
+		l.mu.Unlock()
+		return copy(p, b[off-start:]), nil
+	}
+	r, err := l.runForLocked(span, last+1)
+	if err != nil {
+		l.mu.Unlock()
+		return 0, err
+	}
+	w := l.waits[span]
+	if w == nil {
+		w = &wait{done: make(chan struct{})}
+		l.waits[span] = w
+	}
+	l.mu.Unlock()
+	ctx, cancel := context.WithDeadlineCause(ctx, deadline, errReadTimeout)
+	defer cancel()
+	l.store.gate.enter(r)
+	defer l.store.gate.leave(r)
+	select {
+	case <-w.done:
+	case <-ctx.Done():
+		return 0, context.Cause(ctx)
+	}
+	if w.bytes != nil {
+		return copy(p, w.bytes[off-start:]), nil
+	}
+	if w.err != nil && !errors.Is(w.err, errAgain) {
+		return 0, w.err
+	}
+	return 0, nil
 }
+
+func (l *Layer) spanRange(span int) (start, end inflate.Out) { return l.head.SpanRange(span) }
 
 // Fetched returns how many bytes of the stream are on disk.
 func (l *Layer) Fetched() int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	n := int64(l.have.count()) * int64(l.index.SpanSize)
+	n := int64(l.have.count()) * int64(l.head.SpanSize)
 	return min(n, l.Size())
 }
 
-// sync makes what is there durable and records it.
-func (l *Layer) sync() error {
-	l.mu.Lock()
-	if !l.dirty || l.removed {
-		l.mu.Unlock()
-		return nil
+// Usage returns how many bytes of disk the layer takes, in how many files.
+func (l *Layer) Usage() (size, inodes int64) {
+	for _, name := range []string{".", spansFile, entriesFile, sourcesFile, dataFile, haveFile, completeFile} {
+		if info, err := l.dir.Stat(name); err == nil {
+			size += blocks(info)
+			inodes++
+		}
 	}
-	have := slices.Clone(l.have)
-	l.dirty = false
-	l.mu.Unlock()
-	err := unix.Fdatasync(int(l.data.Fd()))
-	if err == nil {
-		err = writeFile(l.store.path(l.index.DiffID, "have"), have.encode())
-	}
-	if err != nil {
-		l.mu.Lock()
-		l.dirty = true
-		l.mu.Unlock()
-	}
-	return err
+	return size, inodes
 }
 
-// loadHave reads which spans are there. A file that does not fit is as good as
-// none: everything is fetched again.
-func (l *Layer) loadHave() {
-	st, err := l.data.Stat()
-	if err != nil || st.Size() != l.Size() {
-		// Spans that are written later extend the file to its size.
-		_ = l.data.Truncate(l.Size())
-		return
-	}
-	raw, err := os.ReadFile(l.store.path(l.index.DiffID, "have"))
-	if err != nil {
-		return
-	}
-	if have, ok := decodeBitmap(raw, len(l.have)); ok {
-		l.have = have
-	}
-}
-
-func (l *Layer) remove() error {
+// addSource remembers a repository that holds the layer's blob.
+func (l *Layer) addSource(source string) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.removed = true
-	return l.data.Close()
+	if !validSource(source) || slices.Contains(l.sources, source) {
+		return nil
+	}
+	// The newest first: it is the one that works now.
+	sources := append([]string{source}, l.sources...)
+	sources = sources[:min(len(sources), maxSources)]
+	raw, err := json.Marshal(sources)
+	if err != nil {
+		return err
+	}
+	if err := writeFile(l.dir, sourcesFile, raw); err != nil {
+		return err
+	}
+	l.sources = sources
+	return nil
 }
 
-// bitmap has one bit per span, the lowest first.
-type bitmap []uint64
-
-func (b bitmap) get(i int) bool { return b[i/64]>>(i%64)&1 == 1 }
-func (b bitmap) set(i int)      { b[i/64] |= 1 << (i % 64) }
-
-func (b bitmap) count() int {
-	n := 0
-	for _, w := range b {
-		n += bits.OnesCount64(w)
+// indexLocked returns the span part of the layer's index, which is kept in
+// memory only while it is needed. The caller holds l.mu.
+func (l *Layer) indexLocked() (*layer.Index, error) {
+	if l.ended {
+		return nil, errEnded
 	}
-	return n
+	l.indexUsed = time.Now()
+	if l.index == nil {
+		x, err := readIndex(l.dir, l.head.DiffID)
+		if err != nil {
+			return nil, err
+		}
+		l.index = x
+	}
+	return l.index, nil
 }
 
-// encode returns the bitmap, little-endian, behind its SHA-256.
-func (b bitmap) encode() []byte {
-	raw := make([]byte, 0, 8*len(b))
-	for _, w := range b {
-		raw = binary.LittleEndian.AppendUint64(raw, w)
+// indexIdle is how long the index of a layer is kept after the last fetch.
+const indexIdle = time.Minute
+
+func (l *Layer) forgetIndex() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.runs) == 0 && time.Since(l.indexUsed) > indexIdle {
+		l.index = nil
 	}
-	sum := sha256.Sum256(raw)
-	return append(sum[:], raw...)
 }
 
-// decodeBitmap returns the encoded bitmap if it is whole and has words words.
-func decodeBitmap(raw []byte, words int) (bitmap, bool) {
-	if len(raw) != sha256.Size+8*words || sha256.Sum256(raw[sha256.Size:]) != [sha256.Size]byte(raw[:sha256.Size]) {
-		return nil, false
+// record makes what is there durable and then says so in the file have.
+func (l *Layer) record() error {
+	l.recording.Lock()
+	defer l.recording.Unlock()
+	l.mu.Lock()
+	have := slices.Clone(l.have)
+	same := slices.Equal(have, l.recorded)
+	removed := l.removed
+	l.mu.Unlock()
+	if same || removed {
+		return nil
 	}
-	b := make(bitmap, words)
-	for i := range b {
-		b[i] = binary.LittleEndian.Uint64(raw[sha256.Size+8*i:])
+	if err := control(l.data, unix.Fdatasync); err != nil {
+		// The kernel may have dropped what it could not write.
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		copy(l.have, l.recorded)
+		l.punches++
+		return fmt.Errorf("layer %s: data: %w", l.head.DiffID, err)
 	}
-	return b, true
+	if err := writeFile(l.dir, haveFile, have.encode()); err != nil {
+		return fmt.Errorf("layer %s: %w", l.head.DiffID, err)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.recorded = have
+	l.recountLocked()
+	return nil
 }
+
+// recountLocked counts anew what data takes on disk. The caller holds l.mu.
+func (l *Layer) recountLocked() {
+	now := occupied(l.dir, dataFile)
+	l.store.used.Add(now - l.counted)
+	l.counted = now
+}
+
+// restore learns from disk which spans are there. What does not fit together
+// is as good as nothing: it is fetched again.
+func (l *Layer) restore() error {
+	st, err := l.data.Stat()
+	if err != nil {
+		return err
+	}
+	l.counted = blocks(st)
+	whole := st.Size() == l.fileSize()
+	if whole {
+		if raw, err := l.dir.ReadFile(haveFile); err == nil {
+			if have, ok := decodeBitmap(raw, l.spans); ok {
+				l.have, l.recorded = have, slices.Clone(have)
+			}
+		}
+		if info, err := l.dir.Stat(haveFile); err == nil {
+			l.used = info.ModTime()
+		}
+	}
+	if _, err := l.dir.Stat(completeFile); err == nil && l.allHereLocked() {
+		l.complete = true
+		return nil
+	}
+	if err := removeFile(l.dir, completeFile); err != nil {
+		return err
+	}
+	if whole {
+		l.store.nudge() // it may be all there
+		return nil
+	}
+	// The marks go before the file has a size that they would fit to.
+	if err := removeFile(l.dir, haveFile); err != nil {
+		return err
+	}
+	return l.data.Truncate(l.fileSize())
+}
+
+// allHereLocked says whether data holds every span. The caller holds l.mu.
+func (l *Layer) allHereLocked() bool { return l.have.count() == l.spans }
+
+// remove ends the layer's use of its files and returns how many bytes of disk
+// it had counted.
+func (l *Layer) remove() int64 {
+	l.recording.Lock()
+	defer l.recording.Unlock()
+	l.mu.Lock()
+	l.removed, l.ended = true, true
+	counted := l.counted
+	l.counted = 0
+	for r := range l.runs {
+		r.cancel(errEnded)
+	}
+	l.mu.Unlock()
+	l.store.memory.forget(l)
+	_ = l.close() // what was written is no longer wanted
+	return counted
+}
+
+var errEnded = fmt.Errorf("the layer was removed or its cache closed: %w", errdefs.ErrNotFound)
+
+// end makes sure that no more runs begin.
+func (l *Layer) end() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.ended = true
+}
+
+func (l *Layer) close() error { return errors.Join(l.data.Close(), l.dir.Close()) }

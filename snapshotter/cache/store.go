@@ -2,15 +2,34 @@
 //
 // There is one directory per diff ID, shared by all images and namespaces:
 //
-//	<dir>/<hex of diff ID>/spans    the span part of the layer's index
-//	                       entries  the entry part, zstd'ed
-//	                       sources  repositories that hold the blob, JSON
-//	                       data     the uncompressed stream, sparse
-//	                       have     which spans of data are durable
+//	<dir>/<hex of diff ID>/spans     the span part of the layer's index
+//	                       entries   the entry part, zstd'ed
+//	                       sources   repositories that hold the blob, JSON
+//	                       data      the uncompressed stream, sparse
+//	                       have      which spans of data are durable
+//	                       complete  there if data was checked against the diff ID
 //
 // A span counts as there only after its digest was checked, and after a crash
 // only if it was recorded in have, which happens after data was synced. What
-// is not recorded is fetched again.
+// is not recorded is fetched again. A layer of which everything is recorded is
+// read back and checked as a whole; then it is complete, and its file can serve
+// as a device in the kernel (see Store.Device).
+//
+// Fetching. A run is one request for a stretch of a blob, decoded as it
+// arrives; it ends the waits of those who want the spans it brings, one by
+// one. A span is fetched by one run, unless that is so far from it that a run
+// of its own brings it sooner. Runs of Layer.Fill stand still while a reader
+// waits for something else.
+//
+// Space. The data files together take at most Options.MaxSize. When it is
+// used up, holes are punched: for layers of which no root is mounted, least
+// recently read first, then for spans that were not read lately. A hole is
+// punched after its spans are durably unmarked and their reads have ended, and
+// never in a file that the kernel has open as a device. If that does not help,
+// or the disk is full, spans are served from memory.
+//
+// Locks are taken in this order: Store.adding, Store.evicting, Store.mu,
+// Layer.recording, Layer.punching, Layer.mu, and then those of gate and memory.
 //
 // The package does not know images or snapshots: its user adds the layers it
 // needs and says which to keep.
@@ -18,14 +37,13 @@ package cache
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -43,65 +61,130 @@ type Fetcher interface {
 	Open(ctx context.Context, sources []string, d digest.Digest, off, n int64) (io.ReadCloser, error)
 }
 
+// Options configures Open.
+type Options struct {
+	Dir   string // directory of the layers; it is created if need be
+	Fetch Fetcher
+	// MaxSize is how much disk the layers' data may take. The zero value means
+	// 80 % of what is free, counting what they take already.
+	MaxSize Limit
+	// InUse says whether a root that needs the layer is mounted; nil means that
+	// none is. It is called with locks held and must not call the store.
+	InUse func(diffID digest.Digest) bool
+}
+
 // Store is the layers on disk.
 type Store struct {
 	dir   string
 	fetch Fetcher
-	stop  context.CancelFunc
-	done  chan struct{}
+	inUse func(digest.Digest) bool
+	max   int64 // bytes of disk
+
+	life context.Context // ends with Close
+	stop context.CancelFunc
+	work sync.WaitGroup // the goroutines of the store and its layers
+	wake chan struct{}  // tells the upkeep that a layer may be complete
+
+	gate   gate
+	memory memory
+	used   atomic.Int64 // bytes of disk that data files take, about
+	full   atomic.Bool  // spans are being served from memory
+
+	adding sync.Mutex // serialises Add
+
+	evicting  sync.Mutex // serialises eviction; guards the fields below
+	allLoaded bool       // all layers on disk are in layers
+	futile    time.Time  // when eviction last found nothing
 
 	mu     sync.Mutex // guards layers
 	layers map[digest.Digest]*Layer
 }
 
-// syncPeriod is how long a fetched span may go unrecorded: a crash within it
+// upkeepPeriod is how long a fetched span may go unrecorded: a crash within it
 // costs fetching the span again.
-const syncPeriod = 5 * time.Second
+const upkeepPeriod = 5 * time.Second
 
-// Open opens the store in dir, which it creates if need be.
-func Open(dir string, fetch Fetcher) (*Store, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+// Open opens the store. ctx carries the logger and nothing else. The caller
+// closes the store.
+func Open(ctx context.Context, opts Options) (*Store, error) {
+	if err := os.MkdirAll(opts.Dir, 0o700); err != nil {
 		return nil, err
 	}
-	ctx, stop := context.WithCancel(context.Background())
-	s := &Store{dir: dir, fetch: fetch, stop: stop, done: make(chan struct{}), layers: map[digest.Digest]*Layer{}}
-	go s.syncLoop(ctx)
+	held, err := heldOnDisk(opts.Dir)
+	if err != nil {
+		return nil, err
+	}
+	limit, err := opts.MaxSize.bytes(opts.Dir, held)
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{
+		dir: opts.Dir, fetch: opts.Fetch, inUse: opts.InUse, max: limit,
+		wake: make(chan struct{}, 1), layers: map[digest.Digest]*Layer{},
+	}
+	if s.inUse == nil {
+		s.inUse = func(digest.Digest) bool { return false }
+	}
+	s.used.Store(held)
+	s.life, s.stop = context.WithCancel(context.WithoutCancel(ctx))
+	s.work.Go(s.upkeep)
 	return s, nil
 }
 
-// Close records what is there and closes all layers. Reads must have ended.
+// Close ends all fetches, records what is there and closes all layers.
 func (s *Store) Close() error {
+	for _, l := range s.loaded() {
+		l.end()
+	}
 	s.stop()
-	<-s.done
+	s.work.Wait()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var errs []error
 	for _, l := range s.layers {
-		errs = append(errs, l.sync(), l.data.Close())
+		errs = append(errs, l.record(), l.close())
 	}
 	clear(s.layers)
 	return errors.Join(errs...)
 }
 
-func (s *Store) syncLoop(ctx context.Context) {
-	defer close(s.done)
-	tick := time.NewTicker(syncPeriod)
+// upkeep records what was fetched, checks layers that are all there, and lets
+// go of the indexes of layers of which nothing is fetched any more.
+func (s *Store) upkeep() {
+	tick := time.NewTicker(upkeepPeriod)
 	defer tick.Stop()
 	for {
 		select {
 		case <-tick.C:
-		case <-ctx.Done():
+		case <-s.wake:
+		case <-s.life.Done():
 			return
 		}
-		for _, l := range s.open() {
-			if err := l.sync(); err != nil {
-				log.G(ctx).WithError(err).WithField("diffID", l.index.DiffID).Warn("cannot record fetched spans; they will be fetched again after a restart")
+		for _, l := range s.loaded() {
+			logger := log.G(s.life).WithField("diffID", l.head.DiffID)
+			if err := l.record(); isFull(err) {
+				s.degrade(err)
+			} else if err != nil {
+				logger.WithError(err).Warn("cannot record fetched spans; they will be fetched again after a restart")
 			}
+			if err := l.finish(); err != nil {
+				logger.WithError(err).Error("a layer that is all there cannot be used as a whole")
+			}
+			l.forgetIndex()
 		}
 	}
 }
 
-func (s *Store) open() []*Layer {
+// nudge has the upkeep look now.
+func (s *Store) nudge() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// loaded returns the layers that are open.
+func (s *Store) loaded() []*Layer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	all := make([]*Layer, 0, len(s.layers))
@@ -111,35 +194,36 @@ func (s *Store) open() []*Layer {
 	return all
 }
 
-func (s *Store) path(diffID digest.Digest, name string) string {
-	return filepath.Join(s.dir, diffID.Encoded(), name)
-}
-
 // Add makes sure that the layer that x describes is in the store and that
 // source is among those it is fetched from. x is complete, entries included.
 func (s *Store) Add(x *layer.Index, source string) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.adding.Lock()
+	defer s.adding.Unlock()
 	if err := x.DiffID.Validate(); err != nil {
 		return fmt.Errorf("diff ID %q: %w", x.DiffID, errdefs.ErrInvalidArgument)
 	}
-	l, err := s.layerLocked(x.DiffID)
+	l, err := s.Layer(x.DiffID)
 	if errdefs.IsNotFound(err) {
-		if err := s.create(x); err != nil {
+		err = s.create(x)
+		if isFull(err) && s.evict(int64(x.OutSize)) > 0 {
+			err = s.create(x)
+		}
+		if err != nil {
 			return fmt.Errorf("layer %s: %w", x.DiffID, err)
 		}
-		l, err = s.layerLocked(x.DiffID)
+		l, err = s.Layer(x.DiffID)
 	}
 	if err != nil {
 		return err
 	}
-	if l.index.Digest != x.Digest {
+	if l.head.Digest != x.Digest {
 		return nil // the same stream, compressed anew: what we have does
 	}
 	return l.addSource(source)
 }
 
-// create writes the directory of a new layer; it appears whole or not at all.
+// create writes the directory of a new layer; it appears whole or not at all,
+// and stays.
 func (s *Store) create(x *layer.Index) (err error) {
 	tmp, err := os.MkdirTemp(s.dir, ".new-")
 	if err != nil {
@@ -150,34 +234,35 @@ func (s *Store) create(x *layer.Index) (err error) {
 			os.RemoveAll(tmp)
 		}
 	}()
+	dir, err := os.OpenRoot(tmp)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
 	if err != nil {
 		return err
 	}
-	if err := writeFile(filepath.Join(tmp, "spans"), x.AppendSpans(nil)); err != nil {
+	if err := writeFile(dir, spansFile, x.AppendSpans(nil)); err != nil {
 		return err
 	}
-	if err := writeFile(filepath.Join(tmp, "entries"), enc.EncodeAll(x.AppendEntries(nil), nil)); err != nil {
+	if err := writeFile(dir, entriesFile, enc.EncodeAll(x.AppendEntries(nil), nil)); err != nil {
 		return err
 	}
-	data, err := os.OpenFile(filepath.Join(tmp, "data"), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err := os.Rename(tmp, filepath.Join(s.dir, x.DiffID.Encoded())); err != nil {
+		return err
+	}
+	all, err := os.OpenRoot(s.dir)
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(data.Truncate(int64(x.OutSize)), data.Close()); err != nil {
-		return err
-	}
-	return os.Rename(tmp, filepath.Join(s.dir, x.DiffID.Encoded()))
+	return errors.Join(syncDir(all), all.Close())
 }
 
 // Layer returns the layer with this diff ID, or errdefs.ErrNotFound.
 func (s *Store) Layer(diffID digest.Digest) (*Layer, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.layerLocked(diffID)
-}
-
-func (s *Store) layerLocked(diffID digest.Digest) (*Layer, error) {
 	if l, ok := s.layers[diffID]; ok {
 		return l, nil
 	}
@@ -191,33 +276,54 @@ func (s *Store) layerLocked(diffID digest.Digest) (*Layer, error) {
 
 // load opens a layer that is on disk.
 func (s *Store) load(diffID digest.Digest) (_ *Layer, err error) {
-	raw, err := os.ReadFile(s.path(diffID, "spans"))
+	if err := diffID.Validate(); err != nil {
+		return nil, errors.Join(err, errdefs.ErrInvalidArgument)
+	}
+	dir, err := os.OpenRoot(filepath.Join(s.dir, diffID.Encoded()))
 	if os.IsNotExist(err) {
 		return nil, errdefs.ErrNotFound
 	}
 	if err != nil {
 		return nil, err
 	}
-	x, err := layer.DecodeSpans(raw)
+	defer func() {
+		if err != nil {
+			dir.Close()
+		}
+	}()
+	x, err := readIndex(dir, diffID)
 	if err != nil {
 		return nil, err
+	}
+	l := newLayer(s, dir, x)
+	if raw, err := dir.ReadFile(sourcesFile); err == nil {
+		l.sources = decodeSources(raw)
+	} else if !os.IsNotExist(err) {
+		return nil, err
+	}
+	if l.data, err = dir.OpenFile(dataFile, os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+		return nil, err
+	}
+	if err := l.restore(); err != nil {
+		return nil, errors.Join(err, l.data.Close())
+	}
+	return l, nil
+}
+
+// readIndex reads the span part of a layer's index.
+func readIndex(dir *os.Root, diffID digest.Digest) (*layer.Index, error) {
+	raw, err := dir.ReadFile(spansFile)
+	if err != nil {
+		return nil, err
+	}
+	x, err := layer.DecodeSpans(raw)
+	if err != nil {
+		return nil, fmt.Errorf("index on disk: %w", errors.Join(err, errdefs.ErrDataLoss))
 	}
 	if x.DiffID != diffID {
 		return nil, fmt.Errorf("its directory holds %s: %w", x.DiffID, errdefs.ErrDataLoss)
 	}
-	l := newLayer(s, x)
-	if raw, err := os.ReadFile(s.path(diffID, "sources")); err == nil {
-		if err := json.Unmarshal(raw, &l.sources); err != nil {
-			return nil, fmt.Errorf("sources: %w", err)
-		}
-	} else if !os.IsNotExist(err) {
-		return nil, err
-	}
-	if l.data, err = os.OpenFile(s.path(diffID, "data"), os.O_RDWR, 0); err != nil {
-		return nil, err
-	}
-	l.loadHave()
-	return l, nil
+	return x, nil
 }
 
 // Entries returns the layer's whole index. It is read from disk each time,
@@ -227,7 +333,11 @@ func (s *Store) Entries(diffID digest.Digest) (*layer.Index, error) {
 	if err != nil {
 		return nil, err
 	}
-	raw, err := os.ReadFile(s.path(diffID, "entries"))
+	x, err := readIndex(l.dir, diffID)
+	if err != nil {
+		return nil, fmt.Errorf("layer %s: %w", diffID, err)
+	}
+	raw, err := l.dir.ReadFile(entriesFile)
 	if err != nil {
 		return nil, err
 	}
@@ -239,17 +349,15 @@ func (s *Store) Entries(diffID digest.Digest) (*layer.Index, error) {
 	if raw, err = dec.DecodeAll(raw, nil); err != nil {
 		return nil, fmt.Errorf("entries of layer %s: %w", diffID, err)
 	}
-	x := *l.index
 	if err := x.DecodeEntries(raw); err != nil {
 		return nil, fmt.Errorf("entries of layer %s: %w", diffID, err)
 	}
-	return &x, nil
+	return x, nil
 }
 
-// Keep removes all layers for which keep returns false.
+// Keep removes all layers for which keep returns false. A file that the kernel
+// still has open as a device stays readable there until it is closed.
 func (s *Store) Keep(keep func(diffID digest.Digest) bool) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	dirs, err := os.ReadDir(s.dir)
 	if err != nil {
 		return err
@@ -260,55 +368,33 @@ func (s *Store) Keep(keep func(diffID digest.Digest) bool) error {
 		if diffID.Validate() == nil && keep(diffID) {
 			continue
 		}
-		if l, ok := s.layers[diffID]; ok {
-			delete(s.layers, diffID)
-			errs = append(errs, l.remove())
-		}
-		errs = append(errs, os.RemoveAll(filepath.Join(s.dir, dir.Name())))
+		errs = append(errs, s.remove(diffID, dir.Name()))
 	}
 	return errors.Join(errs...)
 }
 
-func (l *Layer) addSource(source string) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if source == "" || slices.Contains(l.sources, source) {
-		return nil
+// remove removes the directory name, which is that of the layer diffID or a
+// left-over. Another layer with this diff ID may be added at once.
+func (s *Store) remove(diffID digest.Digest, name string) error {
+	old := filepath.Join(s.dir, name)
+	s.mu.Lock()
+	l := s.layers[diffID]
+	delete(s.layers, diffID)
+	var held int64
+	if info, err := os.Stat(filepath.Join(old, dataFile)); err == nil {
+		held = blocks(info)
 	}
-	// The newest first: it is the one that works now.
-	sources := append([]string{source}, l.sources...)
-	sources = sources[:min(len(sources), maxSources)]
-	raw, err := json.Marshal(sources)
-	if err != nil {
-		return err
-	}
-	if err := writeFile(l.store.path(l.index.DiffID, "sources"), raw); err != nil {
-		return err
-	}
-	l.sources = sources
-	return nil
-}
-
-// maxSources bounds how many repositories are remembered per layer.
-const maxSources = 16
-
-// writeFile replaces the file at path, durably and in one step.
-func writeFile(path string, b []byte) (err error) {
-	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		err = errors.Join(err, tmp.Close())
-		if err != nil {
-			os.Remove(tmp.Name())
+	var err error
+	if diffID.Validate() == nil {
+		gone := filepath.Join(s.dir, ".old-"+name+time.Now().Format("-150405.000000000"))
+		if err = os.Rename(old, gone); err == nil {
+			old = gone
 		}
-	}()
-	if _, err := tmp.Write(b); err != nil {
-		return err
 	}
-	if err := tmp.Sync(); err != nil {
-		return err
+	s.mu.Unlock()
+	if l != nil {
+		held = l.remove()
 	}
-	return os.Rename(tmp.Name(), path)
+	s.used.Add(-held)
+	return errors.Join(err, os.RemoveAll(old))
 }

@@ -2,8 +2,8 @@
 //
 // One file system has one directory with one read-only file per layer, named
 // by the hex of its diff ID and holding the layer's uncompressed stream, filled
-// up with zeros to a whole block. EROFS opens these files as its devices; nothing else sees them, because the mount
-// is not attached anywhere: it is reached through a file descriptor.
+// up with zeros to a whole block. EROFS opens these files as its devices;
+// nothing else sees them, because the mount is not attached anywhere.
 //
 // Node numbers are derived from diff IDs and file handles are 0, so requests
 // mean the same to any process that answers them.
@@ -18,11 +18,14 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"time"
 
 	"github.com/containerd/log"
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/beam-cloud/containerd-clip/snapshotter/fuseconn"
 )
 
 // File is a layer's uncompressed stream. ReadAt is called concurrently; it
@@ -31,17 +34,6 @@ type File interface {
 	ReadAt(ctx context.Context, p []byte, off int64) (int, error)
 	Size() int64
 }
-
-// forever is how long the kernel may keep what it is told: layers never
-// change. The kernel counts in jiffies, hence not the largest number.
-const forever = 1 << 30
-
-// Most of what the kernel may ask for at once, in bytes, and how many such
-// read-ahead requests it may have under way.
-const (
-	maxRead       = 1 << 20
-	maxBackground = 64
-)
 
 // table is the raw file system: which layer files there are.
 type table struct {
@@ -92,12 +84,12 @@ func (t *table) Lookup(_ <-chan struct{}, parent *fuse.InHeader, name string, ou
 		return fuse.ENOENT
 	}
 	out.NodeId = id
-	out.EntryValid, out.AttrValid = forever, forever
+	out.EntryValid, out.AttrValid = fuseconn.Forever, fuseconn.Forever
 	return t.attr(id, &out.Attr)
 }
 
 func (t *table) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
-	out.AttrValid = forever
+	out.AttrValid = fuseconn.Forever
 	return t.attr(in.NodeId, &out.Attr)
 }
 
@@ -122,7 +114,7 @@ func (t *table) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadR
 	off := int64(in.Offset)
 	want := min(int64(in.Size), int64(len(buf)), paddedSize(f)-off)
 	if want <= 0 {
-		return filled(nil), fuse.OK
+		return fuseconn.Filled(nil), fuse.OK
 	}
 	n, err := f.ReadAt(t.ctx, buf[:want], off)
 	// Only the end of the file may be filled up: an error that wraps io.EOF is
@@ -135,7 +127,7 @@ func (t *table) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadR
 		return nil, fuse.EIO
 	}
 	clear(buf[n:want]) // the padding
-	return filled(buf[:want]), fuse.OK
+	return fuseconn.Filled(buf[:want]), fuse.OK
 }
 
 // blockSize is EROFS's. It reads whole blocks, also the last one of a stream
@@ -153,47 +145,31 @@ func (t *table) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut)
 	return fuse.OK
 }
 
-// filled is a read's answer that already lies in the reply.
-type filled []byte
-
-func (b filled) Bytes([]byte) ([]byte, fuse.Status) { return b, fuse.OK }
-func (b filled) Size() int                          { return len(b) }
-func (b filled) Done()                              {}
-
 // FS is a mounted layer file system.
 type FS struct {
 	table *table
-	mount int // the detached mount
-	conn  *conn
-	bdi   string
+	conn  *fuseconn.Conn
 
 	closing  sync.Once
 	closeErr error // of the first Close
 }
 
 // New mounts a layer file system. ctx carries the logger and nothing else.
-func New(ctx context.Context) (_ *FS, err error) {
-	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("opening /dev/fuse: %w", err)
-	}
+func New(ctx context.Context) (*FS, error) {
 	t := &table{RawFileSystem: fuse.NewDefaultRawFileSystem(), ctx: context.WithoutCancel(ctx), files: map[uint64]File{}}
-	mnt, err := mountDetached(fd)
+	conn, err := fuseconn.Mount(ctx, t, fuseconn.Options{
+		Source: "clip-layers",
+		Flags:  []string{"allow_other"}, // EROFS reads on behalf of every user
+		Attr:   unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOSUID,
+		Protocol: fuse.MountOptions{
+			ExtraCapabilities:    fuse.CAP_ASYNC_DIO,
+			DisabledCapabilities: fuse.CAP_PASSTHROUGH | fuse.CAP_READDIRPLUS,
+		},
+	})
 	if err != nil {
-		unix.Close(fd)
 		return nil, err
 	}
-	fs := &FS{table: t, mount: mnt, conn: serve(t.ctx, fd, t)}
-	var st unix.Stat_t
-	if err := unix.Fstat(mnt, &st); err != nil {
-		return nil, errors.Join(err, fs.Close())
-	}
-	fs.bdi = fmt.Sprintf("/sys/class/bdi/%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
-	// EROFS takes over the value when it opens a layer file, not later.
-	if err := setReadAhead(fs.bdi); err != nil {
-		return nil, errors.Join(err, fs.Close())
-	}
-	return fs, nil
+	return &FS{table: t, conn: conn}, nil
 }
 
 // Add makes the layer readable under the path that Path returns.
@@ -219,12 +195,20 @@ func (fs *FS) Remove(diffID digest.Digest) {
 
 // Path returns the path of a layer file. It is valid in this process only.
 func (fs *FS) Path(diffID digest.Digest) string {
-	return fmt.Sprintf("/proc/self/fd/%d/%s", fs.mount, diffID.Encoded())
+	return fmt.Sprintf("/proc/self/fd/%d/%s", fs.conn.FD(), diffID.Encoded())
 }
+
+// closeTimeout is how long Close waits for uses of the mount to end.
+const closeTimeout = 2 * time.Second
 
 // Close unmounts the file system once nothing stands on it any more. It fails
 // if something still does. Closing again returns what the first Close did.
 func (fs *FS) Close() error {
-	fs.closing.Do(func() { fs.closeErr = errors.Join(unix.Close(fs.mount), fs.conn.close()) })
+	fs.closing.Do(func() {
+		fs.closeErr = fs.conn.Release()
+		if !fs.conn.Wait(closeTimeout) {
+			fs.closeErr = errors.Join(fs.closeErr, errors.New("layer files are still in use"))
+		}
+	})
 	return fs.closeErr
 }

@@ -3,16 +3,63 @@ package root
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
-	"github.com/beam-cloud/containerd-clip/archive/erofs"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
 )
+
+// Ability is what the roots of this machine can do.
+type Ability struct {
+	Mode Mode
+	// Nested says why overlayfs cannot stand on overlayfs on a root, as it does
+	// where containers run containers.
+	Nested error
+	// Remap says why a root cannot show other owners to a user namespace.
+	Remap error
+}
+
+// Choose returns the first way of mounting roots below dir, in an empty
+// directory of dir that is removed again, that can do everything, or else the
+// first that works at all. want restricts the choice to one way. An error says
+// for each way what this machine cannot do.
+func Choose(ctx context.Context, want Mode, dir string, files *layerfs.FS) (Ability, error) {
+	modes := []Mode{File, Loop, FUSE}
+	if want != Auto {
+		modes = []Mode{want}
+	}
+	var (
+		chosen Ability
+		errs   []error
+	)
+	for _, m := range modes {
+		can, err := Probe(ctx, m, dir, files)
+		if err != nil {
+			log.G(ctx).WithError(err).WithField("mode", m).Debug("a way to mount roots does not work here")
+			errs = append(errs, fmt.Errorf("mode %s: %w", m, err))
+			continue
+		}
+		if chosen.Mode == "" {
+			chosen = can
+		}
+		if can.Nested == nil && can.Remap == nil {
+			return can, nil
+		}
+	}
+	if chosen.Mode == "" {
+		return Ability{}, errors.Join(errs...)
+	}
+	return chosen, nil
+}
 
 // probeBlock is the whole content of the layer that Probe mounts.
 var probeBlock = bytes.Repeat([]byte("clip"), 128)
@@ -25,33 +72,112 @@ func (p probeFile) ReadAt(_ context.Context, b []byte, off int64) (int, error) {
 }
 
 // Probe mounts a root of one file, whose content comes from files, below dir
-// and reads it. An error says what this machine cannot do. Nothing stays.
-func Probe(ctx context.Context, dir string, files *layerfs.FS) error {
+// and tries it. An error says what this machine cannot do. Nothing stays.
+func Probe(ctx context.Context, m Mode, dir string, files *layerfs.FS) (can Ability, err error) {
+	dir, err = os.MkdirTemp(dir, "probe-")
+	if err != nil {
+		return can, err
+	}
+	defer os.RemoveAll(dir)
 	id := digest.FromBytes(probeBlock)
-	if err := files.Add(id, probeFile{bytes.NewReader(probeBlock)}); err != nil {
-		return err
+	file := probeFile{bytes.NewReader(probeBlock)}
+	if err := files.Add(id, file); err != nil {
+		return can, err
 	}
 	defer files.Remove(id)
-	image, target := filepath.Join(dir, "image"), filepath.Join(dir, "mnt")
-	if err := os.Mkdir(target, 0o700); err != nil {
-		return err
+	x := &layer.Index{DiffID: id, OutSize: 512, Entries: []layer.Entry{{Name: probeName, Type: layer.TypeReg, Mode: 0o600, Size: 512}}}
+	r := Root{
+		Dir:     filepath.Join(dir, "root"),
+		Layers:  []Layer{{Device: files.Path(id), Stream: file}},
+		Indexes: func() ([]*layer.Index, error) { return []*layer.Index{x}, nil },
 	}
-	x := &layer.Index{DiffID: id, OutSize: 512, Entries: []layer.Entry{{Name: "probe", Type: layer.TypeReg, Mode: 0o600, Size: 512}}}
-	if err := Build(image, []*layer.Index{x}); err != nil {
-		return err
+	if err := r.Mount(ctx, m); err != nil {
+		return can, fmt.Errorf("%w (%s)", err, needs[m])
 	}
-	if err := Mount(ctx, image, target, []string{files.Path(id)}); err != nil {
-		return fmt.Errorf("%w (needs root, Linux 6.12 or newer with EROFS and FUSE, and a state directory that is not on overlayfs or tmpfs)", err)
+	defer func() { err = errors.Join(err, r.Unmount()) }()
+	if err := checkProbe(r.Path(), 0); err != nil {
+		return can, err
 	}
-	got, err := os.ReadFile(filepath.Join(target, erofs.RootDir, "probe"))
-	if uerr := Unmount(target); uerr != nil {
-		return uerr
+	return Ability{Mode: m, Nested: probeNested(dir, r.Path()), Remap: probeRemap(dir, r.Path())}, nil
+}
+
+const probeName = "probe"
+
+// needs says what the modes need.
+var needs = map[Mode]string{
+	File: "needs root, Linux 6.12 or newer with EROFS and FUSE, and a state directory that is not on overlayfs or tmpfs",
+	Loop: "needs root, Linux 6.4 or newer with EROFS, FUSE and loop devices",
+	FUSE: "needs root and Linux 5.4 or newer with FUSE",
+}
+
+// checkProbe reads the probe's file below dir. It must not use package os,
+// whose poller would wait for this process.
+func checkProbe(dir string, owner uint32) error {
+	path := filepath.Join(dir, probeName)
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return fmt.Errorf("looking at a probe mount: %w", err)
 	}
+	if st.Uid != owner || st.Gid != owner {
+		return fmt.Errorf("a probe mount shows owner %d:%d instead of %d:%d", st.Uid, st.Gid, owner, owner)
+	}
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("opening a file of a probe mount: %w", err)
+	}
+	defer unix.Close(fd)
+	got := make([]byte, len(probeBlock)+1)
+	n, err := unix.Pread(fd, got, 0)
 	if err != nil {
 		return fmt.Errorf("reading from a probe mount: %w", err)
 	}
-	if !bytes.Equal(got, probeBlock) {
-		return fmt.Errorf("a probe mount returned wrong bytes")
+	if !bytes.Equal(got[:n], probeBlock) {
+		return errors.New("a probe mount returned wrong bytes")
 	}
 	return nil
+}
+
+// probeNested mounts overlayfs on lower and another one on that.
+func probeNested(dir, lower string) (err error) {
+	for _, name := range []string{"outer", "inner"} {
+		target, err := newOverlay(dir, name, lower, nil)
+		if err != nil {
+			return fmt.Errorf("overlayfs on a root, %s: %w", name, err)
+		}
+		defer func() { err = errors.Join(err, unix.Unmount(target, unix.MNT_DETACH)) }()
+		lower = target
+	}
+	return checkProbe(lower, 0)
+}
+
+// probeOwner is whom the container's root is in the probe of a user namespace.
+const probeOwner = 100000
+
+// probeRemap mounts overlayfs on lower as containerd does for a container with
+// a user namespace.
+func probeRemap(dir, lower string) (err error) {
+	mapping := fmt.Sprintf("0:%d:65536", probeOwner)
+	target, err := newOverlay(dir, "remapped", lower, []string{"uidmap=" + mapping, "gidmap=" + mapping})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, unix.Unmount(target, unix.MNT_DETACH)) }()
+	return checkProbe(target, probeOwner)
+}
+
+// newOverlay mounts overlayfs on lower, in a directory of its own below dir.
+func newOverlay(dir, name, lower string, options []string) (target string, err error) {
+	dir = filepath.Join(dir, name)
+	target = filepath.Join(dir, "mnt")
+	for _, d := range []string{dir, target, filepath.Join(dir, "upper"), filepath.Join(dir, "work")} {
+		if err := os.Mkdir(d, 0o700); err != nil {
+			return "", err
+		}
+	}
+	m := mount.Mount{Type: "overlay", Source: "overlay", Options: append(options,
+		"upperdir="+filepath.Join(dir, "upper"), "workdir="+filepath.Join(dir, "work"), "lowerdir="+lower)}
+	if err := m.Mount(target); err != nil {
+		return "", fmt.Errorf("%s: %w", strings.Join(m.Options, ","), err)
+	}
+	return target, nil
 }

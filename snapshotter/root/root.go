@@ -2,7 +2,14 @@
 //
 // A root is an EROFS metadata image of a stack of layers, whose devices are
 // the layers' files: the kernel answers everything but file contents by
-// itself. The container's root is the directory erofs.RootDir inside the mount.
+// itself. Where the kernel cannot open files as devices, they become loop
+// devices; where it has no EROFS that will do, the whole root is served over
+// FUSE (package treefs). Which of these ways works is not asked of the
+// kernel's version but tried (Choose).
+//
+// In each way, the container's root is a directory inside the mount. Containerd
+// makes idmapped copies of the mount that a lower directory lies in, and some
+// versions do not follow mounts below it.
 //
 // The package knows nothing of snapshots and does not fetch.
 package root
@@ -12,20 +19,128 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
-	"sync"
 
-	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/beam-cloud/containerd-clip/archive/erofs"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
+	"github.com/beam-cloud/containerd-clip/snapshotter/treefs"
 )
+
+// Mode is a way to mount roots.
+type Mode string
+
+// The modes, in the order in which Auto tries them.
+const (
+	Auto Mode = "auto" // the first that works
+	File Mode = "file" // EROFS on files: Linux 6.12
+	Loop Mode = "loop" // EROFS on loop devices: Linux 6.4
+	FUSE Mode = "fuse" // no EROFS
+)
+
+// ParseMode returns the mode that a configuration names.
+func ParseMode(name string) (Mode, error) {
+	switch m := Mode(name); m {
+	case Auto, File, Loop, FUSE:
+		return m, nil
+	}
+	return "", fmt.Errorf("mount mode %q is none of %s, %s, %s, %s", name, Auto, File, Loop, FUSE)
+}
+
+// Root is a root to be mounted.
+type Root struct {
+	Dir     string // a directory of its own; it holds the metadata image and the mount point
+	Layers  []Layer
+	Indexes func() ([]*layer.Index, error) // of Layers, with entries; asked for only if they are needed
+}
+
+// Layer is where one layer's uncompressed stream is, the lowest layer first.
+type Layer struct {
+	// Device is the path of a file with the stream, filled up with zeros to a
+	// whole block of 512 bytes. Modes File and Loop open it.
+	Device string
+	Stream treefs.Layer // mode FUSE reads it
+}
+
+// Path is the container's root, once r is mounted.
+func (r Root) Path() string { return filepath.Join(r.target(), erofs.RootDir) }
+
+// Image is the metadata image. Mode FUSE has none.
+func (r Root) Image() string  { return filepath.Join(r.Dir, "image") }
+func (r Root) target() string { return filepath.Join(r.Dir, "mnt") }
+
+// Build does what can be done before Mount, unless it is done.
+func (r Root) Build(m Mode) error {
+	for _, dir := range []string{r.Dir, r.target()} {
+		if err := os.Mkdir(dir, 0o700); err != nil && !os.IsExist(err) {
+			return err
+		}
+	}
+	if m == FUSE {
+		return nil
+	}
+	if _, err := os.Stat(r.Image()); err == nil {
+		return nil
+	}
+	layers, err := r.Indexes()
+	if err != nil {
+		return err
+	}
+	return Build(r.Image(), layers)
+}
+
+// Mount builds and mounts r. Nothing is left mounted if it fails.
+func (r Root) Mount(ctx context.Context, m Mode) error {
+	if err := r.Build(m); err != nil {
+		return err
+	}
+	if m == FUSE {
+		return r.mountTree(ctx)
+	}
+	devices := make([]string, len(r.Layers))
+	for i, l := range r.Layers {
+		devices[i] = l.Device
+	}
+	if m == Loop {
+		return mountLoop(ctx, r.Image(), r.target(), devices)
+	}
+	return mountFile(ctx, r.Image(), r.target(), devices)
+}
+
+func (r Root) mountTree(ctx context.Context) error {
+	layers, err := r.Indexes()
+	if err != nil {
+		return err
+	}
+	merged, err := tree.Merge(layers)
+	if err != nil {
+		return err
+	}
+	streams := make([]treefs.Layer, len(r.Layers))
+	for i, l := range r.Layers {
+		streams[i] = l.Stream
+	}
+	return treefs.Mount(ctx, r.target(), merged, streams)
+}
+
+// Unmount unmounts r. A root that somebody still uses disappears from the tree
+// of mounts and ends with its last use. It is no error if r is not mounted.
+func (r Root) Unmount() error { return Unmount(r.target()) }
+
+// Unmount is Root.Unmount for a mount point.
+func Unmount(target string) error {
+	err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
+	if errors.Is(err, unix.EBUSY) {
+		err = unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
+	}
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	return err
+}
 
 // Build merges layers, lowest first, and writes their metadata image to path.
 func Build(path string, layers []*layer.Index) (err error) {
@@ -58,125 +173,4 @@ func Build(path string, layers []*layer.Index) (err error) {
 		return err
 	}
 	return os.Rename(f.Name(), path)
-}
-
-// readAheadKB is how far the kernel reads ahead in one file of a root: as far
-// as it does in the layer file below, so that a miss is one request of 1 MiB.
-const readAheadKB = 1024
-
-// mounting serialises mounts: the read-ahead setting of a new EROFS mount is
-// found by what its mounting adds.
-var mounting sync.Mutex
-
-// Mount mounts the metadata image at target, read-only, with one device file
-// per layer. Nothing is left mounted if it fails.
-func Mount(ctx context.Context, image, target string, devices []string) error {
-	if err := warm(image); err != nil {
-		return err
-	}
-	mounting.Lock()
-	defer mounting.Unlock()
-	before := erofsBDIs()
-	mnt, err := newMount(image, devices)
-	if err != nil {
-		return fmt.Errorf("mounting %s: %w", image, err)
-	}
-	defer unix.Close(mnt)
-	for bdi := range erofsBDIs() {
-		if before[bdi] {
-			continue
-		}
-		if err := os.WriteFile(filepath.Join(bdi, "read_ahead_kb"), []byte(strconv.Itoa(readAheadKB)), 0); err != nil {
-			log.G(ctx).WithError(err).Warn("cannot set the read-ahead of a root; reading through it will be slower")
-		}
-	}
-	if err := unix.MoveMount(mnt, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
-		return fmt.Errorf("mounting %s at %s: %w", image, target, err)
-	}
-	return nil
-}
-
-// warm reads the image once. EROFS then finds it in the page cache; reading it
-// through ext4 from inside the mount makes some kernels print a warning.
-func warm(image string) error {
-	f, err := os.Open(image)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	_, err = io.Copy(io.Discard, f)
-	return err
-}
-
-// newMount returns a descriptor of a mount that is attached nowhere yet. The
-// option strings of mount(2) would not hold the paths of many devices.
-func newMount(image string, devices []string) (int, error) {
-	fsfd, err := unix.Fsopen("erofs", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return -1, err
-	}
-	defer unix.Close(fsfd)
-	if err := unix.FsconfigSetString(fsfd, "source", image); err != nil {
-		return -1, kernelSays(fsfd, err)
-	}
-	if err := unix.FsconfigSetFlag(fsfd, "ro"); err != nil {
-		return -1, kernelSays(fsfd, err)
-	}
-	for _, dev := range devices {
-		if err := unix.FsconfigSetString(fsfd, "device", dev); err != nil {
-			return -1, kernelSays(fsfd, err)
-		}
-	}
-	if err := unix.FsconfigCreate(fsfd); err != nil {
-		return -1, kernelSays(fsfd, err)
-	}
-	mnt, err := unix.Fsmount(fsfd, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY)
-	if err != nil {
-		return -1, kernelSays(fsfd, err)
-	}
-	return mnt, nil
-}
-
-// kernelSays adds the messages that the kernel left in the context to err.
-func kernelSays(fsfd int, err error) error {
-	var said []string
-	buf := make([]byte, 1024)
-	for range 16 {
-		n, rerr := unix.Read(fsfd, buf)
-		if rerr != nil {
-			break
-		}
-		said = append(said, strings.TrimSpace(string(buf[:n])))
-	}
-	if len(said) == 0 {
-		return err
-	}
-	return fmt.Errorf("%w (%s)", err, strings.Join(said, "; "))
-}
-
-// erofsBDIs returns the sysfs directories of all mounted EROFS file systems.
-func erofsBDIs() map[string]bool {
-	found := map[string]bool{}
-	dirs, err := filepath.Glob("/sys/class/bdi/erofs-*")
-	if err != nil {
-		return found // only if the pattern were malformed
-	}
-	for _, dir := range dirs {
-		found[dir] = true
-	}
-	return found
-}
-
-// Unmount unmounts the root at target. A root that somebody still uses
-// disappears from the tree of mounts and ends with its last use. It is no
-// error if nothing is mounted there.
-func Unmount(target string) error {
-	err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
-	if errors.Is(err, unix.EBUSY) {
-		err = unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
-	}
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
-		return nil
-	}
-	return err
 }

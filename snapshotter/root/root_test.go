@@ -2,8 +2,11 @@ package root
 
 import (
 	"bytes"
+	"context"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/moby/sys/mountinfo"
@@ -11,7 +14,6 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
-	"github.com/beam-cloud/containerd-clip/archive/erofs"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
 )
@@ -36,52 +38,178 @@ func mounts(t *testing.T, dir string) []string {
 	return points
 }
 
+// streams are the layers of the running test.
+var streams = map[digest.Digest]probeFile{}
+
 // testLayer is a layer of one block with one file, in files.
 func testLayer(t *testing.T, files *layerfs.FS, name, content string) *layer.Index {
 	t.Helper()
 	block := bytes.Repeat([]byte{0}, 512)
 	copy(block, content)
 	id := digest.FromBytes(block)
-	require.NoError(t, files.Add(id, probeFile{bytes.NewReader(block)}))
-	t.Cleanup(func() { files.Remove(id) })
+	streams[id] = probeFile{bytes.NewReader(block)}
+	require.NoError(t, files.Add(id, streams[id]))
+	t.Cleanup(func() {
+		files.Remove(id)
+		delete(streams, id)
+	})
 	return &layer.Index{DiffID: id, OutSize: 512, Entries: []layer.Entry{
 		{Name: name, Type: layer.TypeReg, Mode: 0o644, Size: int64(len(content))},
 	}}
 }
 
+// modes are all ways to mount roots. This machine must know each.
+var modes = []Mode{File, Loop, FUSE}
+
 func TestProbe(t *testing.T) {
-	files, dir := newFS(t), t.TempDir()
-	require.NoError(t, Probe(t.Context(), dir, files))
-	require.Empty(t, mounts(t, dir))
-	_, err := os.Stat(files.Path(digest.FromBytes(probeBlock)))
-	require.Error(t, err, "the probe's layer is gone")
-	require.Error(t, Probe(t.Context(), "/proc", files))
+	for _, m := range modes {
+		t.Run(string(m), func(t *testing.T) {
+			files, dir := newFS(t), t.TempDir()
+			can, err := Probe(t.Context(), m, dir, files)
+			require.NoError(t, err)
+			require.Equal(t, Ability{Mode: m}, can, "everything works")
+			require.Empty(t, mounts(t, dir))
+			left, err := os.ReadDir(dir)
+			require.NoError(t, err)
+			require.Empty(t, left)
+			_, err = os.Stat(files.Path(digest.FromBytes(probeBlock)))
+			require.Error(t, err, "the probe's layer is gone")
+			_, err = Probe(t.Context(), m, "/proc", files)
+			require.Error(t, err)
+		})
+	}
+}
+
+// TestChoose has directories on which not every mode works.
+func TestChoose(t *testing.T) {
+	files, disk, memory := newFS(t), t.TempDir(), t.TempDir()
+	require.NoError(t, unix.Mount("tmpfs", memory, "tmpfs", 0, ""))
+	t.Cleanup(func() { require.NoError(t, unix.Unmount(memory, 0)) })
+	for _, c := range []struct {
+		dir        string
+		want, mode Mode
+		err        string
+	}{
+		{disk, Auto, File, ""},
+		{disk, File, File, ""},
+		{disk, Loop, Loop, ""},
+		{disk, FUSE, FUSE, ""},
+		{memory, Auto, Loop, ""}, // EROFS takes no image that lies on tmpfs
+		{memory, File, "", "mode file: "},
+		{"/nowhere", Auto, "", "mode fuse: "},
+	} {
+		can, err := Choose(t.Context(), c.want, c.dir, files)
+		if c.err != "" {
+			require.ErrorContains(t, err, c.err)
+			continue
+		}
+		require.NoError(t, err)
+		require.Equal(t, c.mode, can.Mode, "%s in %s", c.want, c.dir)
+	}
+}
+
+func TestParseMode(t *testing.T) {
+	for _, m := range append(modes, Auto) {
+		got, err := ParseMode(string(m))
+		require.NoError(t, err)
+		require.Equal(t, m, got)
+	}
+	for _, bad := range []string{"", "File", "erofs"} {
+		_, err := ParseMode(bad)
+		require.ErrorContains(t, err, "auto, file, loop, fuse")
+	}
+}
+
+// testRoot is a root of layers that are in files.
+func testRoot(dir string, files *layerfs.FS, layers ...*layer.Index) Root {
+	r := Root{Dir: filepath.Join(dir, "root"), Indexes: func() ([]*layer.Index, error) { return layers, nil }}
+	for _, x := range layers {
+		r.Layers = append(r.Layers, Layer{Device: files.Path(x.DiffID), Stream: streams[x.DiffID]})
+	}
+	return r
+}
+
+// read reads a small file. Package os would wait for the poller, and the
+// poller for this process.
+func read(t *testing.T, path string) string {
+	t.Helper()
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	require.NoError(t, err)
+	defer unix.Close(fd)
+	buf := make([]byte, 4096)
+	n, err := unix.Read(fd, buf)
+	require.NoError(t, err)
+	return string(buf[:n])
 }
 
 func TestMount(t *testing.T) {
-	files, dir := newFS(t), t.TempDir()
-	image, target := filepath.Join(dir, "image"), filepath.Join(dir, "mnt")
-	layers := []*layer.Index{testLayer(t, files, "low", "of the lower layer"), testLayer(t, files, "high", "of the upper layer")}
-	require.NoError(t, Build(image, layers))
-	require.NoError(t, os.Mkdir(target, 0o755))
-	devices := []string{files.Path(layers[0].DiffID), files.Path(layers[1].DiffID)}
-	require.NoError(t, Mount(t.Context(), image, target, devices))
-	require.Equal(t, []string{target}, mounts(t, dir))
-	for name, want := range map[string]string{"low": "of the lower layer", "high": "of the upper layer"} {
-		got, err := os.ReadFile(filepath.Join(target, erofs.RootDir, name))
-		require.NoError(t, err)
-		require.Equal(t, want, string(got))
-	}
-	require.Error(t, os.WriteFile(filepath.Join(target, erofs.RootDir, "new"), nil, 0o644), "a root is read-only")
+	for _, m := range modes {
+		t.Run(string(m), func(t *testing.T) {
+			files, dir := newFS(t), t.TempDir()
+			r := testRoot(dir, files, testLayer(t, files, "low", "of the lower layer"), testLayer(t, files, "high", "of the upper layer"))
+			require.NoError(t, r.Mount(t.Context(), m))
+			require.Equal(t, []string{filepath.Join(r.Dir, "mnt")}, mounts(t, dir))
+			for name, want := range map[string]string{"low": "of the lower layer", "high": "of the upper layer"} {
+				require.Equal(t, want, read(t, filepath.Join(r.Path(), name)))
+			}
+			_, err := unix.Open(filepath.Join(r.Path(), "new"), unix.O_CREAT|unix.O_WRONLY, 0o644)
+			require.ErrorIs(t, err, unix.EROFS, "a root is read-only")
 
-	// Somebody still has a file open.
-	f, err := os.Open(filepath.Join(target, erofs.RootDir, "low"))
+			// Somebody still has a file open.
+			fd, err := unix.Open(filepath.Join(r.Path(), "low"), unix.O_RDONLY, 0)
+			require.NoError(t, err)
+			require.NoError(t, r.Unmount())
+			require.Empty(t, mounts(t, dir))
+			got := make([]byte, 3)
+			_, err = unix.Pread(fd, got, 0)
+			require.NoError(t, err)
+			require.Equal(t, "of ", string(got))
+			require.NoError(t, unix.Close(fd))
+			require.NoError(t, r.Unmount(), "nothing is mounted")
+			require.NoError(t, Unmount(filepath.Join(dir, "nowhere")))
+			require.Empty(t, loops(t), "loop devices end with the mount")
+		})
+	}
+}
+
+// loops lists the loop devices that stand on files of a layer file system.
+func loops(t *testing.T) []string {
+	t.Helper()
+	var found []string
+	infos, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	require.NoError(t, err)
-	require.NoError(t, Unmount(target))
-	require.Empty(t, mounts(t, dir))
-	require.NoError(t, f.Close())
-	require.NoError(t, Unmount(target), "nothing is mounted")
-	require.NoError(t, Unmount(filepath.Join(dir, "nowhere")))
+	for _, info := range infos {
+		text, err := os.ReadFile(info)
+		if err != nil {
+			continue // it has just ended
+		}
+		name := strings.TrimSpace(string(text))
+		for id := range streams {
+			if filepath.Base(name) == id.Encoded() {
+				found = append(found, name)
+			}
+		}
+	}
+	return found
+}
+
+// TestManyLayers has as many layers as an image may have, and one more.
+func TestManyLayers(t *testing.T) {
+	for _, m := range modes {
+		t.Run(string(m), func(t *testing.T) {
+			files, dir := newFS(t), t.TempDir()
+			var layers []*layer.Index
+			for i := range 128 {
+				layers = append(layers, testLayer(t, files, fmt.Sprint("file", i), fmt.Sprint("of layer ", i)))
+			}
+			r := testRoot(dir, files, layers...)
+			require.NoError(t, r.Mount(t.Context(), m))
+			for i := range layers {
+				require.Equal(t, fmt.Sprint("of layer ", i), read(t, filepath.Join(r.Path(), fmt.Sprint("file", i))))
+			}
+			require.NoError(t, r.Unmount())
+		})
+	}
 }
 
 func TestDamage(t *testing.T) {
@@ -100,6 +228,7 @@ func TestDamage(t *testing.T) {
 	target := filepath.Join(dir, "mnt")
 	require.NoError(t, os.Mkdir(target, 0o755))
 	device := files.Path(x.DiffID)
+	type mounter func(ctx context.Context, image, target string, devices []string) error
 	for name, c := range map[string]struct {
 		image   []byte
 		devices []string
@@ -111,20 +240,25 @@ func TestDamage(t *testing.T) {
 		"device is no file": {raw, []string{"/nowhere"}, unix.ENOENT},
 		"empty":             {nil, []string{device}, unix.EINVAL},
 	} {
-		t.Run(name, func(t *testing.T) {
-			image := filepath.Join(t.TempDir(), "image")
-			require.NoError(t, os.WriteFile(image, c.image, 0o600))
-			err := Mount(t.Context(), image, target, c.devices)
-			require.ErrorIs(t, err, c.is)
-			require.ErrorContains(t, err, image)
-			require.Empty(t, mounts(t, dir))
-		})
+		for mode, mount := range map[Mode]mounter{File: mountFile, Loop: mountLoop} {
+			t.Run(name+" "+string(mode), func(t *testing.T) {
+				image := filepath.Join(t.TempDir(), "image")
+				require.NoError(t, os.WriteFile(image, c.image, 0o600))
+				err := mount(t.Context(), image, target, c.devices)
+				require.ErrorIs(t, err, c.is)
+				require.ErrorContains(t, err, map[Mode]string{File: image, Loop: "loop device"}[mode])
+				require.Empty(t, mounts(t, dir))
+			})
+		}
 	}
-	require.Error(t, Mount(t.Context(), filepath.Join(dir, "nowhere"), target, nil))
-	require.Error(t, Mount(t.Context(), whole, filepath.Join(dir, "nowhere"), []string{device}), "no mount point")
-	require.Empty(t, mounts(t, dir))
-	require.NoError(t, Mount(t.Context(), whole, target, []string{device}))
-	require.NoError(t, Unmount(target))
+	for _, mount := range []mounter{mountFile, mountLoop} {
+		require.Error(t, mount(t.Context(), filepath.Join(dir, "nowhere"), target, nil))
+		require.Error(t, mount(t.Context(), whole, filepath.Join(dir, "nowhere"), []string{device}), "no mount point")
+		require.Empty(t, mounts(t, dir))
+		require.NoError(t, mount(t.Context(), whole, target, []string{device}))
+		require.NoError(t, Unmount(target))
+	}
+	require.Empty(t, loops(t), "those of failed mounts are gone, too")
 }
 
 // TestKernelSays uses an option that no kernel knows.

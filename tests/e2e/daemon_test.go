@@ -95,7 +95,7 @@ func TestDaemonRestart(t *testing.T) {
 			require.NoError(t, w.registry.SwitchOff())
 			require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
 			require.NoError(t, w.registry.SwitchOn())
-			require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+			w.runAfterRestart(ref)
 			stock := w.stock()
 			w.pull(stock, eager, ref)
 			requireSameRoot(w, stock, ref)

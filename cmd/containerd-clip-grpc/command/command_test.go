@@ -12,6 +12,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
 )
 
 func writeFile(t *testing.T, content string) string {
@@ -35,7 +37,7 @@ func run(t *testing.T, args ...string) (string, error) {
 func TestDefaultConfigRoundTrip(t *testing.T) {
 	out, err := run(t, "config", "default")
 	require.NoError(t, err)
-	for _, key := range []string{"root", "address", "log_level", "referrers", "config_path", "give_up"} {
+	for _, key := range []string{"root", "address", "log_level", "referrers", "config_path", "give_up", "mode", "max_size", "delay", "rate", "workers"} {
 		require.Contains(t, out, key+" = ")
 	}
 	got, err := LoadConfig(writeFile(t, out))
@@ -58,6 +60,12 @@ func TestLoadConfig(t *testing.T) {
 		"root = 1":                  "Config.Root",
 		"root = ":                   "config.toml",
 		"[registry]\nconfig_path=1": "config_path",
+		"[cache]\nmax_size='0'":     "20GiB",
+		"[cache]\nmax_size='0%'":    "100%",
+		"[cache]\nmax_size='101%'":  "100%",
+		"[cache]\nmax_size='much'":  "much",
+		"[fill]\ndelay='soon'":      "soon",
+		"[fill]\nrate='quick'":      "quick",
 		"[registry]\ngive_up='1'":   "missing unit",
 	} {
 		path := writeFile(t, content)
@@ -94,7 +102,12 @@ func TestValidate(t *testing.T) {
 		"too long socket":  {func(c *Config) { c.Address = long + "s" }, "107"},
 		"relative root":    {func(c *Config) { c.Root = "var/lib" }, "root"},
 		"empty root":       {func(c *Config) { c.Root = "" }, "root"},
+		"unknown mode":     {func(c *Config) { c.Mount.Mode = "erofs" }, "mount mode \"erofs\""},
 		"relative address": {func(c *Config) { c.Address = "clip.sock" }, "address"},
+		"fill off":         {func(c *Config) { c.Fill.Mode = "off" }, ""},
+		"fill mode":        {func(c *Config) { c.Fill.Mode = "maybe" }, "maybe"},
+		"fill delay":       {func(c *Config) { c.Fill.Delay = -1 }, "negative"},
+		"fill workers":     {func(c *Config) { c.Fill.Workers = 65 }, "65"},
 		"never give up":    {func(c *Config) { c.Registry.GiveUp = 0 }, "give_up"},
 		"hang":             {func(c *Config) { c.Registry.GiveUp = Duration(time.Hour) }, "give_up"},
 	} {
@@ -171,4 +184,15 @@ func TestUnknownArguments(t *testing.T) {
 	require.ErrorContains(t, err, "surprise")
 	_, err = run(t, "--surprise")
 	require.ErrorContains(t, err, "surprise")
+}
+
+func TestCacheAndFillKeys(t *testing.T) {
+	c, err := LoadConfig(writeFile(t, "[cache]\nmax_size = '20GiB'\n[fill]\ndelay = '2m'\nrate = '1MiB'\nworkers = 2\n"))
+	require.NoError(t, err)
+	size, err := c.Cache.MaxSize.MarshalText()
+	require.NoError(t, err)
+	require.Equal(t, "21474836480", string(size))
+	require.Equal(t, fill.Options{Workers: 2, Delay: 2 * time.Minute, Rate: 1 << 20}, c.Fill.options())
+	c.Fill.Mode = "off"
+	require.Zero(t, c.Fill.options())
 }

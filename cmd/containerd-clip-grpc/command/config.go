@@ -1,16 +1,21 @@
 package command
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
+	"github.com/docker/go-units"
 	"github.com/pelletier/go-toml/v2"
 	"github.com/spf13/cobra"
+
+	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
+	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
+	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
 // DefaultConfigPath is read if it exists and --config is not given.
@@ -26,6 +31,9 @@ type Config struct {
 	LogLevel string         `toml:"log_level" comment:"trace, debug, info, warn or error"`
 	Discover DiscoverConfig `toml:"discover" comment:"where archives are looked for, besides <root>/archives/*.clip"`
 	Registry RegistryConfig `toml:"registry" comment:"how registries are reached"`
+	Mount    MountConfig    `toml:"mount" comment:"how the roots of lazy images are mounted"`
+	Cache    CacheConfig    `toml:"cache" comment:"what was fetched, on disk"`
+	Fill     FillConfig     `toml:"fill" comment:"fetching in the background what nobody has read yet; readers come first"`
 }
 
 // DiscoverConfig says where archives are looked for.
@@ -53,6 +61,50 @@ func (d *Duration) UnmarshalText(text []byte) error {
 // MarshalText implements encoding.TextMarshaler.
 func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
 
+// MountConfig says how the roots of lazy images are mounted.
+type MountConfig struct {
+	// Mode is a root.Mode.
+	Mode string `toml:"mode" comment:"file and loop: EROFS on files (Linux 6.12) or on loop devices (6.4); fuse: no EROFS; auto: the first of them that works"`
+}
+
+// CacheConfig says how much of what was fetched is kept.
+type CacheConfig struct {
+	MaxSize cache.Limit `toml:"max_size" comment:"most disk that fetched layers take: 50GiB, or a share of what is free at start (what they take already counts as free)"`
+}
+
+// FillConfig says what is fetched in the background.
+type FillConfig struct {
+	Mode    string   `toml:"mode" comment:"on completes the layers of lazy images; off fetches only what is read"`
+	Delay   Duration `toml:"delay" comment:"how long after the pull it begins at the earliest; it is put off by up to as much again, at random"`
+	Rate    byteSize `toml:"rate" comment:"most compressed bytes per second, such as 50MiB; 0 is as fast as the network"`
+	Workers int      `toml:"workers" comment:"ranges that are fetched at the same time, 1 to 64"`
+}
+
+// byteSize is a number of bytes that is text in TOML: "50MiB".
+type byteSize int64
+
+func (b byteSize) MarshalText() ([]byte, error) { return strconv.AppendInt(nil, int64(b), 10), nil }
+
+func (b *byteSize) UnmarshalText(text []byte) error {
+	v, err := units.RAMInBytes(string(text))
+	*b = byteSize(v)
+	return err
+}
+
+// options returns what the snapshotter is to be told.
+func (c FillConfig) options() fill.Options {
+	if c.Mode == fillOff {
+		return fill.Options{}
+	}
+	return fill.Options{Workers: c.Workers, Delay: time.Duration(c.Delay), Rate: int64(c.Rate)}
+}
+
+// Values of fill.mode.
+const (
+	fillOn  = "on"
+	fillOff = "off"
+)
+
 // DefaultConfig returns the configuration that holds where a file says nothing.
 func DefaultConfig() Config {
 	return Config{
@@ -61,6 +113,9 @@ func DefaultConfig() Config {
 		LogLevel: "info",
 		Discover: DiscoverConfig{Referrers: true},
 		Registry: RegistryConfig{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, GiveUp: Duration(55 * time.Second)},
+		Mount:    MountConfig{Mode: string(root.Auto)},
+		Cache:    CacheConfig{MaxSize: cache.Limit{Percent: cache.DefaultPercent}},
+		Fill:     FillConfig{Mode: fillOn, Delay: Duration(30 * time.Second), Workers: 4},
 	}
 }
 
@@ -104,6 +159,22 @@ func (c Config) Validate() error {
 	if len(c.Address) > 107 {
 		return fmt.Errorf("address %q is longer than the 107 bytes a socket path may have", c.Address)
 	}
+	if _, err := root.ParseMode(c.Mount.Mode); err != nil {
+		return err
+	}
+	return c.Fill.validate()
+}
+
+func (c FillConfig) validate() error {
+	if c.Mode != fillOn && c.Mode != fillOff {
+		return fmt.Errorf("fill.mode %q must be %q or %q", c.Mode, fillOn, fillOff)
+	}
+	if c.Delay < 0 || c.Rate < 0 {
+		return errors.New("fill.delay and fill.rate must not be negative")
+	}
+	if c.Workers < 1 || c.Workers > 64 {
+		return fmt.Errorf("fill.workers is %d and must be from 1 to 64", c.Workers)
+	}
 	return nil
 }
 
@@ -121,10 +192,10 @@ func newConfigCommand() *cobra.Command {
 }
 
 func writeConfig(w io.Writer, c Config) error {
-	var b bytes.Buffer
-	if err := toml.NewEncoder(&b).Encode(c); err != nil {
+	text, err := toml.Marshal(c)
+	if err != nil {
 		return err
 	}
-	_, err := w.Write(b.Bytes())
+	_, err = w.Write(text)
 	return err
 }

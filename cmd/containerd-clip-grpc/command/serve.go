@@ -21,6 +21,7 @@ import (
 
 	"github.com/beam-cloud/containerd-clip/snapshotter"
 	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
+	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
 // flags override what the configuration file says.
@@ -93,8 +94,11 @@ func serve(ctx context.Context, c Config) (err error) {
 	// the daemon's end: requests are cut off, not drained.
 	sn, err := snapshotter.New(context.WithoutCancel(ctx), snapshotter.Options{
 		Root:      c.Root,
+		Mount:     root.Mode(c.Mount.Mode),
 		Referrers: c.Discover.Referrers,
 		Registry:  remote.Options{ConfigPath: c.Registry.ConfigPath, GiveUp: time.Duration(c.Registry.GiveUp)},
+		CacheSize: c.Cache.MaxSize,
+		Fill:      c.Fill.options(),
 	})
 	if err != nil {
 		return fmt.Errorf("opening the snapshotter in %s: %w", c.Root, err)
@@ -121,7 +125,7 @@ func serve(ctx context.Context, c Config) (err error) {
 
 // lockRoot makes sure that only one daemon works in root.
 func lockRoot(root string) (unlock func() error, err error) {
-	if err := os.MkdirAll(root, 0o711); err != nil {
+	if err := os.MkdirAll(root, 0o700); err != nil {
 		return nil, err
 	}
 	f, err := os.OpenFile(filepath.Join(root, "lock"), os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -138,6 +139,12 @@ func (c *Containerd) environ(ctx context.Context) []string {
 // RunContainer runs a command in a new container and removes it: `ctr run --rm`.
 func (c *Containerd) RunContainer(ctx context.Context, snapshotter, ref, id string, command ...string) (Result, error) {
 	return c.Ctr(ctx, append(c.runArgs("--rm", snapshotter, ref, id), command...)...)
+}
+
+// RunContainerWith is RunContainer with more of ctr's flags.
+func (c *Containerd) RunContainerWith(ctx context.Context, flags []string, snapshotter, ref, id string, command ...string) (Result, error) {
+	args := c.runArgs("--rm", snapshotter, ref, id)
+	return c.Ctr(ctx, slices.Concat(args[:1], flags, args[1:], command)...)
 }
 
 // StartContainer leaves a container running: `ctr run --detach`.

@@ -20,7 +20,7 @@ const (
 	BenchZstd    = "example.com/bench/zstd:1"
 
 	// benchRecipe changes whenever what Bench makes changes.
-	benchRecipe = "bench-1"
+	benchRecipe = "bench-2"
 )
 
 // Bench returns the layout of the images that benchmarks measure, in the directory cache, and makes it when it is not

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/containerd/continuity/sysx"
 )
@@ -88,7 +89,8 @@ func (u *upper) entry(path, name string, info fs.FileInfo, stat *syscall.Stat_t)
 		h.Name += "/"
 	}
 	h.Uname, h.Gname = "", "" // they would be this machine's
-	h.AccessTime, h.ChangeTime = h.ModTime, h.ModTime
+	// As containerd, BuildKit and docker write times: most headers need no PAX records then.
+	h.ModTime, h.AccessTime, h.ChangeTime = h.ModTime.Truncate(time.Second), time.Time{}, time.Time{}
 	if first, ok := u.links[stat.Ino]; ok && !info.IsDir() {
 		h.Typeflag, h.Linkname, h.Size = tar.TypeLink, first, 0
 		return u.tw.WriteHeader(h)

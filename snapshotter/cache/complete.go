@@ -1,0 +1,151 @@
+package cache
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+)
+
+// Device returns the file of a layer that is complete, which the kernel can
+// use as a device: the uncompressed stream, filled up with zeros to a whole
+// block. Until release is called, and after that for as long as anyone has the
+// file open, no hole is punched in it. The error is errdefs.ErrNotFound if the
+// layer is not complete.
+func (s *Store) Device(diffID digest.Digest) (path string, release func(), err error) {
+	l, err := s.Layer(diffID)
+	if err != nil {
+		return "", nil, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.complete {
+		return "", nil, fmt.Errorf("layer %s is not complete: %w", diffID, errdefs.ErrNotFound)
+	}
+	l.devices++
+	return filepath.Join(s.dir, diffID.Encoded(), dataFile), func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.devices--
+	}, nil
+}
+
+// finish makes the layer complete if all of it is recorded and matches the
+// diff ID.
+func (l *Layer) finish() error {
+	l.mu.Lock()
+	punches := l.punches
+	ready := !l.complete && !l.distrusted && !l.removed && l.recorded.count() == l.spans && l.allHereLocked()
+	l.mu.Unlock()
+	if !ready {
+		return nil
+	}
+	sum, err := l.readBack(l.store.life)
+	if err != nil {
+		if l.store.life.Err() != nil {
+			return nil
+		}
+		return fmt.Errorf("reading it back: %w", err)
+	}
+	l.recording.Lock()
+	defer l.recording.Unlock()
+	l.mu.Lock()
+	ready = l.punches == punches && !l.removed
+	l.mu.Unlock()
+	if !ready {
+		return nil
+	}
+	if sum != l.head.DiffID {
+		return l.distrust(sum)
+	}
+	if err := writeFile(l.dir, completeFile, nil); err != nil {
+		return err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.complete = true
+	log.G(l.store.life).WithField("diffID", l.head.DiffID).Debug("the layer is complete")
+	return nil
+}
+
+// readBack returns the digest of what data holds.
+func (l *Layer) readBack(ctx context.Context) (digest.Digest, error) {
+	h := sha256.New()
+	buf := make([]byte, 1<<20)
+	r := io.NewSectionReader(l.data, 0, l.Size())
+	for {
+		n, err := r.Read(buf)
+		h.Write(buf[:n])
+		if errors.Is(err, io.EOF) {
+			return digest.NewDigest(digest.SHA256, h), nil
+		}
+		if err != nil {
+			return "", err
+		}
+		if ctx.Err() != nil {
+			return "", context.Cause(ctx)
+		}
+	}
+}
+
+// distrust forgets everything that data holds: it was right when it was
+// written. The caller holds l.recording.
+func (l *Layer) distrust(sum digest.Digest) error {
+	l.mu.Lock()
+	clear(l.have)
+	clear(l.recorded)
+	l.distrusted = true
+	l.punches++
+	l.mu.Unlock()
+	return errors.Join(
+		fmt.Errorf("its file has digest %s; all of it is fetched again when it is read (is the disk failing?): %w", sum, errdefs.ErrDataLoss),
+		removeFile(l.dir, haveFile),
+	)
+}
+
+// unfinish makes sure that data is not a device, now or in future. It returns
+// false if it is one. The caller holds l.recording.
+func (l *Layer) unfinish() bool {
+	l.mu.Lock()
+	if l.removed || l.devices > 0 {
+		l.mu.Unlock()
+		return false
+	}
+	was := l.complete
+	l.complete = false // no new mount uses it from here on
+	l.mu.Unlock()
+	if !was {
+		return true
+	}
+	err := l.nobodyElse()
+	if err == nil {
+		err = removeFile(l.dir, completeFile)
+	}
+	if err != nil {
+		l.mu.Lock()
+		l.complete = true
+		l.mu.Unlock()
+	}
+	return err == nil
+}
+
+// nobodyElse returns an error if data is open elsewhere: as a device of a root
+// that may have been mounted by an earlier process and be visible nowhere. The
+// kernel grants a write lease only on a file that nobody else has open, see
+// fcntl(2).
+func (l *Layer) nobodyElse() error {
+	return control(l.data, func(fd int) error {
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+			return err
+		}
+		_, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_UNLCK)
+		return err
+	})
+}

@@ -1,0 +1,331 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+	"unsafe"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"github.com/beam-cloud/containerd-clip/archive/layer"
+)
+
+// crashFiles is how many files the layer has that crashes are tested with, and
+// crashLimit what the store may take, less than the layer.
+const (
+	crashFiles = 60
+	crashLimit = 4 << 20
+)
+
+// churn reads at random and records all the time until the process or the disk dies.
+func churn(ctx context.Context, l *Layer, stream []byte) error {
+	r := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 0))
+	p := make([]byte, 300<<10)
+	for ctx.Err() == nil {
+		off := r.Int64N(l.Size())
+		n, err := l.ReadAt(ctx, p, off)
+		if err != nil {
+			return err
+		}
+		if !bytes.Equal(p[:n], stream[off:off+int64(n)]) {
+			return errors.New("wrong bytes")
+		}
+		if r.IntN(4) == 0 {
+			if err := l.record(); err != nil {
+				return err
+			}
+		}
+	}
+	return ctx.Err()
+}
+
+// away is a registry that cannot be reached.
+type away struct{}
+
+func (away) Open(context.Context, []string, digest.Digest, int64, int64) (io.ReadCloser, error) {
+	return nil, errors.New("away")
+}
+
+// requireHonest opens the store after a crash: whatever it says is there is
+// right, and the rest can be fetched. It returns how much was there.
+func requireHonest(t *testing.T, dir string, x *layer.Index, src Fetcher, stream []byte) int64 {
+	t.Helper()
+	s, l := open(t, dir, away{}, x)
+	there := l.Fetched()
+	p := make([]byte, x.SpanSize)
+	for span := range x.Spans {
+		start, end := x.SpanRange(span)
+		l.mu.Lock()
+		have := l.have.get(span)
+		l.mu.Unlock()
+		if have {
+			n, err := l.ReadAt(t.Context(), p[:end-start], int64(start))
+			require.NoError(t, err)
+			require.True(t, bytes.Equal(stream[start:end], p[:n]), "span %d is not what it should be", span)
+		}
+	}
+	require.NoError(t, s.Close())
+	s, l = open(t, dir, src, x)
+	requireStream(t, l, stream)
+	require.NoError(t, s.Close())
+	return there
+}
+
+// TestMain is also the process that TestKilled kills.
+func TestMain(m *testing.M) {
+	if dir := os.Getenv("CACHE_TEST_CHURN"); dir != "" {
+		fmt.Println(churnIn(dir))
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
+
+// churnIn churns in the store below dir until the process is killed.
+func churnIn(dir string) error {
+	stream, err := os.ReadFile(filepath.Join(dir, "stream"))
+	if err != nil {
+		return err
+	}
+	blob, err := os.ReadFile(filepath.Join(dir, "blob"))
+	if err != nil {
+		return err
+	}
+	s, err := Open(context.Background(), Options{
+		Dir: filepath.Join(dir, "layers"), Fetch: &blobs{blob: blob},
+		MaxSize: Limit{Size: crashLimit}, InUse: func(digest.Digest) bool { return true },
+	})
+	if err != nil {
+		return err
+	}
+	l, err := s.Layer(digest.FromBytes(stream))
+	if err != nil {
+		return err
+	}
+	return churn(context.Background(), l, stream)
+}
+
+// TestKilled kills a process that reads and gives up spans, many times.
+func TestKilled(t *testing.T) {
+	stream := testTar(t, crashFiles)
+	src := &blobs{blob: gzipped(t, stream)}
+	x := build(t, src.blob)
+	dir := t.TempDir()
+	layers := filepath.Join(dir, "layers")
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "stream"), stream, 0o600))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "blob"), src.blob, 0o600))
+	var there int64
+	for range 12 {
+		s, _ := open(t, layers, src, x)
+		require.NoError(t, s.Close())
+		child := exec.Command(os.Args[0])
+		child.Env = append(os.Environ(), "CACHE_TEST_CHURN="+dir)
+		var out bytes.Buffer
+		child.Stdout = &out
+		require.NoError(t, child.Start())
+		require.Eventually(t, func() bool {
+			_, err := os.Stat(filepath.Join(layers, x.DiffID.Encoded(), haveFile))
+			return err == nil
+		}, 30*time.Second, time.Millisecond)
+		time.Sleep(rand.N(300 * time.Millisecond))
+		require.NoError(t, child.Process.Kill())
+		require.Error(t, child.Wait())
+		require.Empty(t, out.String(), "it did not wait to be killed")
+		there += requireHonest(t, layers, x, src, stream)
+		if rand.IntN(3) == 0 { // requireHonest completed the layer
+			require.NoError(t, os.RemoveAll(layers))
+		}
+	}
+	require.Positive(t, there)
+}
+
+// disk is an ext4 file system in a file, whose power can be cut.
+type disk struct {
+	image, dir string
+}
+
+func newDisk(t *testing.T) disk {
+	t.Helper()
+	d := disk{filepath.Join(t.TempDir(), "image"), t.TempDir()}
+	require.NoError(t, os.WriteFile(d.image, nil, 0o600))
+	require.NoError(t, os.Truncate(d.image, 64<<20))
+	command(t, "mkfs.ext4", "-q", "-F", d.image)
+	d.mount(t)
+	t.Cleanup(func() { _ = unix.Unmount(d.dir, unix.MNT_DETACH) })
+	return d
+}
+
+func (d disk) mount(t *testing.T) {
+	t.Helper()
+	command(t, "mount", "-o", "loop,commit=1", d.image, d.dir)
+}
+
+func command(t *testing.T, name string, args ...string) {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	require.NoError(t, err, "this test needs root and %s: %s", name, out)
+}
+
+// cut drops everything that is not on the disk: EXT4_IOC_SHUTDOWN without
+// flushing even the journal, see fs/ext4/ext4.h.
+func (d disk) cut(t *testing.T) {
+	t.Helper()
+	const shutdown, noLogFlush = 0x8004587d, uint32(2)
+	f, err := os.Open(d.dir)
+	require.NoError(t, err)
+	defer f.Close()
+	flags := noLogFlush
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), shutdown, uintptr(unsafe.Pointer(&flags)))
+	require.Zero(t, errno)
+}
+
+// TestPowerCut cuts the power of a disk under a store that reads and gives up
+// spans, many times.
+func TestPowerCut(t *testing.T) {
+	stream := testTar(t, crashFiles)
+	src := &blobs{blob: gzipped(t, stream)}
+	x := build(t, src.blob)
+	d := newDisk(t)
+	layers := filepath.Join(d.dir, "layers")
+	var there int64
+	for range 12 {
+		quiet, _ := logged(t)
+		s, err := Open(quiet, Options{Dir: layers, Fetch: src, MaxSize: Limit{Size: crashLimit}, InUse: func(digest.Digest) bool { return true }})
+		require.NoError(t, err)
+		require.NoError(t, s.Add(x, "registry.example/repo:tag"))
+		l, err := s.Layer(x.DiffID)
+		require.NoError(t, err)
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond+rand.N(600*time.Millisecond))
+		ended := make(chan error, 1)
+		go func() { ended <- churn(ctx, l, stream) }()
+		<-ctx.Done()
+		d.cut(t)
+		cancel()
+		<-ended
+		_ = s.Close() // it cannot write any more
+		require.NoError(t, unix.Unmount(d.dir, 0))
+		d.mount(t)
+		there += requireHonest(t, layers, x, src, stream)
+		if rand.IntN(2) == 0 {
+			require.NoError(t, os.RemoveAll(layers))
+		}
+	}
+	require.Positive(t, there, "what was recorded survives")
+}
+
+// TestDamagedFiles opens stores whose files are not as they were left.
+func TestDamagedFiles(t *testing.T) {
+	stream := testTar(t, crashFiles)
+	src := &blobs{blob: gzipped(t, stream)}
+	x := build(t, src.blob)
+	rnd := rand.New(rand.NewPCG(1, 1))
+	file := func(dir, name string) string { return filepath.Join(dir, x.DiffID.Encoded(), name) }
+	for name, damage := range map[string]func(dir string) error{
+		"no data":      func(dir string) error { return os.Remove(file(dir, dataFile)) },
+		"empty data":   func(dir string) error { return os.Truncate(file(dir, dataFile), 0) },
+		"shorter data": func(dir string) error { return os.Truncate(file(dir, dataFile), int64(len(stream))/2) },
+		"longer data":  func(dir string) error { return os.Truncate(file(dir, dataFile), int64(len(stream))*2) },
+		"no have":      func(dir string) error { return os.Remove(file(dir, haveFile)) },
+		"empty have":   func(dir string) error { return os.Truncate(file(dir, haveFile), 0) },
+		"shorter have": func(dir string) error { return os.Truncate(file(dir, haveFile), 33) },
+		"garbage have": func(dir string) error { return os.WriteFile(file(dir, haveFile), make([]byte, 48), 0o600) },
+		"complete, not": func(dir string) error {
+			return errors.Join(os.WriteFile(file(dir, completeFile), nil, 0o600), os.Remove(file(dir, haveFile)))
+		},
+		"no complete":   func(dir string) error { return os.Remove(file(dir, completeFile)) },
+		"empty sources": func(dir string) error { return os.Truncate(file(dir, sourcesFile), 0) },
+		"left over":     func(dir string) error { return os.WriteFile(file(dir, ".have.123"), []byte("x"), 0o600) },
+		"altered have": func(dir string) error {
+			raw, err := os.ReadFile(file(dir, haveFile))
+			raw[rnd.IntN(len(raw))] ^= 1
+			return errors.Join(err, os.WriteFile(file(dir, haveFile), raw, 0o600))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			s, l := open(t, dir, src, x)
+			requireStream(t, l, stream)
+			_, release := completed(t, s, l)
+			release()
+			require.NoError(t, s.Close())
+			require.NoError(t, damage(dir))
+			requireHonest(t, dir, x, src, stream)
+			// And once more, after a crash right after opening.
+			s, l = open(t, dir, src, x)
+			requireStream(t, l, stream)
+			_, release = completed(t, s, l)
+			release()
+			require.NoError(t, s.Close())
+			require.NoError(t, damage(dir))
+			_, err := Open(t.Context(), Options{Dir: dir, Fetch: src})
+			require.NoError(t, err)
+			requireHonest(t, dir, x, src, stream)
+		})
+	}
+}
+
+// TestShortDataIsForgotten crashes after the file got its size back.
+func TestShortDataIsForgotten(t *testing.T) {
+	stream := testTar(t, crashFiles)
+	src := &blobs{blob: gzipped(t, stream)}
+	x := build(t, src.blob)
+	dir := t.TempDir()
+	s, l := open(t, dir, src, x)
+	requireStream(t, l, stream)
+	require.NoError(t, s.Close())
+	require.NoError(t, os.Truncate(filepath.Join(dir, x.DiffID.Encoded(), dataFile), 1000))
+	_, l = open(t, dir, src, x) // and never closed
+	require.Zero(t, l.Fetched())
+	require.Zero(t, requireHonest(t, dir, x, src, stream))
+}
+
+func FuzzBitmap(f *testing.F) {
+	b := newBitmap(100)
+	b.set(0)
+	b.set(99)
+	f.Add(b.encode(), 100)
+	f.Add(b.encode(), 90)
+	f.Add([]byte{}, 0)
+	f.Fuzz(func(t *testing.T, raw []byte, spans int) {
+		if spans < 0 || spans > 1<<20 {
+			return
+		}
+		b, ok := decodeBitmap(raw, spans)
+		if !ok {
+			return
+		}
+		if b.count() > spans {
+			t.Fatalf("%d of %d spans", b.count(), spans)
+		}
+		if !bytes.Equal(b.encode(), raw) {
+			t.Fatal("another encoding of the same")
+		}
+	})
+}
+
+func FuzzSources(f *testing.F) {
+	f.Add([]byte(`["registry.example/repo:tag"]`))
+	f.Add([]byte(`["a","registry.example/repo@sha256:00",""]`))
+	f.Add([]byte(`[`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		sources := decodeSources(raw)
+		if len(sources) > maxSources {
+			t.Fatal("too many")
+		}
+		for _, s := range sources {
+			if !validSource(s) {
+				t.Fatalf("%q", s)
+			}
+		}
+	})
+}

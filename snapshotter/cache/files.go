@@ -1,0 +1,122 @@
+package cache
+
+import (
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"os"
+	"slices"
+	"syscall"
+
+	"github.com/containerd/containerd/v2/pkg/reference"
+)
+
+// Files of a layer's directory.
+const (
+	spansFile    = "spans"
+	entriesFile  = "entries"
+	sourcesFile  = "sources"
+	dataFile     = "data"
+	haveFile     = "have"
+	completeFile = "complete"
+)
+
+// writeFile replaces a file of dir, durably and in one step.
+func writeFile(dir *os.Root, name string, b []byte) (err error) {
+	tmp := "." + name + "." + rand.Text()
+	f, err := dir.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, dir.Remove(tmp))
+		}
+	}()
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err := dir.Rename(tmp, name); err != nil {
+		return err
+	}
+	return syncDir(dir)
+}
+
+// removeFile removes a file of dir durably, if it is there.
+func removeFile(dir *os.Root, name string) error {
+	if err := dir.Remove(name); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	return syncDir(dir)
+}
+
+// syncDir makes what was renamed, made and removed in dir durable.
+func syncDir(dir *os.Root) error {
+	f, err := dir.Open(".")
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// control calls fn with f's descriptor, which is not closed meanwhile.
+func control(f *os.File, fn func(fd int) error) error {
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	if cerr := conn.Control(func(fd uintptr) { err = fn(int(fd)) }); cerr != nil {
+		return cerr
+	}
+	return err
+}
+
+// occupied returns how many bytes of disk a file of dir takes; 0 if it is not there.
+func occupied(dir *os.Root, name string) int64 {
+	info, err := dir.Stat(name)
+	if err != nil {
+		return 0
+	}
+	return blocks(info)
+}
+
+func blocks(info fs.FileInfo) int64 {
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		return st.Blocks * 512
+	}
+	return info.Size()
+}
+
+// Sources are bounded in number and length.
+const (
+	maxSources    = 16
+	maxSourceSize = 4 << 10
+)
+
+// decodeSources returns the repositories that raw lists. Damage costs the
+// entries that it hits.
+func decodeSources(raw []byte) []string {
+	var all []string
+	if len(raw) > maxSources*2*maxSourceSize || json.Unmarshal(raw, &all) != nil {
+		return nil
+	}
+	var good []string
+	for _, source := range all {
+		if validSource(source) && !slices.Contains(good, source) && len(good) < maxSources {
+			good = append(good, source)
+		}
+	}
+	return good
+}
+
+func validSource(source string) bool {
+	_, err := reference.Parse(source)
+	return err == nil && len(source) <= maxSourceSize
+}

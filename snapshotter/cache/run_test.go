@@ -1,0 +1,367 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// trickle delivers piece bytes, then waits, and so on.
+type trickle struct {
+	io.Reader
+	piece int
+	wait  time.Duration
+}
+
+func (r trickle) Read(p []byte) (int, error) {
+	time.Sleep(r.wait)
+	return r.Reader.Read(p[:min(len(p), r.piece)])
+}
+
+// TestRunLivesAsLongAsSomethingArrives takes minutes for what is fetched in one
+// go: a reader of its beginning is served, one of its end gives up in time, and
+// gets it later.
+func TestRunLivesAsLongAsSomethingArrives(t *testing.T) {
+	stream := testTar(t, 20)
+	src := &blobs{blob: gzipped(t, stream)}
+	x := build(t, src.blob)
+	x.Points = x.Points[:1] // as of a layer that can only be read from its start
+	src.wrap = func(r io.Reader, _, _ int64) io.Reader {
+		return trickle{r, len(src.blob)/200 + 1, time.Second}
+	}
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		s, l := open(t, dir, src, x)
+		p := make([]byte, 10)
+		_, err := l.ReadAt(t.Context(), p, 0)
+		require.NoError(t, err)
+		begin := time.Now()
+		_, err = l.ReadAt(t.Context(), p, l.Size()-10)
+		require.ErrorIs(t, err, errdefs.ErrUnavailable)
+		require.Equal(t, readTimeout, time.Since(begin))
+		for range 4 {
+			_, err = l.ReadAt(t.Context(), p, l.Size()-10)
+		}
+		require.NoError(t, err)
+		require.Equal(t, stream[len(stream)-10:], p)
+		require.EqualValues(t, 1, src.requests.Load())
+		require.NoError(t, s.Close())
+	})
+}
+
+// silent never delivers anything until its context ends.
+type silent struct{ opened chan struct{} }
+
+func (s silent) Open(ctx context.Context, _ []string, _ digest.Digest, _, _ int64) (io.ReadCloser, error) {
+	s.opened <- struct{}{}
+	return io.NopCloser(readerFunc(func([]byte) (int, error) {
+		<-ctx.Done()
+		return 0, context.Cause(ctx)
+	})), nil
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+func TestSilenceEndsARun(t *testing.T) {
+	blob := gzipped(t, testTar(t, 20))
+	x, dir := build(t, blob), t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		src := silent{make(chan struct{}, 10)}
+		s, l := open(t, dir, src, x)
+		begin := time.Now()
+		_, err := l.ReadAt(t.Context(), make([]byte, 1), 0)
+		require.ErrorIs(t, err, errdefs.ErrUnavailable)
+		require.LessOrEqual(t, time.Since(begin), readTimeout)
+		time.Sleep(time.Second)
+		require.Len(t, src.opened, 1, "nobody waits any more")
+		l.mu.Lock()
+		require.Empty(t, l.runs)
+		require.Empty(t, l.waits)
+		l.mu.Unlock()
+		require.NoError(t, s.Close())
+	})
+}
+
+// TestReaderOvertakesAFill has a fill that hangs in a large range. A reader of
+// what is far behind it does not wait for it, and one of what comes next has
+// it go on.
+func TestReaderOvertakesAFill(t *testing.T) {
+	stream := testTar(t, 200)
+	src := &blobs{blob: gzipped(t, stream)}
+	x := build(t, src.blob)
+	proceed := make(chan struct{})
+	goOn := sync.OnceFunc(func() { close(proceed) })
+	src.wrap = func(r io.Reader, off, _ int64) io.Reader {
+		if off > 1000 { // the fill starts behind the gzip header
+			return r // the reader's
+		}
+		return readerFunc(func(p []byte) (int, error) {
+			<-proceed
+			return r.Read(p)
+		})
+	}
+	_, l := open(t, t.TempDir(), src, x)
+	t.Cleanup(goOn) // before it is closed
+	filled := make(chan error, 1)
+	go func() {
+		_, err := l.Fill(t.Context(), int64(len(src.blob)), unpaced)
+		filled <- err
+	}()
+	require.Eventually(t, func() bool { return src.requests.Load() == 1 }, 10*time.Second, time.Millisecond)
+
+	p := make([]byte, 100)
+	far := int64(len(stream)) * 3 / 4
+	_, err := l.ReadAt(t.Context(), p, far)
+	require.NoError(t, err)
+	require.Equal(t, stream[far:far+100], p)
+	require.EqualValues(t, 2, src.requests.Load())
+
+	read := make(chan error, 1)
+	go func() {
+		_, err := l.ReadAt(t.Context(), p, 0)
+		read <- err
+	}()
+	select {
+	case err := <-read:
+		require.Fail(t, "the fill was to bring it", "%v after %d requests", err, src.requests.Load())
+	case <-time.After(100 * time.Millisecond):
+	}
+	goOn()
+	require.NoError(t, <-read)
+	require.NoError(t, <-filled)
+	require.EqualValues(t, 2, src.requests.Load())
+	require.Equal(t, l.Size(), l.Fetched())
+	requireStream(t, l, stream)
+}
+
+// TestFillStandsStillForReaders has a reader wait for another layer.
+func TestFillStandsStillForReaders(t *testing.T) {
+	stream := testTar(t, 200)
+	src := &blobs{blob: gzipped(t, stream)}
+	other := &blobs{blob: gzipped(t, testTar(t, 3))}
+	release := make(chan struct{})
+	other.wrap = func(r io.Reader, _, _ int64) io.Reader {
+		return readerFunc(func(p []byte) (int, error) { <-release; return r.Read(p) })
+	}
+	x, y := build(t, src.blob), build(t, other.blob)
+	s, err := Open(t.Context(), Options{Dir: t.TempDir(), Fetch: byDigest{x.Digest: src, y.Digest: other}})
+	require.NoError(t, err)
+	defer s.Close()
+	require.NoError(t, s.Add(x, "registry.example/repo:tag"))
+	require.NoError(t, s.Add(y, "registry.example/repo:tag"))
+	l, err := s.Layer(x.DiffID)
+	require.NoError(t, err)
+	m, err := s.Layer(y.DiffID)
+	require.NoError(t, err)
+
+	read := make(chan error, 1)
+	go func() {
+		_, err := m.ReadAt(t.Context(), make([]byte, 1), 0)
+		read <- err
+	}()
+	require.Eventually(t, func() bool { return other.requests.Load() == 1 }, 10*time.Second, time.Millisecond)
+	ended := make(chan error, 1)
+	go func() {
+		_, err := l.Fill(t.Context(), 1<<20, unpaced)
+		ended <- err
+	}()
+	select {
+	case <-ended:
+		require.Fail(t, "the fill did not stand still")
+	case <-time.After(300 * time.Millisecond):
+	}
+	require.Zero(t, l.Fetched())
+	_, err = l.ReadAt(t.Context(), make([]byte, 10), 0)
+	require.NoError(t, err, "what a reader waits for goes on")
+	close(release)
+	require.NoError(t, <-read)
+	require.NoError(t, <-ended)
+	require.Positive(t, l.Fetched())
+}
+
+// TestFailedFillIsNoReadersBusiness has a reader wait for a fill that fails.
+func TestFailedFillIsNoReadersBusiness(t *testing.T) {
+	stream := testTar(t, 20)
+	src := &blobs{blob: gzipped(t, stream)}
+	release := make(chan struct{})
+	var once sync.Once
+	src.answer = func(b []byte) ([]byte, error) {
+		err := error(nil)
+		once.Do(func() {
+			<-release
+			err = errors.New("away")
+		})
+		return b, err
+	}
+	_, l := open(t, t.TempDir(), src, build(t, src.blob))
+	filled := make(chan error, 1)
+	go func() {
+		_, err := l.Fill(t.Context(), 1<<20, unpaced)
+		filled <- err
+	}()
+	require.Eventually(t, func() bool { return src.requests.Load() == 1 }, 10*time.Second, time.Millisecond)
+	read := make(chan error, 1)
+	go func() {
+		_, err := l.ReadAt(t.Context(), make([]byte, 10), 0)
+		read <- err
+	}()
+	require.Eventually(t, func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return len(l.waits) == 1
+	}, 10*time.Second, time.Millisecond)
+	close(release)
+	require.ErrorContains(t, <-filled, "away")
+	require.NoError(t, <-read)
+}
+
+func TestReadingForwardTakesFewRequests(t *testing.T) {
+	stream := testTar(t, 400)
+	src := &blobs{blob: gzipped(t, stream)}
+	x := build(t, src.blob)
+	_, l := open(t, t.TempDir(), src, x)
+	requireStream(t, l, stream)
+	require.Less(t, src.requests.Load(), int64(len(x.Points))/2)
+	require.Less(t, src.bytes.Load(), int64(len(src.blob))*5/4)
+}
+
+func TestSmallLayerIsFetchedWhole(t *testing.T) {
+	stream := testTar(t, 5)
+	src := &blobs{blob: gzipped(t, stream)}
+	require.Less(t, len(src.blob), smallBlob)
+	_, l := open(t, t.TempDir(), src, build(t, src.blob))
+	_, err := l.ReadAt(t.Context(), make([]byte, 1), l.Size()-1)
+	require.NoError(t, err)
+	require.Eventually(t, func() bool { return l.Fetched() == l.Size() }, 10*time.Second, time.Millisecond)
+	requireStream(t, l, stream)
+	require.EqualValues(t, 1, src.requests.Load())
+}
+
+// blamable is an answer that wants to know what became of it.
+type blamable struct {
+	io.Reader
+	blamed *int
+}
+
+func (blamable) Close() error { return nil }
+func (b blamable) Blame()     { *b.blamed++ }
+
+// TestWrongBytesAreBlamed tells the source that it delivered something else.
+func TestWrongBytesAreBlamed(t *testing.T) {
+	stream := testTar(t, 5)
+	src := &blobs{blob: gzipped(t, stream)}
+	x := build(t, src.blob)
+	blamed, wrong := 0, true
+	_, l := open(t, t.TempDir(), fetcherFunc(func(_ context.Context, _ []string, _ digest.Digest, off, n int64) (io.ReadCloser, error) {
+		b := src.blob[off : off+n]
+		if wrong {
+			b = make([]byte, n)
+		}
+		wrong = false
+		return blamable{bytes.NewReader(b), &blamed}, nil
+	}), x)
+	requireStream(t, l, stream)
+	require.Equal(t, 1, blamed)
+}
+
+// TestNothingIsLeft reads, fails, fills and closes, and finds as many
+// goroutines and descriptors as before.
+func TestNothingIsLeft(t *testing.T) {
+	stream := testTar(t, 60)
+	blob := gzipped(t, stream)
+	x := build(t, blob)
+	counts := func() []int {
+		fds, err := os.ReadDir("/proc/self/fd")
+		require.NoError(t, err)
+		return []int{runtime.NumGoroutine(), len(fds)}
+	}
+	before := counts()
+	for range 3 {
+		src := &blobs{blob: blob}
+		s, err := Open(t.Context(), Options{Dir: filepath.Join(t.TempDir(), "layers"), Fetch: src})
+		require.NoError(t, err)
+		require.NoError(t, s.Add(x, "registry.example/repo:tag"))
+		l, err := s.Layer(x.DiffID)
+		require.NoError(t, err)
+		var wg sync.WaitGroup
+		for i := range 64 {
+			wg.Go(func() {
+				ctx, cancel := context.WithCancel(t.Context())
+				if i%8 == 0 {
+					cancel()
+				}
+				_, _ = l.ReadAt(ctx, make([]byte, 100), 700<<10)
+				cancel()
+			})
+		}
+		wg.Wait()
+		src.answer = func([]byte) ([]byte, error) { return nil, errors.New("away") }
+		_, err = l.ReadAt(t.Context(), make([]byte, 100), l.Size()-100)
+		require.Error(t, err)
+		src.answer = nil
+		fillAll(t, l, 1<<20)
+		require.NoError(t, s.Close())
+		_, err = l.ReadAt(t.Context(), make([]byte, 100), 0)
+		require.Error(t, err)
+	}
+	require.EventuallyWithT(t, func(c *assert.CollectT) {
+		for i, now := range counts() {
+			assert.LessOrEqual(c, now, before[i]+1-i, "the check is a goroutine itself")
+		}
+	}, 10*time.Second, 10*time.Millisecond)
+}
+
+func TestStreams(t *testing.T) {
+	var s streams
+	require.Zero(t, s.ahead(0, 4))
+	s.went(0, 40)
+	require.Equal(t, 5, s.ahead(42, 44), "a little was skipped")
+	require.Zero(t, s.ahead(50, 54), "too much was skipped")
+	s.went(42, 1000)
+	require.Equal(t, aheadMost, s.ahead(1000, 1004))
+	for i := range len(s.known) {
+		s.went(5000+100*i, 5001+100*i)
+	}
+	require.Zero(t, s.ahead(1000, 1004), "the oldest is forgotten")
+	require.False(t, slices.Contains(s.known[:], stream{}))
+}
+
+// TestIndexIsForgotten keeps no index in memory of what is not fetched.
+func TestIndexIsForgotten(t *testing.T) {
+	stream := testTar(t, 60)
+	src := &blobs{blob: gzipped(t, stream)}
+	x, dir := build(t, src.blob), t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		s, l := open(t, dir, src, x)
+		held := func() bool {
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			return l.index != nil
+		}
+		require.False(t, held())
+		_, err := l.ReadAt(t.Context(), make([]byte, 1), 0)
+		require.NoError(t, err)
+		time.Sleep(indexIdle - time.Second)
+		require.True(t, held())
+		time.Sleep(2*upkeepPeriod + time.Second)
+		require.False(t, held())
+		requireStream(t, l, stream)
+		require.NoError(t, s.Close())
+	})
+}

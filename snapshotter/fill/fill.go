@@ -1,0 +1,231 @@
+// Package fill fetches ahead what nobody has asked for yet.
+//
+// A Filler completes the layers it is given, some time after they were given
+// to it: a container that ends soon costs only what it reads, and nodes that
+// pull at the same moment do not fetch at the same moment. It asks for large
+// ranges, several side by side, each of which is decoded as it arrives; with
+// as many as there are cores all of them inflate. Readers come first: a range
+// stands still while one waits for something else (see cache.Layer.Fill).
+//
+// The package does not decide what is kept: when the cache is full it waits
+// until there is room.
+package fill
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/time/rate"
+
+	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
+)
+
+// Options configures New.
+type Options struct {
+	// Workers is how many ranges are fetched at the same time; 0 fetches nothing.
+	Workers int
+	// Delay is how long a layer waits at least before it is fetched; it may
+	// wait twice as long.
+	Delay time.Duration
+	// Rate is the most compressed bytes per second, over all workers; 0 is no
+	// limit. What a reader waits for is not held back.
+	Rate int64
+}
+
+// rangeSize is how much of a blob one request asks for, in bytes: much enough
+// for the time between requests not to matter on a fast link, little enough
+// for a layer to be shared among workers and for a failure to cost little.
+const rangeSize = 8 << 20
+
+// Pauses before a layer is looked at again.
+const (
+	busyPause  = time.Second      // the rest of it is being fetched by others
+	fullPause  = 30 * time.Second // the cache is full
+	firstPause = 2 * time.Second  // after a failure, doubling
+	mostPause  = 5 * time.Minute
+)
+
+// Filler completes layers in the background. It is safe for concurrent use.
+type Filler struct {
+	opts  Options
+	limit *rate.Limiter // nil if there is none
+	life  context.Context
+	stop  context.CancelFunc
+	work  sync.WaitGroup
+
+	mu      sync.Mutex    // guards the fields below
+	changed chan struct{} // closed and replaced when there may be more to do
+	jobs    []*job        // in the order in which they were added
+	full    bool          // the cache was, when it was last tried
+}
+
+// job is one layer to complete.
+type job struct {
+	layer    *cache.Layer
+	due      time.Time
+	failures int
+	done     bool // it was complete once
+}
+
+// New returns a filler that works until it is closed. ctx carries the logger
+// and nothing else.
+func New(ctx context.Context, opts Options) *Filler {
+	f := &Filler{opts: opts, changed: make(chan struct{})}
+	if opts.Rate > 0 {
+		f.limit = rate.NewLimiter(rate.Limit(opts.Rate), burst)
+	}
+	f.life, f.stop = context.WithCancel(context.WithoutCancel(ctx))
+	for range opts.Workers {
+		f.work.Go(f.run)
+	}
+	return f
+}
+
+// Close ends all fetches.
+func (f *Filler) Close() {
+	f.stop()
+	f.work.Wait()
+}
+
+// Add has layers completed after the delay. Those that were added before stay
+// as they are.
+func (f *Filler) Add(layers ...*cache.Layer) {
+	due := time.Now().Add(f.opts.Delay)
+	if f.opts.Delay > 0 {
+		due = due.Add(rand.N(f.opts.Delay))
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, l := range layers {
+		if !slices.ContainsFunc(f.jobs, func(j *job) bool { return j.layer == l }) {
+			f.jobs = append(f.jobs, &job{layer: l, due: due})
+		}
+	}
+	f.changedLocked()
+}
+
+// Remove forgets a layer.
+func (f *Filler) Remove(diffID digest.Digest) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.jobs = slices.DeleteFunc(f.jobs, func(j *job) bool { return j.layer.DiffID() == diffID })
+}
+
+func (f *Filler) changedLocked() {
+	close(f.changed)
+	f.changed = make(chan struct{})
+}
+
+// State says how much of a layer is there.
+type State struct {
+	DiffID digest.Digest
+	Done   int64 // uncompressed bytes on disk
+	Total  int64 // uncompressed bytes
+	Paused bool  // the cache is full
+}
+
+// State returns the state of all layers, in the order in which they were added.
+func (f *Filler) State() []State {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	states := make([]State, len(f.jobs))
+	for i, j := range f.jobs {
+		states[i] = State{DiffID: j.layer.DiffID(), Done: j.layer.Fetched(), Total: j.layer.Size()}
+		states[i].Paused = f.full && states[i].Done < states[i].Total
+	}
+	return states
+}
+
+// run fetches range after range until the filler is closed.
+func (f *Filler) run() {
+	for f.life.Err() == nil {
+		j, due, changed := f.next()
+		if j != nil {
+			begun, err := j.layer.Fill(f.life, rangeSize, f.pace)
+			f.done(j, begun, err)
+			continue
+		}
+		timer := time.NewTimer(time.Until(due))
+		select {
+		case <-timer.C:
+		case <-changed:
+		case <-f.life.Done():
+		}
+		timer.Stop()
+	}
+}
+
+// next returns the first job that is due, or else when the next one will be
+// and what tells of a change before that.
+func (f *Filler) next() (_ *job, due time.Time, changed <-chan struct{}) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	now := time.Now()
+	due = now.Add(time.Hour)
+	for _, j := range f.jobs {
+		switch {
+		case j.done:
+		case !j.due.After(now):
+			return j, now, nil
+		case j.due.Before(due):
+			due = j.due
+		}
+	}
+	return nil, due, f.changed
+}
+
+// done notes how a fetch of j ended.
+func (f *Filler) done(j *job, begun bool, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	now := time.Now()
+	full := errors.Is(err, cache.ErrFull)
+	if full != f.full && (full || begun) {
+		f.full = full
+		if full {
+			log.G(f.life).Info("the cache is full; what is not read is no longer fetched ahead")
+		}
+	}
+	switch {
+	case full:
+		j.due = now.Add(jitter(fullPause))
+	case err != nil:
+		j.failures++
+		j.due = now.Add(jitter(min(firstPause<<min(j.failures, 10), mostPause)))
+		log.G(f.life).WithError(err).WithField("diffID", j.layer.DiffID()).Debug("fetching ahead failed; it is tried again later")
+	case begun:
+		j.failures = 0
+	case j.layer.Fetched() == j.layer.Size():
+		j.done = true
+	default:
+		j.due = now.Add(busyPause)
+	}
+}
+
+// jitter returns between a half and three halves of d: many nodes must not
+// come back at the same moment.
+func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d) }
+
+// burst is how many bytes may come at once in spite of the rate.
+const burst = 64 << 10
+
+// pace waits until n more bytes are within the rate.
+func (f *Filler) pace(ctx context.Context, n int) error {
+	if f.limit == nil {
+		return nil
+	}
+	for n > 0 {
+		part := min(n, burst)
+		if err := f.limit.WaitN(ctx, part); err != nil {
+			return err
+		}
+		n -= part
+	}
+	return nil
+}

@@ -1,0 +1,214 @@
+package fill
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/stretchr/testify/require"
+
+	"github.com/beam-cloud/containerd-clip/archive/layer"
+	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
+)
+
+// registry has one blob.
+type registry struct {
+	blob     []byte
+	requests atomic.Int64
+	away     atomic.Bool
+}
+
+func (r *registry) Open(_ context.Context, _ []string, _ digest.Digest, off, n int64) (io.ReadCloser, error) {
+	r.requests.Add(1)
+	if r.away.Load() {
+		return nil, errors.New("away")
+	}
+	return io.NopCloser(bytes.NewReader(r.blob[off : off+n])), nil
+}
+
+// image is a layer of about size bytes that does not compress well.
+func image(t testing.TB, size int) (*registry, *layer.Index) {
+	t.Helper()
+	content := make([]byte, size)
+	r := rand.NewChaCha8([32]byte{1})
+	_, _ = r.Read(content)
+	for i := range content {
+		content[i] &= 0x3f
+	}
+	var blob bytes.Buffer
+	zw, err := gzip.NewWriterLevel(&blob, gzip.HuffmanOnly)
+	require.NoError(t, err)
+	tw := tar.NewWriter(zw)
+	require.NoError(t, tw.WriteHeader(&tar.Header{Name: "file", Size: int64(size), Mode: 0o644}))
+	_, err = tw.Write(content)
+	require.NoError(t, err)
+	require.NoError(t, tw.Close())
+	require.NoError(t, zw.Close())
+	x, err := layer.Build(t.Context(), bytes.NewReader(blob.Bytes()), ocispec.Descriptor{
+		Digest: digest.FromBytes(blob.Bytes()), Size: int64(blob.Len()),
+	}, layer.Options{})
+	require.NoError(t, err)
+	return &registry{blob: blob.Bytes()}, x
+}
+
+func open(t testing.TB, dir string, src cache.Fetcher, x *layer.Index, size cache.Limit) (*cache.Store, *cache.Layer) {
+	t.Helper()
+	s, err := cache.Open(t.Context(), cache.Options{Dir: dir, Fetch: src, MaxSize: size})
+	require.NoError(t, err)
+	require.NoError(t, s.Add(x, "registry.example/repo:tag"))
+	l, err := s.Layer(x.DiffID)
+	require.NoError(t, err)
+	return s, l
+}
+
+func TestFiller(t *testing.T) {
+	src, x := image(t, 60<<20)
+	s, l := open(t, t.TempDir(), src, x, cache.Limit{})
+	defer s.Close()
+	f := New(t.Context(), Options{Workers: 2})
+	defer f.Close()
+	f.Add(l)
+	require.Eventually(t, func() bool { return l.Fetched() == l.Size() }, 30*time.Second, 10*time.Millisecond)
+	require.Equal(t, []State{{DiffID: x.DiffID, Done: l.Size(), Total: l.Size()}}, f.State())
+	require.LessOrEqual(t, src.requests.Load(), int64(len(src.blob)/rangeSize+3), "few requests")
+	f.Remove(x.DiffID)
+	require.Empty(t, f.State())
+}
+
+func TestNobodyWorks(t *testing.T) {
+	src, x := image(t, 1<<20)
+	s, l := open(t, t.TempDir(), src, x, cache.Limit{})
+	defer s.Close()
+	f := New(t.Context(), Options{})
+	f.Add(l)
+	time.Sleep(50 * time.Millisecond)
+	f.Close()
+	require.Zero(t, src.requests.Load())
+	require.Len(t, f.State(), 1)
+}
+
+// TestDelayAndFailures begins within the delay and twice the delay, and comes
+// back after failures.
+func TestDelayAndFailures(t *testing.T) {
+	src, x := image(t, 2<<20)
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		src.away.Store(true)
+		s, l := open(t, dir, src, x, cache.Limit{})
+		f := New(t.Context(), Options{Workers: 1, Delay: time.Minute})
+		f.Add(l)
+		f.Add(l)
+		require.Len(t, f.State(), 1)
+		time.Sleep(time.Minute - time.Second)
+		require.Zero(t, src.requests.Load())
+		time.Sleep(time.Minute + time.Second)
+		require.Positive(t, src.requests.Load())
+		time.Sleep(time.Hour)
+		require.Less(t, src.requests.Load(), int64(60), "it is not asked all the time")
+		src.away.Store(false)
+		time.Sleep(2 * mostPause)
+		require.Equal(t, l.Size(), l.Fetched())
+		f.Close()
+		require.NoError(t, s.Close())
+	})
+}
+
+func TestRate(t *testing.T) {
+	src, x := image(t, 4<<20)
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		s, l := open(t, dir, src, x, cache.Limit{})
+		f := New(t.Context(), Options{Workers: 3, Rate: 100 << 10})
+		begin := time.Now()
+		f.Add(l)
+		for l.Fetched() < l.Size() {
+			time.Sleep(time.Second)
+		}
+		want := time.Duration(len(src.blob)) * time.Second / (100 << 10)
+		require.InDelta(t, want.Seconds(), time.Since(begin).Seconds(), 3)
+		f.Close()
+		require.NoError(t, s.Close())
+	})
+}
+
+// TestFullCache pauses, and says so.
+func TestFullCache(t *testing.T) {
+	src, x := image(t, 8<<20)
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		s, l := open(t, dir, src, x, cache.Limit{Size: 4 << 20})
+		f := New(t.Context(), Options{Workers: 2})
+		f.Add(l)
+		time.Sleep(10 * time.Minute)
+		require.True(t, f.State()[0].Paused)
+		require.Positive(t, l.Fetched())
+		require.Less(t, l.Fetched(), l.Size())
+		require.LessOrEqual(t, src.requests.Load(), int64(50))
+		f.Close()
+		require.NoError(t, s.Close())
+	})
+}
+
+// file is a registry that keeps its blob on disk.
+type file struct{ *os.File }
+
+func (f file) Open(_ context.Context, _ []string, _ digest.Digest, off, n int64) (io.ReadCloser, error) {
+	return io.NopCloser(io.NewSectionReader(f, off, n)), nil
+}
+
+// BenchmarkFill shows how fast layers are completed when the network is not
+// what limits, and how much memory the process takes meanwhile.
+func BenchmarkFill(b *testing.B) {
+	src, x := image(b, 256<<20)
+	path := filepath.Join(b.TempDir(), "blob")
+	require.NoError(b, os.WriteFile(path, src.blob, 0o600))
+	f, err := os.Open(path)
+	require.NoError(b, err)
+	defer f.Close()
+	src = nil
+	debug.FreeOSMemory()
+	for workers := 1; workers <= 4; workers *= 2 {
+		b.Run(fmt.Sprintf("workers=%d", workers), func(b *testing.B) {
+			b.SetBytes(int64(x.OutSize))
+			var most int64
+			for range b.N {
+				s, l := open(b, b.TempDir(), file{f}, x, cache.Limit{})
+				filler := New(b.Context(), Options{Workers: workers})
+				filler.Add(l)
+				for l.Fetched() < l.Size() {
+					time.Sleep(5 * time.Millisecond)
+					most = max(most, resident(b))
+				}
+				b.StopTimer() // what follows waits for the disk
+				filler.Close()
+				require.NoError(b, s.Close())
+				b.StartTimer()
+			}
+			b.ReportMetric(float64(most)/1e6, "MB-resident")
+		})
+	}
+}
+
+func resident(t testing.TB) int64 {
+	t.Helper()
+	status, err := os.ReadFile("/proc/self/statm")
+	require.NoError(t, err)
+	var total, resident int64
+	_, err = fmt.Sscan(string(status), &total, &resident)
+	require.NoError(t, err)
+	return resident * int64(os.Getpagesize())
+}
