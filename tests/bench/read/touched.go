@@ -25,6 +25,7 @@ import (
 type touch struct {
 	pages      int64 // of the files' contents, 4 KiB each
 	compressed int64 // what of the compressed layers stands for the pages
+	least      int64 // what of them has to be fetched for the pages, since decoding starts at seek points
 	files      int64 // what of them stands for the whole files
 }
 
@@ -90,6 +91,7 @@ func (w *world) countTouched(ctx context.Context, root string) (t touch, err err
 		if err != nil {
 			return t, err
 		}
+		starts := map[inflate.Out]bool{}
 		for _, e := range x.Entries {
 			if e.Type != layer.TypeReg || e.Size == 0 || seen[e.Name] {
 				continue
@@ -102,7 +104,7 @@ func (w *world) countTouched(ctx context.Context, root string) (t touch, err err
 			if err != nil {
 				return t, err
 			}
-			t.add(x, e, pages)
+			t.add(x, e, pages, starts)
 		}
 	}
 	return t, nil
@@ -110,13 +112,22 @@ func (w *world) countTouched(ctx context.Context, root string) (t touch, err err
 
 const page = 4096
 
-// add counts pages of a file. Of the compressed bytes of a span, a page has its share by length.
-func (t *touch) add(x *layer.Index, e layer.Entry, pages []int64) {
+// add counts pages of a file, and the seek points that decoding starts at for them. Of the compressed bytes of a span, a
+// page has its share by length.
+func (t *touch) add(x *layer.Index, e layer.Entry, pages []int64, starts map[inflate.Out]bool) {
 	for _, p := range pages {
 		from := e.Off + inflate.Out(p*page)
 		to := min(from+page, e.Off+inflate.Out(e.Size))
 		t.pages += int64(to - from)
 		t.compressed += compressedShare(x, from, to)
+		for at := from; at < to; {
+			start, next := x.DecodeRange(at)
+			if !starts[start] {
+				starts[start] = true
+				t.least += compressedShare(x, start, next)
+			}
+			at = next
+		}
 	}
 	if len(pages) > 0 {
 		t.files += compressedShare(x, e.Off, e.Off+inflate.Out(e.Size))
