@@ -11,7 +11,7 @@ import (
 	"github.com/beam-cloud/containerd-clip/tests/bench/report"
 )
 
-// warmScript measures inside a container and prints seconds by name. Its argument says how often it goes over
+// warmScript measures inside a container and prints seconds by name, the least of three. Its argument says how often it goes over
 // everything before, so that all of it is in memory.
 //
 //go:embed warm.py

@@ -34,9 +34,13 @@ def find():
 
 
 def timed(f):
-    began = time.perf_counter()
-    f()
-    return time.perf_counter() - began
+    """The least of three: what else the machine does only makes it more."""
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        f()
+        took.append(time.perf_counter() - began)
+    return min(took)
 
 
 for _ in range(int(sys.argv[1])):
