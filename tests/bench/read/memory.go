@@ -66,15 +66,13 @@ func (w *world) idle(ctx context.Context) (n int64, err error) {
 	if err != nil {
 		return 0, err
 	}
+	defer func() { err = errors.Join(err, done(ctx)) }() // containerd removes the views
 	service := s.Client().SnapshotService(ours)
 	for i, chainID := range identity.ChainIDs(append([]digest.Digest(nil), diffIDs...)) {
-		key := fmt.Sprint("view-", i)
-		if _, err := service.View(ctx, key, chainID.String()); err != nil {
+		if _, err := service.View(ctx, fmt.Sprint("view-", i), chainID.String()); err != nil {
 			return 0, err
 		}
-		defer func() { err = errors.Join(err, service.Remove(ctx, key)) }()
 	}
-	defer func() { err = errors.Join(err, done(ctx)) }()
 	if mounted := len(s.roots()); mounted != len(diffIDs) {
 		return 0, fmt.Errorf("%d roots are mounted instead of %d", mounted, len(diffIDs))
 	}
