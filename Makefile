@@ -5,7 +5,7 @@ PREFIX   ?= /usr/local
 DESTDIR  ?=
 FUZZTIME ?= 30s
 BENCH    ?= .
-ROUNDS   ?= 5
+ROUNDS   ?=
 
 BIN    := bin
 CACHE  := .cache
@@ -13,7 +13,7 @@ PARTS  := $(CACHE)/bin
 UNIT    = $(shell $(GO) list ./... | grep -v -e /tests/e2e -e /tests/demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps parts images test unit e2e lint vuln bench bench-index fuzz demo install clean
+.PHONY: help build deps parts images test unit e2e lint vuln bench bench-index bench-read fuzz demo install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,7 +62,10 @@ bench: ## benchmarks
 	$(GO) test -run '^$$' -bench '$(BENCH)' -benchmem $(UNIT)
 
 bench-index: deps parts ## indexing against its peers in ROUNDS (5); figures to docs/benchmarks.md (root)
-	cd tests/bench && CGO_ENABLED=1 $(GO) test -run '^$$' -bench . -benchtime $(ROUNDS)x -timeout 3h . -report ../../docs/benchmarks.md
+	cd tests/bench && CGO_ENABLED=1 $(GO) test -run '^$$' -bench . -benchtime $(or $(ROUNDS),5)x -timeout 3h . -report ../../docs/benchmarks.md
+
+bench-read: deps parts build ## pulling and reading against overlayfs in ROUNDS (3); figures to docs/benchmarks.md (root)
+	cd tests/bench && CGO_ENABLED=0 $(GO) run ./read -rounds $(or $(ROUNDS),3) -report ../../docs/benchmarks.md
 
 fuzz: ## every fuzz target for FUZZTIME (30s)
 	@set -e; for package in $(UNIT); do \

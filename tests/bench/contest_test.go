@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"flag"
 	"fmt"
-	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -12,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/beam-cloud/containerd-clip/tests/bench/report"
 )
 
 // contestant is one of several ways to do the same work. The first of a contest is ours.
@@ -58,9 +59,9 @@ func compare(b *testing.B, title string, n int64, contestants ...contestant) {
 		}
 	}
 	b.ReportMetric(0, "ns/op") // of a whole round: it says nothing
-	t := table{
-		title:  fmt.Sprintf("%s (%d rounds)", title, len(costs[0])),
-		header: []string{"", "wall s", "CPU s", "MB/s of CPU", "wall ÷ ours", "CPU ÷ ours", "wanted"},
+	t := report.Table{
+		Title:  fmt.Sprintf("%s (%d rounds)", title, len(costs[0])),
+		Header: []string{"", "wall s", "CPU s", "MB/s of CPU", "wall ÷ ours", "CPU ÷ ours", "wanted"},
 	}
 	wall := func(c cost) float64 { return c.wall.Seconds() }
 	cpu := func(c cost) float64 { return c.cpu.Seconds() }
@@ -72,10 +73,10 @@ func compare(b *testing.B, title string, n int64, contestants ...contestant) {
 			b.ReportMetric(wallRatio, unit(c.name)+"-wall-x")
 			b.ReportMetric(cpuRatio, unit(c.name)+"-cpu-x")
 		}
-		t.add(c.name, decimals(medianOf(costs[i], wall)), decimals(cpuSeconds), fmt.Sprintf("%.0f", float64(n)/1e6/cpuSeconds),
-			decimals(wallRatio), decimals(cpuRatio), strings.TrimSpace(verdict("wall", wallRatio, c.wantWall)+" "+verdict("CPU", cpuRatio, c.wantCPU)))
+		t.Add(c.name, report.Decimals(medianOf(costs[i], wall)), report.Decimals(cpuSeconds), fmt.Sprintf("%.0f", float64(n)/1e6/cpuSeconds),
+			report.Decimals(wallRatio), report.Decimals(cpuRatio), strings.TrimSpace(verdict("wall", wallRatio, c.wantWall)+" "+verdict("CPU", cpuRatio, c.wantCPU)))
 	}
-	report = append(report, t)
+	tables.Tables = append(tables.Tables, t)
 }
 
 // once ends a benchmark that measures no time, whose work does not need repeating.
@@ -87,16 +88,11 @@ func once(b *testing.B) {
 
 func unit(name string) string { return strings.ReplaceAll(name, " ", "-") }
 
-func decimals(x float64) string { return fmt.Sprintf("%.2f", x) }
-
 func verdict(what string, got, want float64) string {
-	switch {
-	case want == 0:
+	if want == 0 {
 		return ""
-	case got < want:
-		return fmt.Sprintf("%s ≥ %.2f: **missed**", what, want)
 	}
-	return fmt.Sprintf("%s ≥ %.2f: met", what, want)
+	return what + " " + report.AtLeast(got, want)
 }
 
 func medianOf(costs []cost, of func(cost) float64) float64 {
@@ -120,51 +116,7 @@ func median[T cmp.Ordered](all []T) T {
 	return all[len(all)/2]
 }
 
-// table is one table of the report.
-type table struct {
-	title  string
-	header []string
-	rows   [][]string
-}
-
-func (t *table) add(row ...string) { t.rows = append(t.rows, row) }
-
-// String is the table in Markdown.
-func (t table) String() string {
-	var s strings.Builder
-	fmt.Fprintf(&s, "### %s\n\n| %s |\n|%s\n", t.title, strings.Join(t.header, " | "), strings.Repeat(" --- |", len(t.header)))
-	for _, row := range t.rows {
-		fmt.Fprintf(&s, "| %s |\n", strings.Join(row, " | "))
-	}
-	return s.String() + "\n"
-}
-
 var (
-	report     []table // of all benchmarks that ran
-	reportFile = flag.String("report", "", "`file` whose text behind the line with "+mark+" is replaced by the tables")
+	tables     = report.Report{Name: "index"} // of all benchmarks that ran
+	reportFile = flag.String("report", "", "`file` in which the tables replace those of an earlier run")
 )
-
-// mark stands in the line of the report file that is the last one written by hand.
-const mark = "<!-- figures -->"
-
-// writeReport prints the tables, and puts them into the report file.
-func writeReport() error {
-	var text strings.Builder
-	fmt.Fprintf(&text, "Go %s, %s/%s, %d CPUs.\n\n", strings.TrimPrefix(runtime.Version(), "go"), runtime.GOOS, runtime.GOARCH, runtime.NumCPU())
-	for _, t := range report {
-		text.WriteString(t.String())
-	}
-	fmt.Print("\n", text.String())
-	if *reportFile == "" {
-		return nil
-	}
-	old, err := os.ReadFile(*reportFile)
-	if err != nil {
-		return err
-	}
-	head, _, ok := strings.Cut(string(old), mark)
-	if !ok {
-		return fmt.Errorf("%s has no line %s", *reportFile, mark)
-	}
-	return os.WriteFile(*reportFile, []byte(head+mark+"\n\n"+strings.TrimSuffix(text.String(), "\n")), 0o644)
-}

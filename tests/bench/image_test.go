@@ -62,7 +62,7 @@ func run(m *testing.M) (code int, err error) {
 		return 0, fmt.Errorf("pushing %s: %w", images.BenchGzip, err)
 	}
 	code = m.Run()
-	return code, writeReport()
+	return code, tables.Write(*reportFile)
 }
 
 // remoteRef is where push puts an image.

@@ -17,6 +17,7 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/plugin/index"
+	"github.com/beam-cloud/containerd-clip/tests/bench/report"
 	"github.com/beam-cloud/containerd-clip/tests/internal/images"
 )
 
@@ -25,9 +26,9 @@ func indexed(_ *archive.Image, _ archive.Stats, err error) error { return err }
 
 // imageTable describes an image by its layers; zstd are the same layers in another compression.
 func imageTable(img *archive.Image, zstd []ocispec.Descriptor) {
-	t := table{title: "The image", header: []string{"layer", "entries", "uncompressed MB", "gzip MB", "zstd MB"}}
+	t := report.Table{Title: "The image", Header: []string{"layer", "entries", "uncompressed MB", "gzip MB", "zstd MB"}}
 	add := func(layer string, numbers []int64) {
-		t.add(layer, fmt.Sprint(numbers[0]), megabytes(numbers[1]), megabytes(numbers[2]), megabytes(numbers[3]))
+		t.Add(layer, fmt.Sprint(numbers[0]), megabytes(numbers[1]), megabytes(numbers[2]), megabytes(numbers[3]))
 	}
 	all := make([]int64, 4)
 	for i, l := range img.Layers {
@@ -39,7 +40,7 @@ func imageTable(img *archive.Image, zstd []ocispec.Descriptor) {
 		add(fmt.Sprint(i+1), numbers)
 	}
 	add("all", all)
-	report = append(report, t)
+	tables.Tables = append(tables.Tables, t)
 }
 
 // sizeTable reports an archive part by part, and what upstream CLIP wrote and SOCI made of the same image.
@@ -62,13 +63,13 @@ func sizeTable(b *testing.B, img *archive.Image, stats archive.Stats, ztocs int6
 	if err != nil {
 		b.Fatal(err)
 	}
-	t := table{title: "Size of the archive", header: []string{"part", "MB", "% of the compressed image", "wanted"}}
+	t := report.Table{Title: "Size of the archive", Header: []string{"part", "MB", "% of the compressed image", "wanted"}}
 	share := func(n int64) float64 { return 100 * float64(n) / float64(compressed) }
-	add := func(part string, n int64) { t.add(part, megabytes(n), decimals(share(n)), "") }
+	add := func(part string, n int64) { t.Add(part, megabytes(n), report.Decimals(share(n)), "") }
 	add("compressed image", compressed)
 	add("archive", stats.Size)
 	add("· what upstream CLIP reads", stats.Compat)
-	t.add("· ours", megabytes(stats.Sections), decimals(share(stats.Sections)), atMost(share(stats.Sections), 1))
+	t.Add("· ours", megabytes(stats.Sections), report.Decimals(share(stats.Sections)), report.AtMost(share(stats.Sections), 1))
 	add("·· spans and seek points", spans)
 	add("··· windows", windows)
 	add("··· span digests", digests)
@@ -79,17 +80,10 @@ func sizeTable(b *testing.B, img *archive.Image, stats archive.Stats, ztocs int6
 	add("SOCI's ztocs", ztocs)
 	b.ReportMetric(share(stats.Sections), "%ours")
 	b.ReportMetric(share(stats.Compat), "%compat")
-	report = append(report, t)
+	tables.Tables = append(tables.Tables, t)
 }
 
 func megabytes(n int64) string { return fmt.Sprintf("%.3f", float64(n)/1e6) }
-
-func atMost(got, want float64) string {
-	if got > want {
-		return fmt.Sprintf("≤ %.2f: **missed**", want)
-	}
-	return fmt.Sprintf("≤ %.2f: met", want)
-}
 
 // seekPointTable indexes the image with several distances of seek points and computes what two kinds of read fetch.
 func seekPointTable(b *testing.B) {
@@ -97,7 +91,7 @@ func seekPointTable(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	t := table{title: "Distance of seek points", header: []string{
+	t := report.Table{Title: "Distance of seek points", Header: []string{
 		"MiB", "our part of the archive: MB", "% of the image", "windows: MB", "python's start: MB", "in ranges", "one small file: kB",
 	}}
 	for _, distance := range []inflate.Out{512 << 10, 1 << 20, 2 << 20, 4 << 20} {
@@ -120,10 +114,10 @@ func seekPointTable(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		t.add(decimals(float64(distance)/(1<<20)), megabytes(stats.Sections), decimals(100*float64(stats.Sections)/float64(compressed)),
+		t.Add(report.Decimals(float64(distance)/(1<<20)), megabytes(stats.Sections), report.Decimals(100*float64(stats.Sections)/float64(compressed)),
 			megabytes(windows), megabytes(all), fmt.Sprint(ranges), fmt.Sprintf("%.0f", small/1e3))
 	}
-	report = append(report, t)
+	tables.Tables = append(tables.Tables, t)
 }
 
 // startFiles are the files that python opens when it starts and imports what the image has it for.

@@ -119,7 +119,7 @@ func (l *Lab) RestartContainerd(ctx context.Context, c *Containerd) error {
 		return err
 	}
 	c.Process = process
-	l.OnClose(func(ctx context.Context) error { return c.removeTasks(ctx) })
+	l.OnClose(func(ctx context.Context) error { return c.RemoveContainers(ctx) })
 	return nil
 }
 
@@ -190,8 +190,8 @@ func (c *Containerd) RemoveContainer(ctx context.Context, id string) error {
 	return container.Delete(ctx, containerd.WithSnapshotCleanup)
 }
 
-// removeTasks ends all containers the way containerd wants it, so that shims, cgroups and mounts go with them.
-func (c *Containerd) removeTasks(ctx context.Context) error {
+// RemoveContainers ends all containers the way containerd wants it, so that shims, cgroups and mounts go with them.
+func (c *Containerd) RemoveContainers(ctx context.Context) error {
 	if !c.Running() {
 		return nil // nobody to ask; the sweep does it
 	}

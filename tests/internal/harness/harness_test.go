@@ -1,7 +1,9 @@
 package harness
 
 import (
+	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -9,7 +11,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -123,4 +127,63 @@ func TestBareRegistry(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, response.Body.Close())
 	require.Equal(t, http.StatusOK, response.StatusCode)
+}
+
+// TestShape measures a link: its rate is that of all connections together, and its latency is that of every answer.
+func TestShape(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	listener, err := net.Listen("unix", socket)
+	require.NoError(t, err)
+	backend := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(make([]byte, 2<<20)))
+	})}
+	go func() { _ = backend.Serve(listener) }()
+	t.Cleanup(func() { backend.Close() })
+	p, err := newProxy(socket)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, p.switchOff()) })
+	registry := &Registry{proxy: p}
+	get := func(n int) time.Duration {
+		began := time.Now()
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+p.address, nil)
+		require.NoError(t, err)
+		r.Header.Set("Range", fmt.Sprintf("bytes=0-%d", n-1))
+		resp, err := http.DefaultClient.Do(r)
+		require.NoError(t, err)
+		body, err := io.ReadAll(resp.Body)
+		require.NoError(t, err)
+		require.NoError(t, resp.Body.Close())
+		require.Len(t, body, n)
+		return time.Since(began)
+	}
+	const latency, rate = 20 * time.Millisecond, 4 << 20 // in time to wait for on a machine that is busy
+	registry.Shape(Link{Rate: rate, Latency: latency})
+	require.GreaterOrEqual(t, get(1), 4*latency, "a connection is made, and answers")
+	again := min(get(1), get(1), get(1))
+	require.GreaterOrEqual(t, again, 2*latency)
+	require.Less(t, again, 4*latency, "it is kept")
+	requests, sent := registry.Traffic()
+	require.EqualValues(t, 4, requests)
+	require.EqualValues(t, 4, sent)
+
+	began := time.Now()
+	var all sync.WaitGroup
+	for range 4 {
+		all.Go(func() { get(1 << 20) })
+	}
+	all.Wait()
+	requireAbout(t, time.Second, time.Since(began)-2*latency, "four connections share the rate")
+	began = time.Now()
+	get(2 << 20)
+	requireAbout(t, time.Second/2, time.Since(began)-2*latency, "latency does not make the link slower")
+
+	registry.Shape(Link{})
+	require.Less(t, get(2<<20), time.Second/2)
+}
+
+// requireAbout allows for a burst, and for a machine that is busy.
+func requireAbout(t *testing.T, want, got time.Duration, what string) {
+	t.Helper()
+	require.Greater(t, got, want*9/10, what)
+	require.Less(t, got, want*3, what)
 }

@@ -84,14 +84,19 @@ func (p *Process) await(ctx context.Context, ready func(context.Context) error) 
 func (p *Process) Pid() int { return p.cmd.Process.Pid }
 
 // Memory is how many bytes the process had resident at most; 0 if it has ended.
-func (p *Process) Memory() int64 {
+func (p *Process) Memory() int64 { return p.memory("VmHWM") }
+
+// Resident is how many bytes the process has resident; 0 if it has ended.
+func (p *Process) Resident() int64 { return p.memory("VmRSS") }
+
+func (p *Process) memory(what string) int64 {
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Pid()))
 	if err != nil {
 		return 0
 	}
 	for line := range strings.Lines(string(status)) {
 		var kilobytes int64
-		if _, err := fmt.Sscanf(line, "VmHWM: %d kB", &kilobytes); err == nil {
+		if _, err := fmt.Sscanf(line, what+": %d kB", &kilobytes); err == nil {
 			return kilobytes << 10
 		}
 	}

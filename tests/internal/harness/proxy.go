@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -66,6 +67,8 @@ type Fault func(w http.ResponseWriter, r *http.Request, next http.Handler)
 type proxy struct {
 	address string // stays the same while off
 	handler http.Handler
+	wire    atomic.Pointer[wire]
+	traffic traffic
 
 	mu       sync.Mutex // guards the fields below
 	server   *http.Server
@@ -76,6 +79,7 @@ type proxy struct {
 // newProxy starts a proxy in front of a server that listens on a Unix socket.
 func newProxy(socket string) (*proxy, error) {
 	p := &proxy{address: "127.0.0.1:0"}
+	p.wire.Store(&wire{})
 	backend := &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host = "http", "registry"
@@ -93,7 +97,8 @@ func newProxy(socket string) (*proxy, error) {
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) { w.WriteHeader(http.StatusBadGateway) },
 	}
 	p.handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c := &counter{ResponseWriter: w}
+		c := &counter{ResponseWriter: w, traffic: &p.traffic}
+		p.traffic.requests.Add(1)
 		req := Request{Method: r.Method, Path: r.URL.Path, Range: r.Header.Get("Range"), At: time.Now()}
 		defer func() { // also when the client aborts, which is a panic
 			req.Status, req.Sent = c.status, c.sent
@@ -126,7 +131,7 @@ func (p *proxy) switchOn() error {
 	p.address = listener.Addr().String()
 	server := &http.Server{Handler: p.handler, ErrorLog: quiet}
 	p.server = server
-	go func() { _ = server.Serve(listener) }() // it ends when switchOff closes the server
+	go func() { _ = server.Serve(shapedListener{listener, &p.wire}) }() // it ends when switchOff closes the server
 	return nil
 }
 
@@ -142,11 +147,15 @@ func (p *proxy) switchOff() error {
 	return err
 }
 
+// traffic counts requests when they begin, and bytes when they are sent.
+type traffic struct{ requests, sent atomic.Int64 }
+
 // counter counts what is written through it.
 type counter struct {
 	http.ResponseWriter
-	status int
-	sent   int64
+	traffic *traffic
+	status  int
+	sent    int64
 }
 
 func (c *counter) WriteHeader(status int) {
@@ -157,6 +166,7 @@ func (c *counter) WriteHeader(status int) {
 func (c *counter) Write(b []byte) (int, error) {
 	n, err := c.ResponseWriter.Write(b)
 	c.sent += int64(n)
+	c.traffic.sent.Add(int64(n))
 	return n, err
 }
 

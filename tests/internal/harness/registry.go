@@ -118,6 +118,15 @@ func (r *Registry) Reset() {
 	r.proxy.requests = nil
 }
 
+// Traffic is how many requests have begun so far, and how many bytes of answers were sent; Reset does not change it.
+// Unlike Requests it has what is under way.
+func (r *Registry) Traffic() (requests, sent int64) {
+	return r.proxy.traffic.requests.Load(), r.proxy.traffic.sent.Load()
+}
+
+// Shape puts a link between the registry and its clients, in the place of the one that was there.
+func (r *Registry) Shape(l Link) { r.proxy.wire.Store(&wire{Link: l}) }
+
 // SwitchOff has connections refused until SwitchOn.
 func (r *Registry) SwitchOff() error { return r.proxy.switchOff() }
 
