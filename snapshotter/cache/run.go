@@ -45,8 +45,8 @@ const nearRun = 256 << 10
 const smallBlob = 256 << 10
 
 // runForLocked returns the run that brings span soonest, starting one if need
-// be: to the seek point behind end, on to the next one, and farther if a reader
-// has gone forward for long. The caller holds l.mu.
+// be: to end or the next seek point behind it, and farther if a reader has gone
+// forward for long. The caller holds l.mu.
 func (l *Layer) runForLocked(span, end int) (*run, error) {
 	x, err := l.indexLocked()
 	if err != nil {
@@ -65,7 +65,9 @@ func (l *Layer) runForLocked(span, end int) (*run, error) {
 		return best, nil
 	}
 	r := &run{pos: span, end: l.toSeekPointLocked(x, span, end, best)}
-	r.end = l.toSeekPointLocked(x, span, r.end+l.streams.ahead(span, r.end), best)
+	if ahead := l.streams.ahead(span, r.end); ahead > 0 {
+		r.end = l.toSeekPointLocked(x, span, r.end+ahead, best)
+	}
 	l.streams.went(span, r.end)
 	if l.head.Size <= smallBlob && len(l.runs) == 0 && l.have.count() == 0 {
 		r.pos, r.end = 0, l.spans
@@ -306,16 +308,13 @@ type streams struct {
 // stream is a reader that goes forward.
 type stream struct{ next, spans int }
 
-// Read-ahead. Every reader gets what lies up to the next seek point beyond what
-// it asks for, in the same request: packages lie together in a layer, so of two
-// such pieces of which one is wanted the other one mostly is, and the link
-// carries it while the reader is busy with the first. A reader that comes back
-// to where the last run for it ended, or skips a little, gets an aheadShare-th
-// of what it has read so far, at most aheadMost spans: reading everything takes
-// few requests, and reading little fetches little that is not wanted.
+// Read-ahead. A reader that comes back to where the last run for it ended, or
+// skips a little, gets an aheadShare-th of what it has read so far beyond what
+// it asks for, at most aheadMost spans: reading everything takes few requests,
+// and reading little fetches little that is not wanted.
 const (
 	aheadShare = 8
-	aheadLeast = 1  // spans; runs end at seek points
+	aheadLeast = 4  // spans; less is not worth it, since runs end at seek points
 	aheadMost  = 64 // spans
 	aheadSkip  = 4  // spans
 )
@@ -324,9 +323,13 @@ const (
 func (s *streams) ahead(span, end int) int {
 	i := s.find(span)
 	if i < 0 {
-		return aheadLeast
+		return 0
 	}
-	return min(max(aheadLeast, (s.known[i].spans+end-span)/aheadShare), aheadMost)
+	n := (s.known[i].spans + end - span) / aheadShare
+	if n < aheadLeast {
+		return 0
+	}
+	return min(n, aheadMost)
 }
 
 // went notes that a reader is brought the spans [span, end).

@@ -327,40 +327,18 @@ func TestNothingIsLeft(t *testing.T) {
 	}, 10*time.Second, 10*time.Millisecond)
 }
 
-// TestMissBringsItsNeighbour reads a little of a piece between two seek points: the one behind it comes in the same
-// request, and no more.
-func TestMissBringsItsNeighbour(t *testing.T) {
-	stream := testTar(t, 60)
-	src := &blobs{blob: gzipped(t, stream)}
-	x := build(t, src.blob)
-	_, l := open(t, t.TempDir(), src, x)
-	read := func(off int64) {
-		t.Helper()
-		p := make([]byte, 10)
-		_, err := l.ReadAt(t.Context(), p, off)
-		require.NoError(t, err)
-		require.Equal(t, stream[off:off+10], p)
-	}
-	read(int64(x.Points[3].Out))
-	read(int64(x.Points[5].Out) - 10)
-	require.EqualValues(t, 1, src.requests.Load())
-	require.LessOrEqual(t, src.bytes.Load(), int64(x.Points[6].In-x.Points[2].In), "spans end where seek points do not")
-	read(int64(x.Points[8].Out))
-	require.EqualValues(t, 2, src.requests.Load())
-}
-
 func TestStreams(t *testing.T) {
 	var s streams
-	require.Equal(t, aheadLeast, s.ahead(0, 4))
+	require.Zero(t, s.ahead(0, 4))
 	s.went(0, 40)
 	require.Equal(t, 5, s.ahead(42, 44), "a little was skipped")
-	require.Equal(t, aheadLeast, s.ahead(50, 54), "too much was skipped")
+	require.Zero(t, s.ahead(50, 54), "too much was skipped")
 	s.went(42, 1000)
 	require.Equal(t, aheadMost, s.ahead(1000, 1004))
 	for i := range len(s.known) {
 		s.went(5000+100*i, 5001+100*i)
 	}
-	require.Equal(t, aheadLeast, s.ahead(1000, 1004), "the oldest is forgotten")
+	require.Zero(t, s.ahead(1000, 1004), "the oldest is forgotten")
 	require.False(t, slices.Contains(s.known[:], stream{}))
 }
 
