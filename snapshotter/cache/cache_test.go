@@ -171,7 +171,7 @@ func requireStream(t testing.TB, l *Layer, stream []byte) {
 func fillAll(t testing.TB, l *Layer, n int64) {
 	t.Helper()
 	for {
-		begun, err := l.Fill(t.Context(), n, unpaced)
+		begun, err := l.Fill(t.Context(), l.All(), n, unpaced)
 		require.NoError(t, err)
 		if !begun {
 			return

@@ -84,6 +84,9 @@ func (l *Layer) DiffID() digest.Digest { return l.head.DiffID }
 // Size returns the length of the uncompressed stream in bytes.
 func (l *Layer) Size() int64 { return int64(l.head.OutSize) }
 
+// SpanSize returns the length of every span but the last in bytes.
+func (l *Layer) SpanSize() int64 { return int64(l.head.SpanSize) }
+
 // BlobSize returns the length of the compressed blob in bytes.
 func (l *Layer) BlobSize() int64 { return int64(l.head.Size) }
 

@@ -192,7 +192,7 @@ func TestFillDisplacesNothing(t *testing.T) {
 	requireStream(t, layers[0], c.streams[0])
 	var err error
 	for begun := true; begun && err == nil; {
-		begun, err = layers[1].Fill(t.Context(), 100<<10, unpaced)
+		begun, err = layers[1].Fill(t.Context(), layers[1].All(), 100<<10, unpaced)
 	}
 	require.ErrorIs(t, err, ErrFull)
 	require.Equal(t, layers[0].Size(), layers[0].Fetched())
@@ -263,7 +263,7 @@ func TestFullDisk(t *testing.T) {
 	require.True(t, s.full.Load())
 	require.LessOrEqual(t, s.memory.size, memorySize)
 	require.Zero(t, l.Fetched())
-	_, err = l.Fill(t.Context(), 1<<20, unpaced)
+	_, err = l.Fill(t.Context(), l.All(), 1<<20, unpaced)
 	require.ErrorIs(t, err, ErrFull)
 	require.Len(t, log.lines, 1, "said once: %q", log.lines)
 	require.Contains(t, log.lines[0], "served from memory")
