@@ -39,7 +39,7 @@ type Document struct {
 	Began   time.Time       `json:"began"`
 	// Hidden are layers that were read without our seeing all of it.
 	Hidden []int `json:"hidden,omitempty"`
-	// Full says that there was more than MostTouches.
+	// Full says that there was more than MostBytes.
 	Full    bool    `json:"full,omitempty"`
 	Touches []Touch `json:"touches"`
 }
@@ -54,8 +54,9 @@ type Touch struct {
 
 // Bounds of a recording. Touches are of whole pieces.
 const (
-	MostTouches = 1 << 16
-	pieceSize   = 16 << 10
+	pieceSize  = 16 << 10
+	mostPieces = 1 << 16
+	MostBytes  = mostPieces * pieceSize
 )
 
 // Stream is a layer's uncompressed stream.
@@ -117,7 +118,7 @@ func (r *Recording) touch(layer int, off, n int64) {
 		if _, ok := r.seen[piece{layer, i}]; ok {
 			continue
 		}
-		if len(r.seen) == MostTouches {
+		if len(r.seen) == mostPieces {
 			r.doc.Full = true
 			return
 		}
