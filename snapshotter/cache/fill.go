@@ -3,7 +3,9 @@ package cache
 import (
 	"context"
 	"slices"
+	"time"
 
+	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
 
@@ -13,22 +15,43 @@ type Spans struct{ First, End int }
 // All returns all spans of the layer.
 func (l *Layer) All() []Spans { return []Spans{{0, l.spans}} }
 
-// Fill fetches those of the wanted spans that are missing and that nobody
-// fetches yet, from the front: about n compressed bytes in one request, more
-// where the next seek point is farther. Gaps that cost less than a request are
-// taken along. It returns when they are there, and whether there was anything
-// to begin. Spans that the layer does not have are ignored.
+// Fill is a fetch of what nobody waits for yet.
+type Fill struct {
+	// Want is what to fetch; spans that the layer does not have are ignored.
+	Want []Spans
+	// Bytes is about how many compressed bytes to fetch in one request: more
+	// where the next seek point is farther.
+	Bytes int64
+	// Expected says that readers are about to ask for this: it goes on while
+	// one waits for what another such fill brings.
+	Expected bool
+	// Pace is called with the number of compressed bytes whenever some have
+	// arrived, unless a reader waits for them; its error ends the fill.
+	Pace func(ctx context.Context, n int) error
+}
+
+// Filled is what a fill did.
+type Filled struct {
+	Bytes int64         // compressed, that it asked for; 0 if there was nothing to begin
+	Took  time.Duration // since it asked
+}
+
+// Fill sends one request for those of the wanted spans that are missing and
+// that nobody fetches yet, from the front. Gaps that cost less than a request
+// are taken along. It returns when the spans are there.
 //
-// While a reader waits for something else it stands still. pace is called with
-// the number of compressed bytes whenever some have arrived, unless a reader
-// waits for them, and its error ends the fill. ErrFull says that there is no
-// room: a fill displaces nothing.
-func (l *Layer) Fill(ctx context.Context, want []Spans, n int64, pace func(ctx context.Context, n int) error) (begun bool, err error) {
-	want = l.clip(want)
+// While a reader waits for something else it stands still, and it begins only
+// when none did for a moment. ErrFull says that there is no room: a fill
+// displaces nothing.
+func (l *Layer) Fill(ctx context.Context, f Fill) (done Filled, err error) {
+	want := l.clip(f.Want)
+	if err := l.store.gate.begin(ctx, f.Expected); err != nil {
+		return done, err
+	}
 	l.mu.Lock()
 	if l.nextWantedLocked(want, 0) == l.spans || l.distrusted {
 		l.mu.Unlock()
-		return false, nil
+		return done, nil
 	}
 	x, err := l.indexLocked()
 	if err == nil && !l.store.hasRoom() {
@@ -36,17 +59,21 @@ func (l *Layer) Fill(ctx context.Context, want []Spans, n int64, pace func(ctx c
 	}
 	if err != nil {
 		l.mu.Unlock()
-		return false, err
+		return done, err
 	}
-	r := l.fillLocked(x, want, n)
-	r.pace = pace
+	r := l.fillLocked(x, want, f.Bytes)
+	r.pace, r.expected = f.Pace, f.Expected
+	done.Bytes = max(int64(x.Spans[r.end-1].InEnd-l.inBefore(x, r.pos)), 1)
 	life := l.beginLocked(r)
 	l.store.work.Add(1)
 	defer l.store.work.Done()
 	l.mu.Unlock()
 	stop := context.AfterFunc(ctx, func() { r.cancel(context.Cause(ctx)) })
 	defer stop()
-	return true, l.bring(life, x, r)
+	began := time.Now()
+	err = l.bring(life, x, r)
+	done.Took = time.Since(began)
+	return done, err
 }
 
 // clip returns the ranges in the layer's order, without what it does not have.
@@ -79,15 +106,17 @@ func (l *Layer) nextWantedLocked(want []Spans, span int) int {
 func (l *Layer) fillLocked(x *layer.Index, want []Spans, n int64) *run {
 	span := l.nextWantedLocked(want, 0)
 	end := span + 1
-	for int64(x.Spans[end-1].InEnd-l.inBefore(x, span)) < n {
+	for {
+		_, stop := l.spanRange(end - 1)
+		_, point := x.DecodeRange(stop - 1)
+		if int64(x.Spans[end-1].InEnd-l.inBefore(x, span)) >= n && inflate.Out(end)*l.head.SpanSize >= point {
+			break // where another run can go on
+		}
 		next := l.nextWantedLocked(want, end)
 		if next == l.spans || !l.nearLocked(x, end, next) {
 			break
 		}
 		end = next + 1
-	}
-	if len(want) == 1 && want[0] == (Spans{0, l.spans}) {
-		end = l.toSeekPointLocked(x, span, end, nil)
 	}
 	start, _ := l.spanRange(span)
 	decoded, _ := x.DecodeRange(start)

@@ -22,6 +22,8 @@ type run struct {
 	cancel context.CancelCauseFunc
 	pace   func(ctx context.Context, n int) error // nil unless it is a fill
 
+	expected bool // see Fill
+
 	pos     int // guarded by Layer.mu: the next span
 	readers int // guarded by gate.mu: how many wait for it
 }

@@ -120,7 +120,7 @@ func TestReaderOvertakesAFill(t *testing.T) {
 	t.Cleanup(goOn) // before it is closed
 	filled := make(chan error, 1)
 	go func() {
-		_, err := l.Fill(t.Context(), l.All(), int64(len(src.blob)), unpaced)
+		_, err := l.Fill(t.Context(), Fill{Want: l.All(), Bytes: int64(len(src.blob)), Pace: unpaced})
 		filled <- err
 	}()
 	require.Eventually(t, func() bool { return src.requests.Load() == 1 }, 10*time.Second, time.Millisecond)
@@ -178,7 +178,7 @@ func TestFillStandsStillForReaders(t *testing.T) {
 	require.Eventually(t, func() bool { return other.requests.Load() == 1 }, 10*time.Second, time.Millisecond)
 	ended := make(chan error, 1)
 	go func() {
-		_, err := l.Fill(t.Context(), l.All(), 1<<20, unpaced)
+		_, err := l.Fill(t.Context(), Fill{Want: l.All(), Bytes: 1 << 20, Pace: unpaced})
 		ended <- err
 	}()
 	select {
@@ -212,7 +212,7 @@ func TestFailedFillIsNoReadersBusiness(t *testing.T) {
 	_, l := open(t, t.TempDir(), src, build(t, src.blob))
 	filled := make(chan error, 1)
 	go func() {
-		_, err := l.Fill(t.Context(), l.All(), 1<<20, unpaced)
+		_, err := l.Fill(t.Context(), Fill{Want: l.All(), Bytes: 1 << 20, Pace: unpaced})
 		filled <- err
 	}()
 	require.Eventually(t, func() bool { return src.requests.Load() == 1 }, 10*time.Second, time.Millisecond)

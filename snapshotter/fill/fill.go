@@ -18,6 +18,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/log"
@@ -62,6 +63,8 @@ type Filler struct {
 	stop  context.CancelFunc
 	work  sync.WaitGroup
 
+	listSize atomic.Int64 // compressed bytes of the next request for a list
+
 	mu      sync.Mutex    // guards the fields below
 	changed chan struct{} // closed and replaced when there may be more to do
 	jobs    []*job        // lists first, each kind in the order in which they were added
@@ -83,6 +86,7 @@ type job struct {
 // and nothing else.
 func New(ctx context.Context, opts Options) *Filler {
 	f := &Filler{opts: opts, changed: make(chan struct{})}
+	f.listSize.Store(leastList)
 	if opts.Rate > 0 {
 		f.limit = rate.NewLimiter(rate.Limit(opts.Rate), burst)
 	}
@@ -157,8 +161,7 @@ func (f *Filler) run() {
 	for f.life.Err() == nil {
 		j, due, changed := f.next()
 		if j != nil {
-			begun, err := j.layer.Fill(f.life, j.want, rangeSize, f.pace)
-			f.done(j, begun, err)
+			f.fetch(j)
 			continue
 		}
 		timer := time.NewTimer(time.Until(due))
@@ -169,6 +172,19 @@ func (f *Filler) run() {
 		}
 		timer.Stop()
 	}
+}
+
+// fetch sends one request for j.
+func (f *Filler) fetch(j *job) {
+	size := int64(rangeSize)
+	if j.list {
+		size = f.listSize.Load()
+	}
+	done, err := j.layer.Fill(f.life, cache.Fill{Want: j.want, Bytes: size, Expected: j.list, Pace: f.pace})
+	if j.list && done.Bytes > 0 && err == nil {
+		f.listSize.Store(listSize(done.Bytes, done.Took))
+	}
+	f.done(j, done.Bytes > 0, err)
 }
 
 // next returns the first job that is due, or else when the next one will be

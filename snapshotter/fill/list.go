@@ -21,6 +21,18 @@ const (
 	mostBatch  = 64 << 20
 )
 
+// A request for a list asks for about what arrives in listTime: a reader of
+// something else waits until that is through. Sizes in compressed bytes.
+const (
+	listTime  = 100 * time.Millisecond
+	leastList = 256 << 10
+)
+
+// listSize returns how much to ask for after n bytes took that long.
+func listSize(n int64, took time.Duration) int64 {
+	return min(max(int64(float64(n)*float64(listTime)/float64(max(took, time.Microsecond))), leastList), rangeSize)
+}
+
 // listAttempts is how often a part of a list is tried again.
 const listAttempts = 3
 
