@@ -45,9 +45,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		if ids, err = idmapOf(labels); err != nil {
 			return err
 		}
-		if name := labels[discover.LabelRecord]; name != "" && kind == snapshots.KindActive {
-			s.own.want(snap.ID, name)
-		}
+		s.own.want(snap, labels[discover.LabelRecord])
 		path = filepath.Join(s.dir, "snapshots", snap.ID)
 		return os.Rename(tmp, path)
 	})
@@ -60,7 +58,6 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		err = s.setOwner(ctx, snap, ids)
 	}
 	if err != nil {
-		s.own.drop(snap.ID)
 		// The record is removed first: without it the directory is garbage.
 		rerr := s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
 			_, _, err := storage.Remove(ctx, key)

@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"sync"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 
@@ -65,7 +68,11 @@ func (s *Snapshotter) Recording(_ context.Context, name string) (record.Document
 	if doc, ok := s.own.recording(name); ok {
 		return doc, nil
 	}
-	return s.recorder.Get(digest.Digest(name))
+	chainID, err := digest.Parse(name)
+	if err != nil {
+		return record.Document{}, fmt.Errorf("nothing is recorded under %q: %w", name, errdefs.ErrNotFound)
+	}
+	return s.recorder.Get(chainID)
 }
 
 // ownRoots are the active snapshots with a root of their own, which is recorded.
@@ -83,13 +90,18 @@ type ownRoot struct {
 	files *layerfs.FS       // nil until then
 }
 
-func (o *ownRoots) want(id, name string) {
+// want says that snap is to have a root of its own that is recorded under name,
+// unless that is empty.
+func (o *ownRoots) want(snap storage.Snapshot, name string) {
+	if name == "" || snap.Kind != snapshots.KindActive {
+		return
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.byID == nil {
 		o.byID = map[string]*ownRoot{}
 	}
-	o.byID[id] = &ownRoot{name: name}
+	o.byID[snap.ID] = &ownRoot{name: name}
 }
 
 func (o *ownRoots) get(id string) *ownRoot {
@@ -135,10 +147,31 @@ func (o *ownRoots) closeAll() {
 	}
 }
 
+// record returns the recording of a new root of c and the files that are its
+// devices. The caller closes the files.
+func (s *Snapshotter) record(ctx context.Context, c chain) (rec *record.Recording, files *layerfs.FS, layers []root.Layer, err error) {
+	if files, err = layerfs.NewExact(ctx); err != nil {
+		return nil, nil, nil, err
+	}
+	rec = record.New(record.Document{Image: c.Image, ChainID: c.ChainID, Layers: c.Layers})
+	for i, diffID := range c.Layers {
+		l, err := s.layers.Layer(diffID)
+		if err != nil {
+			return nil, nil, nil, errors.Join(err, files.Close())
+		}
+		stream := rec.Stream(i, l)
+		if err := files.Add(diffID, stream); err != nil {
+			return nil, nil, nil, errors.Join(err, files.Close())
+		}
+		layers = append(layers, root.Layer{Device: files.Path(diffID), Stream: stream})
+	}
+	return rec, files, layers, nil
+}
+
 // mountOwn makes sure that the snapshot id has a root of its own and returns the
 // directory that is the container's root. The kernel has nothing of that root in
 // memory and does not read ahead in it, so what is read of it is what was asked for.
-func (s *Snapshotter) mountOwn(ctx context.Context, id string, own *ownRoot, c chain) (_ string, err error) {
+func (s *Snapshotter) mountOwn(ctx context.Context, id string, own *ownRoot, c chain) (string, error) {
 	st := s.roots.get(id)
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -150,29 +183,13 @@ func (s *Snapshotter) mountOwn(ctx context.Context, id string, own *ownRoot, c c
 	if s.noLazy != nil {
 		return "", fmt.Errorf("image %s cannot be recorded: this machine cannot mount lazy roots: %w", c.Image, s.noLazy)
 	}
-	files, err := layerfs.NewExact(ctx)
+	rec, files, layers, err := s.record(ctx, c)
 	if err != nil {
-		return "", err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, files.Close())
-		}
-	}()
-	rec := record.New(record.Document{Image: c.Image, ChainID: c.ChainID, Layers: c.Layers})
-	for i, diffID := range c.Layers {
-		l, err := s.layers.Layer(diffID)
-		if err != nil {
-			return "", fmt.Errorf("root of image %s: %w", c.Image, err)
-		}
-		stream := rec.Stream(i, l)
-		if err := files.Add(diffID, stream); err != nil {
-			return "", err
-		}
-		r.Layers = append(r.Layers, root.Layer{Device: files.Path(diffID), Stream: stream})
-	}
-	if err := r.Mount(ctx, s.can.Mode); err != nil {
 		return "", fmt.Errorf("root of image %s: %w", c.Image, err)
+	}
+	r.Layers = layers
+	if err := r.Mount(ctx, s.can.Mode); err != nil {
+		return "", fmt.Errorf("root of image %s: %w", c.Image, errors.Join(err, files.Close()))
 	}
 	st.mounted = true
 	s.mounted.add(id, c.Layers)

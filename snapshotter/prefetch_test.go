@@ -1,6 +1,9 @@
 package snapshotter
 
 import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -12,8 +15,11 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
+	"github.com/sirupsen/logrus"
 	"github.com/stretchr/testify/require"
 
 	"github.com/beam-cloud/containerd-clip/archive"
@@ -103,7 +109,7 @@ func TestRecordedRoot(t *testing.T) {
 
 			require.NoError(t, sn.Remove(t.Context(), "recorded"))
 			_, err = sn.Recording(t.Context(), "mine")
-			require.ErrorIs(t, err, errdefs.ErrInvalidArgument, "it is gone with the container")
+			require.ErrorIs(t, err, errdefs.ErrNotFound, "it is gone with the container")
 			require.Len(t, names(t, filepath.Join(dir, "roots")), 1, "that of the image")
 		})
 	}
@@ -185,6 +191,64 @@ func TestPrefetchList(t *testing.T) {
 		time.Sleep(300 * time.Millisecond)
 		require.LessOrEqual(t, low.Fetched(), int64(7*256<<10), "the list, and what lies between it and the seek point before")
 		require.Equal(t, int64(512<<10), high.Fetched())
+	}
+}
+
+// spoilList writes a prefetch list of these bytes into the image's archive, which
+// has one as its last section (docs/format.md).
+func spoilList(t *testing.T, dir string, raw []byte) {
+	t.Helper()
+	path := filepath.Join(dir, "archives", "a.clip")
+	b, err := os.ReadFile(path)
+	require.NoError(t, err)
+	foot := slices.Clone(b[len(b)-64:])
+	table := slices.Clone(b[binary.LittleEndian.Uint64(foot[16:]) : len(b)-64])
+	last := table[len(table)-64:]
+	require.EqualValues(t, 6, last[0])
+	enc, err := zstd.NewWriter(nil)
+	require.NoError(t, err)
+	stored := enc.EncodeAll(raw, nil)
+	b = append(b[:binary.LittleEndian.Uint64(last[8:])], stored...)
+	binary.LittleEndian.PutUint64(last[16:], uint64(len(stored)))
+	binary.LittleEndian.PutUint64(last[24:], uint64(len(raw)))
+	sum := sha256.Sum256(stored)
+	copy(last[32:], sum[:])
+	binary.LittleEndian.PutUint64(foot[16:], uint64(len(b)))
+	sum = sha256.Sum256(table)
+	copy(foot[24:], sum[:])
+	require.NoError(t, os.WriteFile(path, slices.Concat(b, table, foot), 0o600))
+}
+
+// TestHostileList has lists that no writer makes: the image is lazy, its
+// container reads, and the log says what is ignored.
+func TestHostileList(t *testing.T) {
+	for name, c := range map[string]struct {
+		raw  []byte
+		want string
+	}{
+		"another image's":   {[]byte{0, 1, 9, 0, 1}, "a layer that the image does not have"},
+		"truncated":         {[]byte{0, 1, 0, 0}, "ignoring the archive's prefetch list"},
+		"no such spans":     {[]byte{0, 2, 0, 0xf0, 1, 1, 0, 1, 1}, "ignoring a part of the archive's prefetch list"},
+		"the same for ever": {append([]byte{0, 0xe8, 7}, bytes.Repeat([]byte{0, 0, 1, 0, 1, 1}, 500)...), "fetching what a recorded start read"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			img, ref := lazyImage(t, dir)
+			withList(t, dir, []archive.SpanRange{{Layer: 0, First: 0, Count: 1}})
+			spoilList(t, dir, c.raw)
+			var logged bytes.Buffer
+			logger := logrus.New()
+			logger.SetOutput(&logged)
+			ctx := log.WithLogger(t.Context(), logrus.NewEntry(logger))
+			sn, err := New(ctx, Options{Root: dir, Prefetch: true, Fill: fill.Options{Workers: 2, ListsOnly: true}})
+			require.NoError(t, err)
+			t.Cleanup(func() { require.NoError(t, sn.Close()) })
+			top := pullWith(ctx, t, sn, img, ref)
+			require.Contains(t, logged.String(), c.want)
+			mounts, err := sn.Prepare(t.Context(), "container", top)
+			require.NoError(t, err)
+			requireRead(t, mounts)
+		})
 	}
 }
 

@@ -153,9 +153,14 @@ func publishImage(t *testing.T, root string, img *testutil.Image) (ref string, a
 // the name of the topmost snapshot.
 func pull(t *testing.T, sn *Snapshotter, img *testutil.Image, ref string) string {
 	t.Helper()
+	return pullWith(t.Context(), t, sn, img, ref)
+}
+
+func pullWith(ctx context.Context, t *testing.T, sn *Snapshotter, img *testutil.Image, ref string) string {
+	t.Helper()
 	parent := ""
 	for _, chain := range identity.ChainIDs(append([]digest.Digest(nil), img.DiffIDs...)) {
-		_, err := sn.Prepare(t.Context(), "extract "+chain.String(), parent, snapshots.WithLabels(map[string]string{
+		_, err := sn.Prepare(ctx, "extract "+chain.String(), parent, snapshots.WithLabels(map[string]string{
 			snapshots.LabelSnapshotRef:                   chain.String(),
 			"containerd.io/snapshot/cri.image-ref":       ref,
 			"containerd.io/snapshot/cri.manifest-digest": img.Descriptor.Digest.String(),
