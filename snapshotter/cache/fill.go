@@ -15,6 +15,21 @@ type Spans struct{ First, End int }
 // All returns all spans of the layer.
 func (l *Layer) All() []Spans { return []Spans{{0, l.spans}} }
 
+// Expect says that readers are about to ask for these spans, so that one who
+// does holds no fill back that is expected as well.
+func (l *Layer) Expect(spans Spans) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, w := range l.clip([]Spans{spans}) {
+		if l.expected == nil {
+			l.expected = newBitmap(l.spans)
+		}
+		for span := w.First; span < w.End; span++ {
+			l.expected.set(span)
+		}
+	}
+}
+
 // Fill is a fetch of what nobody waits for yet.
 type Fill struct {
 	// Want is what to fetch; spans that the layer does not have are ignored.
@@ -23,7 +38,7 @@ type Fill struct {
 	// where the next seek point is farther.
 	Bytes int64
 	// Expected says that readers are about to ask for this: it goes on while
-	// one waits for what another such fill brings.
+	// one waits for what is expected, too (see Expect).
 	Expected bool
 	// Pace is called with the number of compressed bytes whenever some have
 	// arrived, unless a reader waits for them; its error ends the fill.

@@ -39,6 +39,7 @@ type Layer struct {
 	have       bitmap // spans that data holds
 	recorded   bitmap // those that the file have says are there
 	touched    bitmap // those that were read since the last sweep
+	expected   bitmap // those that readers were said to ask for; nil if none
 	runs       map[*run]struct{}
 	waits      map[int]*wait // by span
 	streams    streams

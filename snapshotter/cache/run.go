@@ -22,7 +22,7 @@ type run struct {
 	cancel context.CancelCauseFunc
 	pace   func(ctx context.Context, n int) error // nil unless it is a fill
 
-	expected bool // see Fill
+	expected bool // see Fill and Expect
 
 	pos     int // guarded by Layer.mu: the next span
 	readers int // guarded by gate.mu: how many wait for it
@@ -67,6 +67,7 @@ func (l *Layer) runForLocked(span, end int) (*run, error) {
 		return best, nil
 	}
 	r := &run{pos: span, end: l.toSeekPointLocked(x, span, end, best)}
+	r.expected = l.expected != nil && l.expected.get(span)
 	if ahead := l.streams.ahead(span, r.end); ahead > 0 {
 		r.end = l.toSeekPointLocked(x, span, r.end+ahead, best)
 	}

@@ -241,6 +241,19 @@ func TestExpectedFillsGoOn(t *testing.T) {
 	defer cancel()
 	_, err = l.Fill(ctx, Fill{Want: l.All(), Bytes: 1, Pace: unpaced})
 	require.ErrorIs(t, err, context.DeadlineExceeded)
+
+	// A reader that fetches for itself holds the list back only with what it
+	// does not name.
+	middle := l.spans / 2
+	l.Expect(Spans{middle, middle + 1})
+	l.Expect(Spans{-1, 0})
+	for span, held := range map[int]bool{middle: false, middle / 2: true} {
+		l.mu.Lock()
+		r, err := l.runForLocked(span, span+1)
+		l.mu.Unlock()
+		require.NoError(t, err)
+		require.Equal(t, held, !r.expected)
+	}
 	close(release)
 	require.NoError(t, <-read)
 	require.NoError(t, <-first)

@@ -39,6 +39,9 @@ const listAttempts = 3
 // Prefetch fetches the wants, about in their order, before all else that the
 // filler fetches and without delay.
 func (f *Filler) Prefetch(wants []Want) {
+	for _, w := range wants {
+		w.Layer.Expect(w.Spans)
+	}
 	now := time.Now()
 	var jobs []*job
 	batch := int64(firstBatch)
