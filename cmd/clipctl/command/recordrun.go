@@ -9,6 +9,7 @@ import (
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/oci"
@@ -45,7 +46,7 @@ func runRecorded(ctx context.Context, daemon grpc.ClientConnInterface, client *c
 	}
 	// Ctrl-C must not leave a container behind.
 	clean := context.WithoutCancel(ctx)
-	defer func() { err = errors.Join(err, container.Delete(clean, containerd.WithSnapshotCleanup)) }()
+	defer func() { err = errors.Join(err, container.Delete(clean, containerd.WithSnapshotCleanup), collect(clean, client)) }()
 	task, err := container.NewTask(ctx, cio.NewCreator(cio.WithStreams(nil, stderr, stderr)))
 	if err != nil {
 		return doc, fmt.Errorf("starting a container: %w", err)
@@ -69,6 +70,16 @@ func runRecorded(ctx context.Context, daemon grpc.ClientConnInterface, client *c
 		return doc, fmt.Errorf("asking the daemon what was read (is %s lazy? see clipctl status): %w", image.Name(), err)
 	}
 	return doc, nil
+}
+
+// collect has containerd remove what is no longer used: the root that was
+// recorded stays mounted until then. Ending a lease is how one asks for it.
+func collect(ctx context.Context, client *containerd.Client) error {
+	lease, err := client.LeasesService().Create(ctx, leases.WithRandomID(), leases.WithExpiration(time.Hour))
+	if err != nil {
+		return err
+	}
+	return client.LeasesService().Delete(ctx, lease, leases.SynchronousDelete)
 }
 
 // await waits until the command has ended by itself, without an error, or the
