@@ -46,7 +46,9 @@ func runRecorded(ctx context.Context, daemon grpc.ClientConnInterface, client *c
 	}
 	// Ctrl-C must not leave a container behind.
 	clean := context.WithoutCancel(ctx)
-	defer func() { err = errors.Join(err, container.Delete(clean, containerd.WithSnapshotCleanup), collect(clean, client)) }()
+	defer func() {
+		err = errors.Join(err, container.Delete(clean, containerd.WithSnapshotCleanup), collect(clean, client))
+	}()
 	task, err := container.NewTask(ctx, cio.NewCreator(cio.WithStreams(nil, stderr, stderr)))
 	if err != nil {
 		return doc, fmt.Errorf("starting a container: %w", err)
