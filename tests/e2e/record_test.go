@@ -89,6 +89,14 @@ func (w *world) coldStart(name string, prefetch bool, ref string, command ...str
 	return c
 }
 
+// stopWorker ends the worker that recorded, which would complete its layers over
+// the same link.
+func (w *world) stopWorker() {
+	w.Helper()
+	require.NoError(w, w.worker.Stop())
+	require.NoError(w, w.daemon.Stop())
+}
+
 // record has a start of the image recorded on the worker and pushed.
 func (w *world) record(ref string, args ...string) harness.Result {
 	w.Helper()
@@ -117,6 +125,7 @@ func TestRecordedStart(t *testing.T) {
 	require.NoError(t, err)
 	require.NotEmpty(t, list.Spans)
 
+	w.stopWorker()
 	w.registry.Misbehave(latency(100 * time.Millisecond)) // so much that what the machine else does matters less
 	var first [2]time.Duration
 	var requests [2]int
@@ -138,6 +147,7 @@ func TestListDoesNotDelay(t *testing.T) {
 	w.index(images.DemoName)
 	w.pull(w.worker, lazy, ref)
 	w.record(ref, slices.Concat([]string{"--"}, heavy)...)
+	w.stopWorker()
 	w.registry.Misbehave((&slowLink{rate: 4 << 20}).fault)
 	without := w.coldStart("without", false, ref, "echo", "hello")
 	with := w.coldStart("with", true, ref, "echo", "hello")
