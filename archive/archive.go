@@ -4,7 +4,8 @@
 // (github.com/beam-cloud/clip) writes and mounts: header, file index, storage
 // info with the remote reference. Behind it, where CLIP does not look, lie
 // sections of ours: the image's manifest and config, and for each layer the
-// index that archive/layer makes. docs/format.md has the layout to the byte.
+// index that archive/layer makes, and perhaps what a start of the image reads.
+// docs/format.md has the layout to the byte.
 //
 // The sections are the truth; the front part is derived from them, and this
 // package never reads it back. An archive is untrusted: every size is bounded
@@ -45,6 +46,7 @@ type Image struct {
 	Manifest   []byte             // verbatim
 	Config     []byte             // verbatim
 	Layers     []Layer            // as in the manifest, lowest first
+	Prefetch   *Prefetch          // nil if no start was recorded
 }
 
 // Layer is one layer of an Image: its index, or the reason why it has none.
@@ -237,5 +239,5 @@ func (img *Image) validate() (m ocispec.Manifest, err error) {
 	if img.StorageRef == "" {
 		return m, errors.New("storage reference is empty")
 	}
-	return m, nil
+	return m, img.validatePrefetch()
 }

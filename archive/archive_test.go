@@ -439,6 +439,7 @@ func TestOpenForged(t *testing.T) {
 func FuzzOpen(f *testing.F) {
 	f.Add(write(f, &smallImage(f).Image))
 	f.Add(forge(f, smallImage(f).sections(f), nil))
+	f.Add(write(f, &recordedImage(f).Image))
 	f.Add(forge(f, nil, nil))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		_, err := readAll(b)

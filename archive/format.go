@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/klauspost/compress/zstd"
 )
@@ -61,6 +62,7 @@ const (
 	kindConfig   = 3 // the image config, verbatim
 	kindSpans    = 4 // span part of a layer index
 	kindEntries  = 5 // entry part of a layer index
+	kindPrefetch = 6 // what a start of the image reads; missing if it was not recorded
 )
 
 // Bounds on what an archive may declare, checked before anything is allocated.
@@ -195,6 +197,11 @@ func missingFooter(s *sections) error {
 		return ErrNoSections
 	}
 	return fmt.Errorf("%w: its footer is missing", ErrCorrupt)
+}
+
+// has says whether there is a section of a kind.
+func (s *sections) has(kind, layer int) bool {
+	return slices.ContainsFunc(s.table, func(rec record) bool { return rec.Kind == uint32(kind) && rec.Layer == uint32(layer) })
 }
 
 // read returns the decompressed section of a kind, which may have at most max bytes.

@@ -127,6 +127,7 @@ type contents struct {
 	Manifest, Config []byte
 	DiffIDs          []digest.Digest
 	Layers           []*layer.Index
+	Prefetch         *Prefetch
 }
 
 func readAll(b []byte) (*contents, error) {
@@ -136,6 +137,9 @@ func readAll(b []byte) (*contents, error) {
 	}
 	m, raw := a.Manifest()
 	c := &contents{Info: a.Info(), Manifest: raw, Config: a.Config(), DiffIDs: a.DiffIDs()}
+	if c.Prefetch, err = a.Prefetch(); err != nil {
+		return nil, err
+	}
 	for i := range m.Layers {
 		var x *layer.Index
 		if a.NotLazy(i) == "" {

@@ -66,6 +66,9 @@ func verify(r io.ReaderAt, size int64, img *Image) error {
 	if err != nil {
 		return err
 	}
+	if _, err := a.Prefetch(); err != nil {
+		return err
+	}
 	var g errgroup.Group
 	g.SetLimit(runtime.GOMAXPROCS(0))
 	for i, l := range img.Layers {
@@ -138,6 +141,9 @@ func (img *Image) sections(m ocispec.Manifest) (*sectionWriter, error) {
 		s.add(kindSpans, i, raw)
 		raw = l.Index.AppendEntries(raw[:0])
 		s.add(kindEntries, i, raw)
+	}
+	if img.Prefetch != nil {
+		s.add(kindPrefetch, 0, img.Prefetch.append(nil))
 	}
 	return s, nil
 }

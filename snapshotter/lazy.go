@@ -69,6 +69,7 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, targe
 	log.G(ctx).WithField("image", target.Ref).WithField("chainID", target.ChainID).Info("reading the layer lazily")
 	if top == len(a.DiffIDs())-1 {
 		s.finder.Forget(target.Manifest) // nothing more will be asked of it
+		s.fetchList(ctx, a, target.Ref)
 		s.buildAhead(ctx, id, c)
 		s.fill(ctx, c)
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
+	"github.com/beam-cloud/containerd-clip/snapshotter/record"
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
@@ -69,14 +70,20 @@ func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (string
 	if s.noLazy != nil {
 		return "", fmt.Errorf("image %s was pulled lazily, but this machine can no longer mount it: %w", c.Image, s.noLazy)
 	}
-	for _, diffID := range c.Layers {
-		l, release, err := s.layerOf(diffID)
+	start := record.Document{Image: c.Image, ChainID: c.ChainID, Layers: c.Layers}
+	for i, diffID := range c.Layers {
+		l, seen, release, err := s.layerOf(diffID)
 		if err != nil {
 			return "", fmt.Errorf("root of image %s: %w", c.Image, err)
 		}
 		defer release() // once it is mounted, the kernel has the file open
 		r.Layers = append(r.Layers, l)
+		// What another root reads of it may be in the kernel's memory.
+		if !seen || s.mounted.used(diffID) {
+			start.Hidden = append(start.Hidden, i)
+		}
 	}
+	s.recorder.Start(start)
 	if err := r.Mount(ctx, s.can.Mode); err != nil {
 		return "", fmt.Errorf("root of image %s: %w", c.Image, err)
 	}
@@ -88,18 +95,20 @@ func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (string
 // layerOf decides where a root that is about to be mounted reads a layer: from
 // the layer's own file if all of it is here, so that nothing of ours is in the
 // way, else from one that fetches what is missing. It stays what it is until
-// release is called.
-func (s *Snapshotter) layerOf(diffID digest.Digest) (_ root.Layer, release func(), err error) {
+// release is called. seen says whether we are asked for what is read.
+func (s *Snapshotter) layerOf(diffID digest.Digest) (_ root.Layer, seen bool, release func(), err error) {
 	l, err := s.layers.Layer(diffID)
 	if err != nil {
-		return root.Layer{}, nil, err
+		return root.Layer{}, false, nil, err
 	}
+	stream := s.recorder.Stream(diffID, l)
 	path, release, err := s.layers.Device(diffID)
+	seen = s.can.Mode == root.FUSE
 	if errdefs.IsNotFound(err) {
-		path, release = s.files.Path(diffID), func() {}
-		err = s.files.Add(diffID, l)
+		path, release, seen = s.files.Path(diffID), func() {}, true
+		err = s.files.Add(diffID, stream)
 	}
-	return root.Layer{Device: path, Stream: l}, release, err
+	return root.Layer{Device: path, Stream: stream}, seen, release, err
 }
 
 // buildAhead builds the root of an image's top layer while containerd is still

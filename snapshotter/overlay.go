@@ -12,6 +12,8 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
+
+	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 )
 
 // create makes an ordinary snapshot.
@@ -36,13 +38,19 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		if snap, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...); err != nil {
 			return fmt.Errorf("creating snapshot %q: %w", key, err)
 		}
-		if ids, err = idmapOfKey(ctx, key); err != nil {
+		labels, err := labelsOfKey(ctx, key)
+		if err != nil {
 			return err
 		}
+		if ids, err = idmapOf(labels); err != nil {
+			return err
+		}
+		s.own.want(snap, labels[discover.LabelRecord])
 		path = filepath.Join(s.dir, "snapshots", snap.ID)
 		return os.Rename(tmp, path)
 	})
 	if err != nil {
+		s.own.drop(snap.ID)
 		return nil, err
 	}
 	mounts, err := s.mounts(ctx, snap, ids)
@@ -83,13 +91,10 @@ func (s *Snapshotter) newDirectory(kind snapshots.Kind) (_ string, err error) {
 	return dir, os.Mkdir(filepath.Join(dir, "work"), 0o711)
 }
 
-// idmapOfKey reads the labels of a snapshot, in a transaction.
-func idmapOfKey(ctx context.Context, key string) (idmap, error) {
+// labelsOfKey reads the labels of a snapshot, in a transaction.
+func labelsOfKey(ctx context.Context, key string) (map[string]string, error) {
 	_, info, _, err := storage.GetInfo(ctx, key)
-	if err != nil {
-		return idmap{}, err
-	}
-	return idmapOf(info.Labels)
+	return info.Labels, err
 }
 
 // setOwner gives the root directory of a new snapshot the owner that
@@ -109,7 +114,7 @@ func (s *Snapshotter) setOwner(ctx context.Context, snap storage.Snapshot, ids i
 	case len(snap.ParentIDs) == 0:
 		return nil
 	}
-	lower, whole, err := s.lower(ctx, snap.ParentIDs[0])
+	lower, whole, err := s.lower(ctx, snap, snap.ParentIDs[0])
 	if err != nil || whole {
 		return err // the root of a lazy root is 0:0's, see archive/tree
 	}
@@ -121,9 +126,9 @@ func (s *Snapshotter) setOwner(ctx context.Context, snap storage.Snapshot, ids i
 	return os.Lchown(s.upper(snap.ID), int(owner.Uid), int(owner.Gid))
 }
 
-// lower returns the directory that stands for the committed snapshot id in a
-// stack, and whether it holds all below it as well.
-func (s *Snapshotter) lower(ctx context.Context, id string) (dir string, whole bool, err error) {
+// lower returns the directory that stands for the committed snapshot id in the
+// stack of snap, and whether it holds all below it as well.
+func (s *Snapshotter) lower(ctx context.Context, snap storage.Snapshot, id string) (dir string, whole bool, err error) {
 	chain, err := s.chain(id)
 	if errdefs.IsNotFound(err) {
 		return s.upper(id), false, nil
@@ -131,7 +136,11 @@ func (s *Snapshotter) lower(ctx context.Context, id string) (dir string, whole b
 	if err != nil {
 		return "", false, err
 	}
-	dir, err = s.mountRoot(ctx, id, chain)
+	if own := s.own.get(snap.ID); own != nil {
+		dir, err = s.mountOwn(ctx, snap.ID, own, chain)
+	} else {
+		dir, err = s.mountRoot(ctx, id, chain)
+	}
 	return dir, true, err
 }
 
@@ -196,7 +205,7 @@ func (s *Snapshotter) copied(snap storage.Snapshot, ids idmap) (bool, error) {
 // lowers returns the directories that snap stands on, the topmost first.
 func (s *Snapshotter) lowers(ctx context.Context, snap storage.Snapshot, ids idmap) (dirs []string, err error) {
 	for _, id := range snap.ParentIDs {
-		dir, whole, err := s.lower(ctx, id)
+		dir, whole, err := s.lower(ctx, snap, id)
 		if err != nil {
 			return nil, err
 		}

@@ -21,6 +21,7 @@
 //	roots/<id>/             its root: image and mount point
 //	layers/                 package cache
 //	archives/               package discover
+//	recordings/             package record
 //
 // Locks are taken in this order: gate, the metadata store's, a root's, refs'.
 package snapshotter
@@ -46,6 +47,7 @@ import (
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
 	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
+	"github.com/beam-cloud/containerd-clip/snapshotter/record"
 	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
@@ -61,19 +63,25 @@ type Options struct {
 	Registry  remote.Options
 	CacheSize cache.Limit // how much disk fetched layers may take
 	Fill      fill.Options
+	// Prefetch fetches what the archive says that a start reads, as soon as
+	// the image is pulled.
+	Prefetch bool
 }
 
 // Snapshotter implements snapshots.Snapshotter and snapshots.Cleaner.
 type Snapshotter struct {
-	dir    string
-	meta   *storage.MetaStore
-	layers *cache.Store
-	filler *fill.Filler
-	files  *layerfs.FS // nil if noLazy is set
-	can    root.Ability
-	finder *discover.Finder
-	noLazy error // why this machine cannot mount lazy roots
-	roots  roots
+	dir      string
+	meta     *storage.MetaStore
+	layers   *cache.Store
+	filler   *fill.Filler
+	files    *layerfs.FS // nil if noLazy is set
+	can      root.Ability
+	finder   *discover.Finder
+	recorder *record.Recorder
+	noLazy   error // why this machine cannot mount lazy roots
+	prefetch bool  // Options.Prefetch
+	roots    roots
+	own      ownRoots
 
 	// gate is held shared while layers are added for a snapshot that is not
 	// committed yet, exclusively while unused layers are removed.
@@ -93,7 +101,7 @@ type Snapshotter struct {
 // New opens the snapshotter in opts.Root and removes what an earlier process
 // left half-done. It needs neither network nor containerd.
 func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
-	s := &Snapshotter{dir: opts.Root, roots: newRoots(), merged: map[digest.Digest]error{}}
+	s := &Snapshotter{dir: opts.Root, prefetch: opts.Prefetch, roots: newRoots(), merged: map[digest.Digest]error{}}
 	for _, sub := range []string{"snapshots", "roots", "archives"} {
 		if err := os.MkdirAll(filepath.Join(s.dir, sub), 0o700); err != nil {
 			return nil, err
@@ -118,6 +126,9 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if s.layers, err = cache.Open(ctx, cache.Options{
 		Dir: filepath.Join(s.dir, "layers"), Fetch: client, MaxSize: opts.CacheSize, InUse: s.mounted.used,
 	}); err != nil {
+		return nil, err
+	}
+	if s.recorder, err = record.Open(ctx, filepath.Join(s.dir, "recordings")); err != nil {
 		return nil, err
 	}
 	s.filler = fill.New(ctx, opts.Fill)
@@ -168,6 +179,10 @@ func (s *Snapshotter) close() error {
 	}
 	var errs []error
 	errs = append(errs, s.unmountAll())
+	s.own.closeAll()
+	if s.recorder != nil {
+		s.recorder.Close()
+	}
 	if s.files != nil {
 		if err := s.files.Close(); err != nil {
 			log.L.WithError(err).Warn("containers still run on lazy roots; they can no longer read what is not in memory")
@@ -258,7 +273,11 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 		if snap, err = storage.GetSnapshot(ctx, key); err != nil {
 			return err
 		}
-		ids, err = idmapOfKey(ctx, key)
+		labels, err := labelsOfKey(ctx, key)
+		if err != nil {
+			return err
+		}
+		ids, err = idmapOf(labels)
 		return err
 	})
 	if err != nil {
@@ -415,6 +434,7 @@ func (s *Snapshotter) discard(id string) error {
 	if err := s.removeRoot(id); err != nil {
 		return err
 	}
+	s.own.drop(id)
 	if err := os.RemoveAll(filepath.Join(s.dir, "snapshots", id)); err != nil {
 		return err
 	}

@@ -128,27 +128,39 @@ func lazyImage(t *testing.T, root string) (*testutil.Image, string) {
 // lazyImageAt returns what takes the registry away, too.
 func lazyImageAt(t *testing.T, root string) (_ *testutil.Image, ref string, away func()) {
 	t.Helper()
+	img := testutil.NewImage(t,
+		testutil.Tar(t, testutil.File{Name: "low", Data: "of the lower layer"}, testutil.File{Name: "both", Data: "old"}),
+		testutil.Tar(t, testutil.File{Name: "both", Data: "new"}))
+	ref, away = publishImage(t, root, img)
+	return img, ref, away
+}
+
+// publishImage puts the image into a registry of its own, and its archive into root.
+func publishImage(t *testing.T, root string, img *testutil.Image) (ref string, away func()) {
+	t.Helper()
 	t.Setenv("DOCKER_CONFIG", t.TempDir())
 	srv := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
 	t.Cleanup(srv.Close)
 	host := strings.TrimPrefix(srv.URL, "http://")
-	img := testutil.NewImage(t,
-		testutil.Tar(t, testutil.File{Name: "low", Data: "of the lower layer"}, testutil.File{Name: "both", Data: "old"}),
-		testutil.Tar(t, testutil.File{Name: "both", Data: "new"}))
 	img.Push(t, host, "team/app")
 	require.NoError(t, os.MkdirAll(filepath.Join(root, "archives"), 0o700))
 	ref = host + "/team/app:1"
 	img.WriteArchive(t, filepath.Join(root, "archives", "a.clip"), ref)
-	return img, ref, srv.Close
+	return ref, srv.Close
 }
 
 // pull prepares the image's layers as containerd's unpacker does and returns
 // the name of the topmost snapshot.
 func pull(t *testing.T, sn *Snapshotter, img *testutil.Image, ref string) string {
 	t.Helper()
+	return pullWith(t.Context(), t, sn, img, ref)
+}
+
+func pullWith(ctx context.Context, t *testing.T, sn *Snapshotter, img *testutil.Image, ref string) string {
+	t.Helper()
 	parent := ""
 	for _, chain := range identity.ChainIDs(append([]digest.Digest(nil), img.DiffIDs...)) {
-		_, err := sn.Prepare(t.Context(), "extract "+chain.String(), parent, snapshots.WithLabels(map[string]string{
+		_, err := sn.Prepare(ctx, "extract "+chain.String(), parent, snapshots.WithLabels(map[string]string{
 			snapshots.LabelSnapshotRef:                   chain.String(),
 			"containerd.io/snapshot/cri.image-ref":       ref,
 			"containerd.io/snapshot/cri.manifest-digest": img.Descriptor.Digest.String(),
@@ -227,7 +239,7 @@ func requireComplete(t *testing.T, sn *Snapshotter, img *testutil.Image) {
 	t.Helper()
 	for _, diffID := range img.DiffIDs {
 		require.Eventually(t, func() bool {
-			l, release, err := sn.layerOf(diffID)
+			l, _, release, err := sn.layerOf(diffID)
 			require.NoError(t, err)
 			release()
 			return filepath.Dir(filepath.Dir(l.Device)) == filepath.Join(sn.dir, "layers")

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -41,7 +42,7 @@ func Push(ctx context.Context, path, ref string) (digest.Digest, int64, error) {
 		return "", 0, fmt.Errorf("reference %q: %w", ref, errors.Join(err, errdefs.ErrInvalidArgument))
 	}
 	repo := parsed.Context()
-	subject, compressed, err := load(path)
+	subject, recorded, compressed, err := load(path)
 	if err != nil {
 		return "", 0, err
 	}
@@ -56,7 +57,7 @@ func Push(ctx context.Context, path, ref string) (digest.Digest, int64, error) {
 			return "", 0, fmt.Errorf("uploading to %s: %w", repo, registryError(err))
 		}
 	}
-	m, err := artifact(subject, compressed)
+	m, err := artifact(subject, recorded, compressed)
 	if err != nil {
 		return "", 0, err
 	}
@@ -67,31 +68,39 @@ func Push(ctx context.Context, path, ref string) (digest.Digest, int64, error) {
 	return id, int64(len(compressed)), nil
 }
 
-// load checks the archive at path and returns what it is of and its bytes, zstd'ed.
-func load(path string) (ocispec.Descriptor, []byte, error) {
+// load checks the archive at path and returns what it is of, when its prefetch
+// list was recorded (zero if it has none), and its bytes, zstd'ed.
+func load(path string) (subject ocispec.Descriptor, recorded time.Time, compressed []byte, err error) {
 	a, err := archive.OpenFile(path)
 	if err != nil {
-		return ocispec.Descriptor{}, nil, err
+		return subject, recorded, nil, err
 	}
 	defer a.Close()
+	list, err := a.Prefetch()
+	if err != nil {
+		return subject, recorded, nil, err
+	}
+	if list != nil {
+		recorded = list.Recorded
+	}
 	f, err := os.Open(path)
 	if err != nil {
-		return ocispec.Descriptor{}, nil, err
+		return subject, recorded, nil, err
 	}
 	defer f.Close()
 	// One goroutine and a fixed level: the same archive becomes the same blob.
 	var b bytes.Buffer
 	enc, err := zstd.NewWriter(&b, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedBetterCompression))
 	if err != nil {
-		return ocispec.Descriptor{}, nil, err
+		return subject, recorded, nil, err
 	}
 	if _, err := io.Copy(enc, f); err != nil {
-		return ocispec.Descriptor{}, nil, err
+		return subject, recorded, nil, err
 	}
 	if err := enc.Close(); err != nil {
-		return ocispec.Descriptor{}, nil, err
+		return subject, recorded, nil, err
 	}
-	return a.Info().Descriptor, b.Bytes(), nil
+	return a.Info().Descriptor, recorded, b.Bytes(), nil
 }
 
 // manifest is a serialized artifact manifest.
@@ -103,8 +112,15 @@ func (m manifest) RawManifest() ([]byte, error) { return m, nil }
 // MediaType tells remote.Put what the manifest is.
 func (m manifest) MediaType() (types.MediaType, error) { return types.OCIManifestSchema1, nil }
 
-func artifact(subject ocispec.Descriptor, compressed []byte) (manifest, error) {
+// artifact returns the manifest of an archive's artifact. An image may get
+// another archive whenever a start of it is recorded; workers take the newest.
+func artifact(subject ocispec.Descriptor, recorded time.Time, compressed []byte) (manifest, error) {
+	var annotations map[string]string
+	if !recorded.IsZero() {
+		annotations = map[string]string{ocispec.AnnotationCreated: recorded.UTC().Format(time.RFC3339)}
+	}
 	return json.Marshal(ocispec.Manifest{
+		Annotations:  annotations,
 		Versioned:    specs.Versioned{SchemaVersion: 2},
 		MediaType:    ocispec.MediaTypeImageManifest,
 		ArtifactType: archive.ArtifactType,

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/google/go-containerregistry/pkg/registry"
@@ -164,6 +165,29 @@ func TestPushAgain(t *testing.T) {
 			require.Equal(t, first, index.Manifests[0].Digest)
 			require.Equal(t, archive.ArtifactType, index.Manifests[0].ArtifactType)
 		})
+	}
+}
+
+// TestPushRecorded says when the list was recorded, so that workers find the newest.
+func TestPushRecorded(t *testing.T) {
+	r := startRegistry(t, nil, registry.WithReferrersSupport(true))
+	_, path := testArchive(t, r.host)
+	a, err := archive.OpenFile(path)
+	require.NoError(t, err)
+	defer a.Close()
+	img, err := a.Image()
+	require.NoError(t, err)
+	img.Prefetch = &archive.Prefetch{Recorded: time.Unix(1e9, 0), Spans: []archive.SpanRange{{Layer: 0, First: 0, Count: 1}}}
+	recorded := filepath.Join(t.TempDir(), "recorded.clip")
+	_, err = archive.WriteFile(recorded, img)
+	require.NoError(t, err)
+	for file, want := range map[string]string{path: "", recorded: "2001-09-09T01:46:40Z"} {
+		id, _, err := Push(t.Context(), file, r.host+"/team/app:1")
+		require.NoError(t, err)
+		_, raw := r.get(t, "/v2/team/app/manifests/"+id.String())
+		var m ocispec.Manifest
+		require.NoError(t, json.Unmarshal(raw, &m))
+		require.Equal(t, want, m.Annotations[ocispec.AnnotationCreated])
 	}
 }
 

@@ -171,9 +171,9 @@ func requireStream(t testing.TB, l *Layer, stream []byte) {
 func fillAll(t testing.TB, l *Layer, n int64) {
 	t.Helper()
 	for {
-		begun, err := l.Fill(t.Context(), n, unpaced)
+		done, err := l.Fill(t.Context(), Fill{Want: l.All(), Bytes: n, Pace: unpaced})
 		require.NoError(t, err)
-		if !begun {
+		if done.Bytes == 0 {
 			return
 		}
 	}

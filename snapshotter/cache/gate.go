@@ -10,8 +10,15 @@ import (
 type gate struct {
 	mu      sync.Mutex    // guards the fields below and run.readers
 	readers int           // that wait for anything
+	others  int           // of them, those who wait for what was not expected of them
+	left    time.Time     // when the last of these had what it waited for
 	changed chan struct{} // closed and replaced when they become more or fewer
 }
+
+// quiet is how long no fill begins after a reader had to wait: a process that
+// missed something misses something again soon, and what was asked for before
+// comes before what it asks for.
+const quiet = 50 * time.Millisecond
 
 // longestHold is how long a fill stands still at a time: servers give up
 // connections that nobody reads from.
@@ -28,6 +35,11 @@ func (g *gate) count(r *run, n int) {
 	defer g.mu.Unlock()
 	g.readers += n
 	r.readers += n
+	if !r.expected {
+		if g.others += n; n < 0 {
+			g.left = time.Now()
+		}
+	}
 	if g.changed != nil {
 		close(g.changed)
 		g.changed = nil
@@ -41,13 +53,38 @@ func (g *gate) wanted(r *run) bool {
 	return r.readers > 0
 }
 
-// wait returns when nobody waits for anything but r, or after a while.
+// wait returns when nobody waits for anything that holds r back, or after a while.
 func (g *gate) wait(ctx context.Context, r *run) error {
+	return g.until(ctx, func() (bool, time.Duration) { return r.readers > 0 || g.freeLocked(r.expected), 0 })
+}
+
+// begin is wait for a fill that has not begun.
+func (g *gate) begin(ctx context.Context, expected bool) error {
+	return g.until(ctx, func() (bool, time.Duration) {
+		rest := quiet - time.Since(g.left)
+		return g.freeLocked(expected) && rest <= 0, rest
+	})
+}
+
+// freeLocked says whether no reader holds fills back that are expected, or
+// others. The caller holds g.mu.
+func (g *gate) freeLocked(expected bool) bool {
+	if expected {
+		return g.others == 0
+	}
+	return g.readers == 0
+}
+
+// until waits until free, which is called with g.mu held, says yes. It is asked
+// when readers become more or fewer, and in the time that it returns if that is
+// positive.
+func (g *gate) until(ctx context.Context, free func() (bool, time.Duration)) error {
 	timeout := time.NewTimer(longestHold)
 	defer timeout.Stop()
 	for {
 		g.mu.Lock()
-		if g.readers == 0 || r.readers > 0 {
+		ok, again := free()
+		if ok {
 			g.mu.Unlock()
 			return ctx.Err()
 		}
@@ -56,8 +93,13 @@ func (g *gate) wait(ctx context.Context, r *run) error {
 		}
 		changed := g.changed
 		g.mu.Unlock()
+		var soon <-chan time.Time
+		if again > 0 {
+			soon = time.After(again)
+		}
 		select {
 		case <-changed:
+		case <-soon:
 		case <-timeout.C:
 			return nil
 		case <-ctx.Done():

@@ -39,6 +39,7 @@ type Layer struct {
 	have       bitmap // spans that data holds
 	recorded   bitmap // those that the file have says are there
 	touched    bitmap // those that were read since the last sweep
+	expected   bitmap // those that readers were said to ask for; nil if none
 	runs       map[*run]struct{}
 	waits      map[int]*wait // by span
 	streams    streams
@@ -83,6 +84,9 @@ func (l *Layer) DiffID() digest.Digest { return l.head.DiffID }
 
 // Size returns the length of the uncompressed stream in bytes.
 func (l *Layer) Size() int64 { return int64(l.head.OutSize) }
+
+// SpanSize returns the length of every span but the last in bytes.
+func (l *Layer) SpanSize() int64 { return int64(l.head.SpanSize) }
 
 // BlobSize returns the length of the compressed blob in bytes.
 func (l *Layer) BlobSize() int64 { return int64(l.head.Size) }

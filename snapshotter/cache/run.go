@@ -22,6 +22,8 @@ type run struct {
 	cancel context.CancelCauseFunc
 	pace   func(ctx context.Context, n int) error // nil unless it is a fill
 
+	expected bool // see Fill and Expect
+
 	pos     int // guarded by Layer.mu: the next span
 	readers int // guarded by gate.mu: how many wait for it
 }
@@ -65,6 +67,7 @@ func (l *Layer) runForLocked(span, end int) (*run, error) {
 		return best, nil
 	}
 	r := &run{pos: span, end: l.toSeekPointLocked(x, span, end, best)}
+	r.expected = l.expected != nil && l.expected.get(span)
 	if ahead := l.streams.ahead(span, r.end); ahead > 0 {
 		r.end = l.toSeekPointLocked(x, span, r.end+ahead, best)
 	}
@@ -72,13 +75,20 @@ func (l *Layer) runForLocked(span, end int) (*run, error) {
 	if l.head.Size <= smallBlob && len(l.runs) == 0 && l.have.count() == 0 {
 		r.pos, r.end = 0, l.spans
 	}
-	// Spans before it that decoding passes through anyway are taken along.
-	for r.pos > 0 && inflate.Out(r.pos-1)*l.head.SpanSize >= decoded && l.missingLocked(r.pos-1, nil) {
-		r.pos--
-	}
+	r.pos = l.fromSeekPointLocked(decoded, r.pos)
 	ctx := l.beginLocked(r)
 	l.store.work.Go(func() { _ = l.bring(ctx, x, r) }) // the waits get the error
 	return r, nil
+}
+
+// fromSeekPointLocked returns where a run that decodes from decoded on in order
+// to bring span should begin: spans that it passes through are taken along. The
+// caller holds l.mu.
+func (l *Layer) fromSeekPointLocked(decoded inflate.Out, span int) int {
+	for span > 0 && inflate.Out(span-1)*l.head.SpanSize >= decoded && l.missingLocked(span-1, nil) {
+		span--
+	}
+	return span
 }
 
 // inBefore returns about where decoding stands in the blob before span.

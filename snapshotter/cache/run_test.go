@@ -120,7 +120,7 @@ func TestReaderOvertakesAFill(t *testing.T) {
 	t.Cleanup(goOn) // before it is closed
 	filled := make(chan error, 1)
 	go func() {
-		_, err := l.Fill(t.Context(), int64(len(src.blob)), unpaced)
+		_, err := l.Fill(t.Context(), Fill{Want: l.All(), Bytes: int64(len(src.blob)), Pace: unpaced})
 		filled <- err
 	}()
 	require.Eventually(t, func() bool { return src.requests.Load() == 1 }, 10*time.Second, time.Millisecond)
@@ -159,6 +159,11 @@ func TestFillStandsStillForReaders(t *testing.T) {
 	other.wrap = func(r io.Reader, _, _ int64) io.Reader {
 		return readerFunc(func(p []byte) (int, error) { <-release; return r.Read(p) })
 	}
+	opened, hold := make(chan struct{}), make(chan struct{})
+	begun := sync.OnceFunc(func() { close(opened) })
+	src.wrap = func(r io.Reader, _, _ int64) io.Reader {
+		return readerFunc(func(p []byte) (int, error) { begun(); <-hold; return r.Read(p) })
+	}
 	x, y := build(t, src.blob), build(t, other.blob)
 	s, err := Open(t.Context(), Options{Dir: t.TempDir(), Fetch: byDigest{x.Digest: src, y.Digest: other}})
 	require.NoError(t, err)
@@ -170,29 +175,111 @@ func TestFillStandsStillForReaders(t *testing.T) {
 	m, err := s.Layer(y.DiffID)
 	require.NoError(t, err)
 
+	ended := make(chan error, 2)
+	fill := func(f Fill) {
+		_, err := l.Fill(t.Context(), f)
+		ended <- err
+	}
+	go fill(Fill{Want: l.All(), Bytes: 1 << 20, Pace: unpaced})
+	<-opened
 	read := make(chan error, 1)
 	go func() {
 		_, err := m.ReadAt(t.Context(), make([]byte, 1), 0)
 		read <- err
 	}()
 	require.Eventually(t, func() bool { return other.requests.Load() == 1 }, 10*time.Second, time.Millisecond)
-	ended := make(chan error, 1)
-	go func() {
-		_, err := l.Fill(t.Context(), 1<<20, unpaced)
-		ended <- err
-	}()
+	close(hold)
+	go fill(Fill{Want: []Spans{{l.spans - 1, l.spans}}, Bytes: 1, Expected: true, Pace: unpaced})
 	select {
 	case <-ended:
-		require.Fail(t, "the fill did not stand still")
+		require.Fail(t, "a fill did not stand still")
 	case <-time.After(300 * time.Millisecond):
 	}
-	require.Zero(t, l.Fetched())
+	require.EqualValues(t, 1, src.requests.Load(), "none begins")
 	_, err = l.ReadAt(t.Context(), make([]byte, 10), 0)
 	require.NoError(t, err, "what a reader waits for goes on")
 	close(release)
 	require.NoError(t, <-read)
 	require.NoError(t, <-ended)
+	require.NoError(t, <-ended)
 	require.Positive(t, l.Fetched())
+}
+
+// TestExpectedFillsGoOn has a reader wait for what one of two fills brings that
+// are of one list: the other goes on, and one of something else does not.
+func TestExpectedFillsGoOn(t *testing.T) {
+	stream := testTar(t, 200)
+	src := &blobs{blob: gzipped(t, stream)}
+	release := make(chan struct{})
+	src.wrap = func(r io.Reader, off, _ int64) io.Reader {
+		if off > 1000 {
+			return r
+		}
+		return readerFunc(func(p []byte) (int, error) { <-release; return r.Read(p) })
+	}
+	_, l := open(t, t.TempDir(), src, build(t, src.blob))
+	first := make(chan error, 1)
+	go func() {
+		_, err := l.Fill(t.Context(), Fill{Want: []Spans{{0, 1}}, Bytes: 1, Expected: true, Pace: unpaced})
+		first <- err
+	}()
+	require.Eventually(t, func() bool { return src.requests.Load() == 1 }, 10*time.Second, time.Millisecond)
+	read := make(chan error, 1)
+	go func() {
+		_, err := l.ReadAt(t.Context(), make([]byte, 1), 0)
+		read <- err
+	}()
+	require.Eventually(t, func() bool {
+		l.store.gate.mu.Lock()
+		defer l.store.gate.mu.Unlock()
+		return l.store.gate.readers == 1 && l.store.gate.others == 0
+	}, 10*time.Second, time.Millisecond)
+	done, err := l.Fill(t.Context(), Fill{Want: []Spans{{l.spans - 1, l.spans}}, Bytes: 1, Expected: true, Pace: unpaced})
+	require.NoError(t, err)
+	require.Positive(t, done.Bytes)
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	_, err = l.Fill(ctx, Fill{Want: l.All(), Bytes: 1, Pace: unpaced})
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+
+	// A reader that fetches for itself holds the list back only with what it
+	// does not name.
+	middle := l.spans / 2
+	l.Expect(Spans{middle, middle + 1})
+	l.Expect(Spans{-1, 0})
+	for span, held := range map[int]bool{middle: false, middle / 2: true} {
+		l.mu.Lock()
+		r, err := l.runForLocked(span, span+1)
+		l.mu.Unlock()
+		require.NoError(t, err)
+		require.Equal(t, held, !r.expected)
+	}
+	close(release)
+	require.NoError(t, <-read)
+	require.NoError(t, <-first)
+}
+
+// TestFillTakesWhatIsWanted joins what is near and leaves out what is far, and
+// what a layer does not have.
+func TestFillTakesWhatIsWanted(t *testing.T) {
+	stream := testTar(t, 200)
+	src := &blobs{blob: gzipped(t, stream)}
+	x := build(t, src.blob)
+	_, l := open(t, t.TempDir(), src, x)
+	last := l.spans - 1
+	want := []Spans{{last, 1 << 40}, {-7, 1}, {2, 3}, {5, 5}, {9, 4}}
+	for n := range 4 {
+		done, err := l.Fill(t.Context(), Fill{Want: want, Bytes: 1 << 20, Pace: unpaced})
+		require.NoError(t, err)
+		if done.Bytes == 0 {
+			require.Positive(t, n)
+			break
+		}
+	}
+	require.True(t, l.have.get(0) && l.have.get(2) && l.have.get(last))
+	require.LessOrEqual(t, src.requests.Load(), int64(2))
+	require.Less(t, src.bytes.Load(), int64(len(src.blob))/2)
+	requireStream(t, l, stream)
 }
 
 // TestFailedFillIsNoReadersBusiness has a reader wait for a fill that fails.
@@ -212,7 +299,7 @@ func TestFailedFillIsNoReadersBusiness(t *testing.T) {
 	_, l := open(t, t.TempDir(), src, build(t, src.blob))
 	filled := make(chan error, 1)
 	go func() {
-		_, err := l.Fill(t.Context(), 1<<20, unpaced)
+		_, err := l.Fill(t.Context(), Fill{Want: l.All(), Bytes: 1 << 20, Pace: unpaced})
 		filled <- err
 	}()
 	require.Eventually(t, func() bool { return src.requests.Load() == 1 }, 10*time.Second, time.Millisecond)

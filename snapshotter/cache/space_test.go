@@ -191,8 +191,8 @@ func TestFillDisplacesNothing(t *testing.T) {
 	_, layers := c.open(t, Options{Dir: dir, MaxSize: Limit{Size: limit}})
 	requireStream(t, layers[0], c.streams[0])
 	var err error
-	for begun := true; begun && err == nil; {
-		begun, err = layers[1].Fill(t.Context(), 100<<10, unpaced)
+	for done := (Filled{Bytes: 1}); done.Bytes > 0 && err == nil; {
+		done, err = layers[1].Fill(t.Context(), Fill{Want: layers[1].All(), Bytes: 100 << 10, Pace: unpaced})
 	}
 	require.ErrorIs(t, err, ErrFull)
 	require.Equal(t, layers[0].Size(), layers[0].Fetched())
@@ -263,7 +263,7 @@ func TestFullDisk(t *testing.T) {
 	require.True(t, s.full.Load())
 	require.LessOrEqual(t, s.memory.size, memorySize)
 	require.Zero(t, l.Fetched())
-	_, err = l.Fill(t.Context(), 1<<20, unpaced)
+	_, err = l.Fill(t.Context(), Fill{Want: l.All(), Bytes: 1 << 20, Pace: unpaced})
 	require.ErrorIs(t, err, ErrFull)
 	require.Len(t, log.lines, 1, "said once: %q", log.lines)
 	require.Contains(t, log.lines[0], "served from memory")

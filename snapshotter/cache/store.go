@@ -19,7 +19,8 @@
 // arrives; it ends the waits of those who want the spans it brings, one by
 // one. A span is fetched by one run, unless that is so far from it that a run
 // of its own brings it sooner. Runs of Layer.Fill stand still while a reader
-// waits for something else.
+// waits for something else, but those that bring what readers are expected to
+// ask for next go on while one waits for another of them.
 //
 // Space. The data files together take at most Options.MaxSize. When it is
 // used up, holes are punched: for layers of which no root is mounted, least

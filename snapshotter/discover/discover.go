@@ -10,6 +10,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -254,7 +255,7 @@ func imageOf(path string) (manifest digest.Digest, upstream string, err error) {
 }
 
 // findReferrer asks the registry which archives refer to the manifest and
-// takes the first that is usable.
+// takes the newest that is usable.
 func (f *Finder) findReferrer(ctx context.Context, ref string, manifest digest.Digest) (*archive.Archive, error) {
 	ctx, cancel := context.WithTimeout(ctx, searchTimeout)
 	defer cancel()
@@ -271,37 +272,63 @@ func (f *Finder) findReferrer(ctx context.Context, ref string, manifest digest.D
 		return nil, fmt.Errorf("asking for archives that refer to %s: %w", manifest, err)
 	}
 	failed := fmt.Errorf("the registry has no archive that refers to %s: %w", manifest, errdefs.ErrNotFound)
+	ignore := func(id digest.Digest, err error) {
+		failed = fmt.Errorf("archive %s: %w", id, err)
+		log.G(ctx).WithError(err).WithField("digest", id).Warn("ignoring an archive that refers to the image")
+	}
+	var referrers []referrer
 	for _, desc := range found[:min(len(found), maxReferrers)] {
-		a, err := f.download(ctx, fetcher, desc, manifest)
-		if err == nil {
-			return a, nil
+		a, err := readReferrer(ctx, fetcher, desc, manifest)
+		if err != nil {
+			ignore(desc.Digest, err)
+			continue
 		}
-		failed = fmt.Errorf("archive %s: %w", desc.Digest, err)
-		log.G(ctx).WithError(err).WithField("digest", desc.Digest).Warn("ignoring an archive that refers to the image")
+		referrers = append(referrers, a)
+	}
+	// The order in a registry means nothing.
+	slices.SortStableFunc(referrers, func(a, b referrer) int { return b.created.Compare(a.created) })
+	for _, a := range referrers {
+		opened, err := f.fetchArchive(ctx, fetcher, a.blob, manifest)
+		if err == nil {
+			return opened, nil
+		}
+		ignore(a.id, err)
 	}
 	return nil, failed
 }
 
-// download fetches the artifact desc and opens the archive in it.
-func (f *Finder) download(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, manifest digest.Digest) (*archive.Archive, error) {
+// referrer is an artifact that holds an archive.
+type referrer struct {
+	id      digest.Digest
+	created time.Time // zero if it does not say; archives with a prefetch list do
+	blob    ocispec.Descriptor
+}
+
+// readReferrer fetches the manifest of the artifact desc, which should refer to
+// the image manifest.
+func readReferrer(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, manifest digest.Digest) (a referrer, err error) {
 	raw, err := fetchSmall(ctx, fetcher, desc)
 	if err != nil {
-		return nil, err
+		return a, err
 	}
 	var m ocispec.Manifest
 	if err := json.Unmarshal(raw, &m); err != nil {
-		return nil, fmt.Errorf("manifest: %w", err)
+		return a, fmt.Errorf("manifest: %w", err)
 	}
 	if m.Subject == nil || m.Subject.Digest != manifest {
-		return nil, fmt.Errorf("it does not refer to %s: %w", manifest, errdefs.ErrInvalidArgument)
+		return a, fmt.Errorf("it does not refer to %s: %w", manifest, errdefs.ErrInvalidArgument)
+	}
+	a.id = desc.Digest
+	if created, err := time.Parse(time.RFC3339, m.Annotations[ocispec.AnnotationCreated]); err == nil {
+		a.created = created
 	}
 	for _, l := range m.Layers {
-		if l.MediaType != archive.MediaType {
-			continue
+		if l.MediaType == archive.MediaType {
+			a.blob = l
+			return a, nil
 		}
-		return f.fetchArchive(ctx, fetcher, l, manifest)
 	}
-	return nil, fmt.Errorf("it has no layer of type %s: %w", archive.MediaType, errdefs.ErrNotFound)
+	return a, fmt.Errorf("it has no layer of type %s: %w", archive.MediaType, errdefs.ErrNotFound)
 }
 
 func fetchSmall(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor) ([]byte, error) {

@@ -113,6 +113,7 @@ type artifact struct {
 	mediaType string
 	blob      []byte
 	declare   func(*ocispec.Descriptor)
+	created   string
 }
 
 func compress(t *testing.T, raw []byte) []byte {
@@ -143,6 +144,12 @@ func (s *server) put(t *testing.T, a artifact) ocispec.Descriptor {
 		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, ArtifactType: archive.ArtifactType,
 		Config: ocispec.DescriptorEmptyJSON, Layers: []ocispec.Descriptor{desc}, Subject: &ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: a.subject},
 	})
+	if a.created != "" {
+		var m ocispec.Manifest
+		require.NoError(t, json.Unmarshal(raw, &m))
+		m.Annotations = map[string]string{ocispec.AnnotationCreated: a.created}
+		raw = testutil.JSON(t, m)
+	}
 	testutil.PutBlob(t, s.host, repo, ocispec.DescriptorEmptyJSON.Digest, []byte("{}"))
 	d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, ArtifactType: archive.ArtifactType, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
 	testutil.PutManifest(t, s.host, repo, d.Digest.String(), ocispec.MediaTypeImageManifest, raw)
@@ -247,6 +254,34 @@ func TestReferrer(t *testing.T) {
 			require.Empty(t, left, "the download has no name")
 		})
 	}
+}
+
+// TestNewestReferrer has several archives of an image, in no order.
+func TestNewestReferrer(t *testing.T) {
+	s := startServer(t, true)
+	img := testImage(t, "one")
+	for year, created := range map[int]string{1: "2026-01-01T00:00:00Z", 3: "2028-01-01T00:00:00Z", 2: "2027-01-01T00:00:00Z", 4: "nonsense", 0: ""} {
+		path := filepath.Join(t.TempDir(), "a.clip")
+		img.WriteArchive(t, path, "registry.example.com/team/app:1")
+		a, err := archive.OpenFile(path)
+		require.NoError(t, err)
+		again, err := a.Image()
+		require.NoError(t, err)
+		require.NoError(t, a.Close())
+		again.Prefetch = &archive.Prefetch{Recorded: time.Unix(int64(year), 0)}
+		_, err = archive.WriteFile(path, again)
+		require.NoError(t, err)
+		b, err := os.ReadFile(path)
+		require.NoError(t, err)
+		s.refer(s.put(t, artifact{subject: img.Descriptor.Digest, mediaType: archive.MediaType, blob: compress(t, b), created: created}))
+	}
+	s.refer(s.put(t, artifact{subject: img.Descriptor.Digest, mediaType: archive.MediaType, blob: []byte("broken"), created: "2029-01-01T00:00:00Z"}))
+	a, release, err := s.finder(t).Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	require.NoError(t, err)
+	defer release()
+	list, err := a.Prefetch()
+	require.NoError(t, err)
+	require.EqualValues(t, 3, list.Recorded.Unix())
 }
 
 func TestReferrersSwitchedOff(t *testing.T) {

@@ -18,6 +18,11 @@ const (
 	LabelNotLazy = "containerd.io/snapshot/clip.not-lazy"
 )
 
+// LabelRecord, on an active snapshot of a lazy image, asks for a root of its own
+// whose reads are recorded under the name that is the label's value. clipctl
+// writes it; without it the snapshot stands on the root that all share.
+const LabelRecord = "containerd.io/snapshot/clip.record"
+
 // Target is what containerd says of the layer that it is about to unpack. Its
 // unpacker writes these labels when the proxy plugin exports
 // enable_remote_snapshot_annotations.

@@ -1,11 +1,12 @@
 // Package fill fetches ahead what nobody has asked for yet.
 //
-// A Filler completes the layers it is given, some time after they were given
-// to it: a container that ends soon costs only what it reads, and nodes that
-// pull at the same moment do not fetch at the same moment. It asks for large
-// ranges, several side by side, each of which is decoded as it arrives; with
-// as many as there are cores all of them inflate. Readers come first: a range
-// stands still while one waits for something else (see cache.Layer.Fill).
+// A Filler fetches lists of what somebody is about to read at once, in their
+// order. Then it completes the layers it is given, some time after they were
+// given to it: a container that ends soon costs only what it reads, and nodes
+// that pull at the same moment do not fetch at the same moment. It asks for
+// large ranges, several side by side, each of which is decoded as it arrives;
+// with as many as there are cores all of them inflate. Readers come first: a
+// range stands still while one waits for something else (see cache.Layer.Fill).
 //
 // The package does not decide what is kept: when the cache is full it waits
 // until there is room.
@@ -17,6 +18,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/log"
@@ -30,6 +32,8 @@ import (
 type Options struct {
 	// Workers is how many ranges are fetched at the same time; 0 fetches nothing.
 	Workers int
+	// ListsOnly completes no layers.
+	ListsOnly bool
 	// Delay is how long a layer waits at least before it is fetched; it may
 	// wait twice as long.
 	Delay time.Duration
@@ -59,16 +63,21 @@ type Filler struct {
 	stop  context.CancelFunc
 	work  sync.WaitGroup
 
+	listSize atomic.Int64 // compressed bytes of the next request for a list
+
 	mu      sync.Mutex    // guards the fields below
 	changed chan struct{} // closed and replaced when there may be more to do
-	jobs    []*job        // in the order in which they were added
+	jobs    []*job        // lists first, each kind in the order in which they were added
 	full    bool          // the cache was, when it was last tried
 }
 
-// job is one layer to complete.
+// job is one layer to complete, or a part of it that a list names.
 type job struct {
 	layer    *cache.Layer
+	want     []cache.Spans
+	list     bool
 	due      time.Time
+	active   int // workers that fetch for it
 	failures int
 	done     bool // it was complete once
 }
@@ -77,6 +86,7 @@ type job struct {
 // and nothing else.
 func New(ctx context.Context, opts Options) *Filler {
 	f := &Filler{opts: opts, changed: make(chan struct{})}
+	f.listSize.Store(leastList)
 	if opts.Rate > 0 {
 		f.limit = rate.NewLimiter(rate.Limit(opts.Rate), burst)
 	}
@@ -103,8 +113,8 @@ func (f *Filler) Add(layers ...*cache.Layer) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, l := range layers {
-		if !slices.ContainsFunc(f.jobs, func(j *job) bool { return j.layer == l }) {
-			f.jobs = append(f.jobs, &job{layer: l, due: due})
+		if !slices.ContainsFunc(f.jobs, func(j *job) bool { return !j.list && j.layer == l }) {
+			f.jobs = append(f.jobs, &job{layer: l, want: l.All(), due: due})
 		}
 	}
 	f.changedLocked()
@@ -134,10 +144,14 @@ type State struct {
 func (f *Filler) State() []State {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	states := make([]State, len(f.jobs))
-	for i, j := range f.jobs {
-		states[i] = State{DiffID: j.layer.DiffID(), Done: j.layer.Fetched(), Total: j.layer.Size()}
-		states[i].Paused = f.full && states[i].Done < states[i].Total
+	states := []State{}
+	for _, j := range f.jobs {
+		if j.list {
+			continue
+		}
+		s := State{DiffID: j.layer.DiffID(), Done: j.layer.Fetched(), Total: j.layer.Size()}
+		s.Paused = f.full && s.Done < s.Total
+		states = append(states, s)
 	}
 	return states
 }
@@ -147,8 +161,7 @@ func (f *Filler) run() {
 	for f.life.Err() == nil {
 		j, due, changed := f.next()
 		if j != nil {
-			begun, err := j.layer.Fill(f.life, rangeSize, f.pace)
-			f.done(j, begun, err)
+			f.fetch(j)
 			continue
 		}
 		timer := time.NewTimer(time.Until(due))
@@ -161,6 +174,19 @@ func (f *Filler) run() {
 	}
 }
 
+// fetch sends one request for j.
+func (f *Filler) fetch(j *job) {
+	size := int64(rangeSize)
+	if j.list {
+		size = f.listSize.Load()
+	}
+	done, err := j.layer.Fill(f.life, cache.Fill{Want: j.want, Bytes: size, Expected: j.list, Pace: f.pace})
+	if j.list && done.Bytes > 0 && err == nil {
+		f.listSize.Store(listSize(done.Bytes, done.Took))
+	}
+	f.done(j, done.Bytes > 0, err)
+}
+
 // next returns the first job that is due, or else when the next one will be
 // and what tells of a change before that.
 func (f *Filler) next() (_ *job, due time.Time, changed <-chan struct{}) {
@@ -170,8 +196,9 @@ func (f *Filler) next() (_ *job, due time.Time, changed <-chan struct{}) {
 	due = now.Add(time.Hour)
 	for _, j := range f.jobs {
 		switch {
-		case j.done:
+		case j.done, f.opts.ListsOnly && !j.list:
 		case !j.due.After(now):
+			j.active++
 			return j, now, nil
 		case j.due.Before(due):
 			due = j.due
@@ -184,6 +211,7 @@ func (f *Filler) next() (_ *job, due time.Time, changed <-chan struct{}) {
 func (f *Filler) done(j *job, begun bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	j.active--
 	now := time.Now()
 	full := errors.Is(err, cache.ErrFull)
 	if full != f.full && (full || begun) {
@@ -193,6 +221,9 @@ func (f *Filler) done(j *job, begun bool, err error) {
 		}
 	}
 	switch {
+	case j.list && (full || err != nil && j.failures == listAttempts), j.list && !begun && j.active == 0:
+		// What a list brings later than a reader asks for it is of no use.
+		f.jobs = slices.DeleteFunc(f.jobs, func(other *job) bool { return other == j })
 	case full:
 		j.due = now.Add(jitter(fullPause))
 	case err != nil:
@@ -201,7 +232,7 @@ func (f *Filler) done(j *job, begun bool, err error) {
 		log.G(f.life).WithError(err).WithField("diffID", j.layer.DiffID()).Debug("fetching ahead failed; it is tried again later")
 	case begun:
 		j.failures = 0
-	case j.layer.Fetched() == j.layer.Size():
+	case !j.list && j.layer.Fetched() == j.layer.Size():
 		j.done = true
 	default:
 		j.due = now.Add(busyPause)

@@ -39,6 +39,7 @@ type File interface {
 type table struct {
 	fuse.RawFileSystem // everything it does not implement is ENOSYS
 	ctx                context.Context
+	openFlags          uint32 // of every layer file
 
 	mu    sync.RWMutex // guards files
 	files map[uint64]File
@@ -100,8 +101,7 @@ func (t *table) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse
 	if in.Flags&unix.O_ACCMODE != unix.O_RDONLY {
 		return fuse.EROFS
 	}
-	// The page cache of the layer file gives read-ahead across the files in it.
-	out.OpenFlags = fuse.FOPEN_KEEP_CACHE
+	out.OpenFlags = t.openFlags
 	return fuse.OK
 }
 
@@ -156,7 +156,18 @@ type FS struct {
 
 // New mounts a layer file system. ctx carries the logger and nothing else.
 func New(ctx context.Context) (*FS, error) {
-	t := &table{RawFileSystem: fuse.NewDefaultRawFileSystem(), ctx: context.WithoutCancel(ctx), files: map[uint64]File{}}
+	// The page cache of the layer file gives read-ahead across the files in it.
+	return mount(ctx, fuse.FOPEN_KEEP_CACHE)
+}
+
+// NewExact is New for a file system that asks its files for what is read and
+// nothing else, every time.
+func NewExact(ctx context.Context) (*FS, error) { return mount(ctx, fuse.FOPEN_DIRECT_IO) }
+
+func mount(ctx context.Context, openFlags uint32) (*FS, error) {
+	t := &table{
+		RawFileSystem: fuse.NewDefaultRawFileSystem(), ctx: context.WithoutCancel(ctx), openFlags: openFlags, files: map[uint64]File{},
+	}
 	conn, err := fuseconn.Mount(ctx, t, fuseconn.Options{
 		Source: "clip-layers",
 		Flags:  []string{"allow_other"}, // EROFS reads on behalf of every user

@@ -23,8 +23,8 @@ const readAheadKB = 1024
 var mounting sync.Mutex
 
 // mountFile mounts the metadata image at target, read-only, with one device
-// file per layer.
-func mountFile(ctx context.Context, image, target string, devices []string) error {
+// file per layer. readAhead is in KiB.
+func mountFile(ctx context.Context, image, target string, devices []string, readAhead int) error {
 	if err := warm(image); err != nil {
 		return err
 	}
@@ -38,16 +38,16 @@ func mountFile(ctx context.Context, image, target string, devices []string) erro
 	defer unix.Close(mnt)
 	for bdi := range erofsBDIs() {
 		if !before[bdi] {
-			setReadAhead(ctx, bdi)
+			setReadAhead(ctx, bdi, readAhead)
 		}
 	}
 	return attach(mnt, image, target)
 }
 
 // setReadAhead sets the read-ahead in a sysfs directory that has one.
-func setReadAhead(ctx context.Context, dir string) {
-	if err := os.WriteFile(filepath.Join(dir, "read_ahead_kb"), []byte(strconv.Itoa(readAheadKB)), 0); err != nil {
-		log.G(ctx).WithError(err).Warn("cannot set the read-ahead of a root; reading through it will be slower")
+func setReadAhead(ctx context.Context, dir string, kb int) {
+	if err := os.WriteFile(filepath.Join(dir, "read_ahead_kb"), []byte(strconv.Itoa(kb)), 0); err != nil {
+		log.G(ctx).WithError(err).Warn("cannot set the read-ahead of a root; reading through it will be slower, or recorded inexactly")
 	}
 }
 

@@ -16,7 +16,7 @@ import (
 // the many small files of a layer. Direct I/O would save the second copy of
 // the data in memory, but a program that opens small files in a row would wait
 // for each.
-func mountLoop(ctx context.Context, image, target string, devices []string) error {
+func mountLoop(ctx context.Context, image, target string, devices []string, readAhead int) error {
 	var paths []string
 	for _, file := range append([]string{image}, devices...) {
 		dev, path, err := newLoop(file)
@@ -27,7 +27,7 @@ func mountLoop(ctx context.Context, image, target string, devices []string) erro
 		paths = append(paths, path)
 	}
 	// That of the image holds for the whole file system.
-	setReadAhead(ctx, filepath.Join("/sys/block", filepath.Base(paths[0]), "queue"))
+	setReadAhead(ctx, filepath.Join("/sys/block", filepath.Base(paths[0]), "queue"), readAhead)
 	mnt, err := newMount(paths[0], paths[1:])
 	if err != nil {
 		return fmt.Errorf("mounting %s on loop devices: %w", image, err)

@@ -55,6 +55,7 @@ type Root struct {
 	Dir     string // a directory of its own; it holds the metadata image and the mount point
 	Layers  []Layer
 	Indexes func() ([]*layer.Index, error) // of Layers, with entries; asked for only if they are needed
+	Exact   bool                           // the kernel does not read ahead; mode FUSE does all the same
 }
 
 // Layer is where one layer's uncompressed stream is, the lowest layer first.
@@ -105,9 +106,17 @@ func (r Root) Mount(ctx context.Context, m Mode) error {
 		devices[i] = l.Device
 	}
 	if m == Loop {
-		return mountLoop(ctx, r.Image(), r.target(), devices)
+		return mountLoop(ctx, r.Image(), r.target(), devices, r.readAhead())
 	}
-	return mountFile(ctx, r.Image(), r.target(), devices)
+	return mountFile(ctx, r.Image(), r.target(), devices, r.readAhead())
+}
+
+// readAhead is how far the kernel is to read ahead in a file of r, in KiB.
+func (r Root) readAhead() int {
+	if r.Exact {
+		return 0
+	}
+	return readAheadKB
 }
 
 func (r Root) mountTree(ctx context.Context) error {

@@ -19,6 +19,7 @@ import (
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
@@ -30,6 +31,7 @@ import (
 	"github.com/beam-cloud/containerd-clip/plugin/export"
 	"github.com/beam-cloud/containerd-clip/plugin/index"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
+	"github.com/beam-cloud/containerd-clip/snapshotter/record"
 )
 
 func TestDefaultOutput(t *testing.T) {
@@ -437,4 +439,32 @@ func names(t *testing.T, dir string) (list []string) {
 		list = append(list, e.Name())
 	}
 	return list
+}
+
+func TestPrefetchList(t *testing.T) {
+	diffIDs := []digest.Digest{digest.FromString("low"), digest.FromString("high")}
+	img := &archive.Image{Layers: []archive.Layer{
+		{Index: &layer.Index{SpanSize: 1000, OutSize: 2500}}, {Index: &layer.Index{SpanSize: 100, OutSize: 1 << 20}},
+	}}
+	doc := record.Document{Layers: diffIDs, Began: time.Unix(5, 7), Touches: []record.Touch{
+		{Layer: 1, Off: 250, Len: 100}, {Layer: 1, Off: 400, Len: 1}, {Layer: 0, Off: 2000, Len: 16384}, {Layer: 1, Off: 0, Len: 600}, {Layer: 0, Off: 0, Len: 1},
+	}}
+	list, err := prefetchList(doc, diffIDs, img)
+	require.NoError(t, err)
+	require.Equal(t, &archive.Prefetch{Recorded: time.Unix(5, 0), Spans: []archive.SpanRange{
+		{Layer: 1, First: 2, Count: 3}, {Layer: 0, First: 2, Count: 1}, {Layer: 1, First: 0, Count: 2}, {Layer: 1, First: 5, Count: 1}, {Layer: 0, First: 0, Count: 1},
+	}}, list)
+
+	for want, spoil := range map[string]func(*record.Document){
+		"other layers":       func(d *record.Document) { d.Layers = diffIDs[:1] },
+		"nothing":            func(d *record.Document) { d.Touches = nil },
+		"layer 2":            func(d *record.Document) { d.Touches = []record.Touch{{Layer: 2, Len: 1}} },
+		"layer -1":           func(d *record.Document) { d.Touches = []record.Touch{{Layer: -1, Len: 1}} },
+		"cannot be read laz": func(d *record.Document) { d.Touches = []record.Touch{{Layer: 1, Off: -1, Len: 1}} },
+	} {
+		bad := doc
+		spoil(&bad)
+		_, err := prefetchList(bad, diffIDs, img)
+		require.ErrorContains(t, err, want)
+	}
 }

@@ -209,35 +209,45 @@ func indexOne(ctx context.Context, source *export.Source, m export.Manifest, ref
 	return nil
 }
 
-// path returns where to write the archive, and what to call when it is no
-// longer needed.
+// path returns where to write the archive of one platform, and what to call
+// when it is no longer needed.
 func (o indexOptions) path(image string, m export.Manifest, several bool) (string, func(), error) {
-	if o.push && o.output == "" {
+	output := o.output
+	if several && (output != "" || !o.push) {
+		if output == "" {
+			output = defaultOutput(image)
+		}
+		ext := filepath.Ext(output)
+		output = strings.TrimSuffix(output, ext) + "-" + strings.ReplaceAll(platforms.Format(m.Platform), "/", "-") + ext
+	}
+	return outputPath(output, o.push, image)
+}
+
+// outputPath returns where to write an archive of an image, and what to call
+// when it is no longer needed: output, or else a file that is not kept if it is
+// to be pushed, or else one named after the image.
+func outputPath(output string, push bool, image string) (path string, cleanup func(), err error) {
+	if push && output == "" {
 		dir, err := os.MkdirTemp("", "clipctl-")
 		if err != nil {
 			return "", nil, err
 		}
 		return filepath.Join(dir, "image.clip"), func() { os.RemoveAll(dir) }, nil
 	}
-	path := o.output
-	if path == "" {
-		path = defaultOutput(image)
+	if output == "" {
+		output = defaultOutput(image)
 	}
-	if several {
-		ext := filepath.Ext(path)
-		path = strings.TrimSuffix(path, ext) + "-" + strings.ReplaceAll(platforms.Format(m.Platform), "/", "-") + ext
-	}
-	if st, err := os.Stat(path); err == nil && st.IsDir() {
-		return "", nil, fmt.Errorf("output %s is a directory; name a file in it", path)
+	if st, err := os.Stat(output); err == nil && st.IsDir() {
+		return "", nil, fmt.Errorf("output %s is a directory; name a file in it", output)
 	} else if err == nil && !st.Mode().IsRegular() {
-		return "", nil, fmt.Errorf("output %s is not an ordinary file and would be replaced by one; name another", path)
+		return "", nil, fmt.Errorf("output %s is not an ordinary file and would be replaced by one; name another", output)
 	}
-	if st, err := os.Stat(filepath.Dir(path)); err != nil {
-		return "", nil, fmt.Errorf("output %s: %w", path, err)
+	if st, err := os.Stat(filepath.Dir(output)); err != nil {
+		return "", nil, fmt.Errorf("output %s: %w", output, err)
 	} else if !st.IsDir() {
-		return "", nil, fmt.Errorf("output %s: %s is not a directory", path, filepath.Dir(path))
+		return "", nil, fmt.Errorf("output %s: %s is not a directory", output, filepath.Dir(output))
 	}
-	return path, func() {}, nil
+	return output, func() {}, nil
 }
 
 // defaultOutput is "app-1.clip" for "registry.example.com/team/app:1".

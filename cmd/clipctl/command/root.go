@@ -10,6 +10,8 @@ import (
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 )
 
 // globals are the flags that all commands share.
@@ -32,7 +34,7 @@ func New() *cobra.Command {
 	f.StringVarP(&g.address, "address", "a", env("CONTAINERD_ADDRESS", defaults.DefaultAddress), "containerd's socket [$CONTAINERD_ADDRESS]")
 	f.StringVarP(&g.namespace, "namespace", "n", env("CONTAINERD_NAMESPACE", namespaces.Default), "containerd namespace [$CONTAINERD_NAMESPACE]")
 	f.StringVar(&g.clipAddress, "clip-address", env("CLIP_ADDRESS", "/run/containerd-clip-grpc/containerd-clip-grpc.sock"), "the snapshotter daemon's socket [$CLIP_ADDRESS]")
-	cmd.AddCommand(newIndexCommand(g), newExportCommand(g), newContentCommand(g), newLoadCommand(g), newPushCommand(), newStatusCommand(g),
+	cmd.AddCommand(newIndexCommand(g), newExportCommand(g), newContentCommand(g), newLoadCommand(g), newPushCommand(), newRecordCommand(g), newStatusCommand(g),
 		newInspectCommand(), newListCommand(), newCatCommand(), newMountCommand())
 	return cmd
 }
@@ -54,4 +56,12 @@ func (g *globals) connect(ctx context.Context) (context.Context, *containerd.Cli
 		return ctx, nil, fmt.Errorf("connecting to containerd at %s: %w", g.address, err)
 	}
 	return namespaces.WithNamespace(ctx, g.namespace), client, nil
+}
+
+// connectDaemon dials the snapshotter daemon. The caller closes the connection.
+func (g *globals) connectDaemon() (*grpc.ClientConn, error) {
+	if _, err := os.Stat(g.clipAddress); err != nil {
+		return nil, fmt.Errorf("the daemon's socket (is containerd-clip-grpc running? name another with --clip-address): %w", err)
+	}
+	return grpc.NewClient("unix://"+g.clipAddress, grpc.WithTransportCredentials(insecure.NewCredentials()))
 }

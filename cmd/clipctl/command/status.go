@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"os"
 	"text/tabwriter"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
@@ -12,8 +11,6 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/proxy"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/spf13/cobra"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 )
@@ -27,21 +24,18 @@ func newStatusCommand(g *globals) *cobra.Command {
 			if err := showIndexed(cmd.Context(), g, cmd.OutOrStdout()); err != nil {
 				return err
 			}
-			return runStatus(cmd.Context(), g.clipAddress, cmd.OutOrStdout())
+			return runStatus(cmd.Context(), g, cmd.OutOrStdout())
 		},
 	}
 }
 
-func runStatus(ctx context.Context, address string, stdout io.Writer) error {
-	if _, err := os.Stat(address); err != nil {
-		return fmt.Errorf("the daemon's socket (is containerd-clip-grpc running? name another with --clip-address): %w", err)
-	}
-	conn, err := grpc.NewClient("unix://"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+func runStatus(ctx context.Context, g *globals, stdout io.Writer) error {
+	conn, err := g.connectDaemon()
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	sn := proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "clip")
+	sn := proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), snapshotterName)
 	w := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "IMAGE\tLAYER\tLAZY\tON DISK\tREASON")
 	err = sn.Walk(ctx, func(ctx context.Context, info snapshots.Info) error {
@@ -62,7 +56,7 @@ func runStatus(ctx context.Context, address string, stdout io.Writer) error {
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("asking the daemon at %s: %w", address, err)
+		return fmt.Errorf("asking the daemon at %s: %w", g.clipAddress, err)
 	}
 	return w.Flush()
 }

@@ -37,7 +37,7 @@ func run(t *testing.T, args ...string) (string, error) {
 func TestDefaultConfigRoundTrip(t *testing.T) {
 	out, err := run(t, "config", "default")
 	require.NoError(t, err)
-	for _, key := range []string{"root", "address", "log_level", "referrers", "config_path", "give_up", "mode", "max_size", "delay", "rate", "workers"} {
+	for _, key := range []string{"root", "address", "log_level", "referrers", "config_path", "give_up", "mode", "prefetch", "max_size", "delay", "rate", "workers"} {
 		require.Contains(t, out, key+" = ")
 	}
 	got, err := LoadConfig(writeFile(t, out))
@@ -228,5 +228,5 @@ func TestCacheAndFillKeys(t *testing.T) {
 	require.Equal(t, "21474836480", string(size))
 	require.Equal(t, fill.Options{Workers: 2, Delay: 2 * time.Minute, Rate: 1 << 20}, c.Fill.options())
 	c.Fill.Mode = "off"
-	require.Zero(t, c.Fill.options())
+	require.Equal(t, fill.Options{ListsOnly: true, Workers: 2, Delay: 2 * time.Minute, Rate: 1 << 20}, c.Fill.options())
 }

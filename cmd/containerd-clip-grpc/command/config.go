@@ -75,10 +75,11 @@ type CacheConfig struct {
 
 // FillConfig says what is fetched in the background.
 type FillConfig struct {
-	Mode    string   `toml:"mode" comment:"on completes the layers of lazy images; off fetches only what is read"`
-	Delay   Duration `toml:"delay" comment:"how long after the pull it begins at the earliest; it is put off by up to as much again, at random"`
-	Rate    byteSize `toml:"rate" comment:"most compressed bytes per second, such as 50MiB; 0 is as fast as the network"`
-	Workers int      `toml:"workers" comment:"ranges that are fetched at the same time, 1 to 64"`
+	Mode     string   `toml:"mode" comment:"on completes the layers of lazy images; off does not"`
+	Prefetch bool     `toml:"prefetch" comment:"fetch what a recorded start read, if the archive says so, right after the pull; also with mode off"`
+	Delay    Duration `toml:"delay" comment:"how long after the pull completing begins at the earliest; it is put off by up to as much again, at random"`
+	Rate     byteSize `toml:"rate" comment:"most compressed bytes per second, such as 50MiB; 0 is as fast as the network"`
+	Workers  int      `toml:"workers" comment:"ranges that are fetched at the same time, 1 to 64"`
 }
 
 // byteSize is a number of bytes that is text in TOML: "50MiB".
@@ -94,10 +95,7 @@ func (b *byteSize) UnmarshalText(text []byte) error {
 
 // options returns what the snapshotter is to be told.
 func (c FillConfig) options() fill.Options {
-	if c.Mode == fillOff {
-		return fill.Options{}
-	}
-	return fill.Options{Workers: c.Workers, Delay: time.Duration(c.Delay), Rate: int64(c.Rate)}
+	return fill.Options{ListsOnly: c.Mode == fillOff, Workers: c.Workers, Delay: time.Duration(c.Delay), Rate: int64(c.Rate)}
 }
 
 // Values of fill.mode.
@@ -116,7 +114,7 @@ func DefaultConfig() Config {
 		Registry: RegistryConfig{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, GiveUp: Duration(55 * time.Second)},
 		Mount:    MountConfig{Mode: string(root.Auto)},
 		Cache:    CacheConfig{MaxSize: cache.Limit{Percent: cache.DefaultPercent}},
-		Fill:     FillConfig{Mode: fillOn, Delay: Duration(30 * time.Second), Workers: 4},
+		Fill:     FillConfig{Mode: fillOn, Prefetch: true, Delay: Duration(30 * time.Second), Workers: 4},
 		Watch:    defaultWatchConfig(),
 	}
 }

@@ -1,0 +1,255 @@
+package command
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/remotes"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+
+	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/plugin/publish"
+	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
+	"github.com/beam-cloud/containerd-clip/snapshotter/record"
+	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
+)
+
+type recordOptions struct {
+	archive    string
+	output     string
+	push       bool
+	fromDaemon bool
+	period     time.Duration
+}
+
+func newRecordCommand(g *globals) *cobra.Command {
+	var o recordOptions
+	cmd := &cobra.Command{
+		Use:   "record IMAGE [flags] [-- CMD...]",
+		Short: "Record what a start of a lazy image reads; write its archive with a prefetch list",
+		Long: `Run an image that was pulled lazily, note which parts of its layers are read and
+in what order, and write its archive anew with that as its prefetch list: workers
+that pull the image then fetch these parts at once, before they are asked for.
+
+Without CMD the image's own command runs. The recording ends with the command, or
+after --period, which ends the command too.`,
+		Example: `  clipctl record registry.example.com/team/app:1 --push --period 10s
+  clipctl record registry.example.com/team/app:1 -o app.clip -- python3 -c 'import numpy'
+  clipctl record registry.example.com/team/app:1 --from-daemon --push`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if n := cmd.ArgsLenAtDash(); n == 0 || n > 1 || n < 0 && len(args) != 1 {
+				return errors.New("name one IMAGE; the command to run comes after --")
+			}
+			if o.fromDaemon && len(args) > 1 {
+				return errors.New("--from-daemon runs no command")
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return runRecord(cmd.Context(), g, args[0], args[1:], o, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.archive, "archive", "", "archive of the image to add the list to (default: the one that the image's registry has)")
+	f.StringVarP(&o.output, "output", "o", "", "archive to write (default: IMAGE's last part + .clip, in the current directory)")
+	f.BoolVar(&o.push, "push", false, "push the archive to the image's repository, as an artifact that refers to the image; without -o no file is kept")
+	f.BoolVar(&o.fromDaemon, "from-daemon", false, "run nothing: take what the daemon recorded of the image's last ordinary start")
+	f.DurationVar(&o.period, "period", record.Period, "how long the command runs at most")
+	cmd.MarkFlagsMutuallyExclusive("from-daemon", "period")
+	return cmd
+}
+
+func runRecord(ctx context.Context, g *globals, name string, args []string, o recordOptions, stdout, stderr io.Writer) error {
+	path, cleanup, err := outputPath(o.output, o.push, name)
+	if err != nil {
+		return err
+	}
+	defer cleanup()
+	daemon, err := g.connectDaemon()
+	if err != nil {
+		return err
+	}
+	defer daemon.Close()
+	ctx, client, err := g.connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	image, err := client.GetImage(ctx, name)
+	if err != nil {
+		return fmt.Errorf("image %q in containerd's store: %w", name, err)
+	}
+	a, release, err := findArchive(ctx, image, o.archive)
+	if err != nil {
+		return fmt.Errorf("the archive of %s (make one with clipctl index, or name it with --archive): %w", name, err)
+	}
+	defer release()
+	img, err := a.Image()
+	if err != nil {
+		return err
+	}
+	diffIDs := a.DiffIDs()
+	doc, err := o.recording(ctx, daemon, client, image, identity.ChainID(slices.Clone(diffIDs)), args, stderr)
+	if err != nil {
+		return err
+	}
+	if img.Prefetch, err = prefetchList(doc, diffIDs, img); err != nil {
+		return err
+	}
+	warnOfGaps(ctx, doc)
+	return writeRecorded(ctx, path, img, o, stdout)
+}
+
+// recording returns what is read of the image when args run, or what the daemon
+// has noted of its last start.
+func (o recordOptions) recording(ctx context.Context, daemon grpc.ClientConnInterface, client *containerd.Client, image containerd.Image,
+	chainID digest.Digest, args []string, stderr io.Writer) (record.Document, error) {
+	if !o.fromDaemon {
+		return runRecorded(ctx, daemon, client, image, args, o.period, stderr)
+	}
+	doc, err := record.Get(ctx, daemon, chainID.String())
+	if err != nil {
+		return doc, fmt.Errorf("asking the daemon for the last start of %s: %w", image.Name(), err)
+	}
+	return doc, nil
+}
+
+// findArchive opens the archive at path, or the one that the registry has for
+// the image. The caller calls release when it has done with it.
+func findArchive(ctx context.Context, image containerd.Image, path string) (a *archive.Archive, release func(), err error) {
+	manifest, err := platformManifest(ctx, image)
+	if err != nil {
+		return nil, nil, err
+	}
+	if path == "" {
+		dir, err := os.MkdirTemp("", "clipctl-")
+		if err != nil {
+			return nil, nil, err
+		}
+		defer os.RemoveAll(dir) // downloads have no name
+		registry := remote.New(remote.Options{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}})
+		finder := discover.New(discover.Options{Dir: dir, Referrers: true, Fetcher: func(ctx context.Context, ref string) (remotes.Fetcher, error) {
+			return registry.Fetcher(ctx, ref)
+		}})
+		a, done, err := finder.Find(ctx, image.Name(), manifest)
+		if err != nil {
+			finder.Close()
+			return nil, nil, err
+		}
+		return a, func() { done(); finder.Close() }, nil
+	}
+	if a, err = archive.OpenFile(path); err != nil {
+		return nil, nil, err
+	}
+	if got := a.Info().Descriptor.Digest; got != manifest {
+		a.Close()
+		return nil, nil, fmt.Errorf("%s is of manifest %s, and the image's is %s: %w", path, got, manifest, errdefs.ErrInvalidArgument)
+	}
+	return a, func() { a.Close() }, nil
+}
+
+// platformManifest returns the digest of the image's manifest for this machine.
+func platformManifest(ctx context.Context, image containerd.Image) (digest.Digest, error) {
+	match := platforms.Default()
+	found := []ocispec.Descriptor{image.Target()}
+	if !images.IsManifestType(image.Target().MediaType) {
+		children, err := images.Children(ctx, image.ContentStore(), image.Target())
+		if err != nil {
+			return "", err
+		}
+		found = slices.DeleteFunc(children, func(d ocispec.Descriptor) bool {
+			return !images.IsManifestType(d.MediaType) || d.Platform == nil || !match.Match(*d.Platform)
+		})
+		slices.SortStableFunc(found, func(a, b ocispec.Descriptor) int {
+			if match.Less(*a.Platform, *b.Platform) {
+				return -1
+			}
+			return 1
+		})
+	}
+	if len(found) == 0 {
+		return "", fmt.Errorf("image %s has no manifest for %s: %w", image.Name(), platforms.DefaultString(), errdefs.ErrNotFound)
+	}
+	return found[0].Digest, nil
+}
+
+// prefetchList turns touches into spans, each at its first touch.
+func prefetchList(doc record.Document, diffIDs []digest.Digest, img *archive.Image) (*archive.Prefetch, error) {
+	if !slices.Equal(doc.Layers, diffIDs) {
+		return nil, fmt.Errorf("what was recorded is of other layers than the image's: %w", errdefs.ErrInvalidArgument)
+	}
+	if len(doc.Touches) == 0 {
+		return nil, fmt.Errorf("nothing of the image was read: %w", errdefs.ErrNotFound)
+	}
+	list := &archive.Prefetch{Recorded: doc.Began.Truncate(time.Second)}
+	seen := map[archive.SpanRange]bool{}
+	for _, t := range doc.Touches {
+		if t.Layer < 0 || t.Layer >= len(img.Layers) || img.Layers[t.Layer].Index == nil || t.Off < 0 || t.Len < 1 {
+			return nil, fmt.Errorf("what was recorded names layer %d, which cannot be read lazily: %w", t.Layer, errdefs.ErrInvalidArgument)
+		}
+		x := img.Layers[t.Layer].Index
+		size := int64(x.SpanSize)
+		for span := t.Off / size; span*size < min(t.Off+t.Len, int64(x.OutSize)); span++ {
+			one := archive.SpanRange{Layer: t.Layer, First: int(span), Count: 1}
+			if seen[one] {
+				continue
+			}
+			seen[one] = true
+			if n := len(list.Spans); n > 0 && list.Spans[n-1].Layer == t.Layer && list.Spans[n-1].End() == one.First {
+				list.Spans[n-1].Count++
+				continue
+			}
+			list.Spans = append(list.Spans, one)
+		}
+	}
+	return list, nil
+}
+
+// warnOfGaps says what the recording cannot know.
+func warnOfGaps(ctx context.Context, doc record.Document) {
+	if len(doc.Hidden) > 0 {
+		log.G(ctx).WithField("layers", doc.Hidden).Warn("the daemon did not see all that was read of some layers, which were complete or in use; " +
+			"clipctl record with a command sees everything")
+	}
+	if doc.Full {
+		log.G(ctx).Warnf("only the first %d MB that were read are in the list", record.MostBytes>>20)
+	}
+}
+
+func writeRecorded(ctx context.Context, path string, img *archive.Image, o recordOptions, stdout io.Writer) error {
+	st, err := archive.WriteFile(path, img)
+	if err != nil {
+		return fmt.Errorf("writing the archive: %w", err)
+	}
+	var bytes int64
+	for _, r := range img.Prefetch.Spans {
+		bytes += int64(r.Count) * int64(img.Layers[r.Layer].Index.SpanSize)
+	}
+	what := fmt.Sprintf("%s read in %d ranges", size(bytes), len(img.Prefetch.Spans))
+	if o.output != "" || !o.push {
+		fmt.Fprintf(stdout, "%s\t%s\t%s\n", path, size(st.Size), what)
+	}
+	if !o.push {
+		return nil
+	}
+	id, n, err := publish.Push(ctx, path, img.StorageRef)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "pushed %s\tfor %s\t%s\t%s\n", id, img.StorageRef, size(n), what)
+	return nil
+}
