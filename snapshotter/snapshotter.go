@@ -45,6 +45,8 @@ import (
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
+	"github.com/beam-cloud/containerd-clip/snapshotter/fuseconn"
+	"github.com/beam-cloud/containerd-clip/snapshotter/keeper"
 	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
 	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
@@ -61,19 +63,23 @@ type Options struct {
 	Registry  remote.Options
 	CacheSize cache.Limit // how much disk fetched layers may take
 	Fill      fill.Options
+	// Keeper keeps roots for the next process, so that containers go on. Nil
+	// lets them end with Close.
+	Keeper *keeper.Keeper
 }
 
 // Snapshotter implements snapshots.Snapshotter and snapshots.Cleaner.
 type Snapshotter struct {
-	dir    string
-	meta   *storage.MetaStore
-	layers *cache.Store
-	filler *fill.Filler
-	files  *layerfs.FS // nil if noLazy is set
-	can    root.Ability
-	finder *discover.Finder
-	noLazy error // why this machine cannot mount lazy roots
-	roots  roots
+	dir     string
+	meta    *storage.MetaStore
+	layers  *cache.Store
+	filler  *fill.Filler
+	files   *layerfs.FS       // nil if not even that can be mounted
+	session *fuseconn.Session // nil if nothing outlives the process
+	can     root.Ability
+	finder  *discover.Finder
+	noLazy  error // why this machine cannot mount lazy roots
+	roots   roots
 
 	// gate is held shared while layers are added for a snapshot that is not
 	// committed yet, exclusively while unused layers are removed.
@@ -103,8 +109,8 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if err := os.Chmod(s.dir, 0o700); err != nil {
 		return nil, err
 	}
-	if err := s.unmountStale(); err != nil {
-		return nil, err
+	if opts.Keeper != nil {
+		s.session = fuseconn.NewSession(opts.Keeper)
 	}
 	defer func() {
 		if err != nil {
@@ -118,6 +124,10 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if s.layers, err = cache.Open(ctx, cache.Options{
 		Dir: filepath.Join(s.dir, "layers"), Fetch: client, MaxSize: opts.CacheSize, InUse: s.mounted.used,
 	}); err != nil {
+		return nil, err
+	}
+	// Readers wait for this; nothing may look into a root before it.
+	if err := s.takeOver(ctx); err != nil {
 		return nil, err
 	}
 	s.filler = fill.New(ctx, opts.Fill)
@@ -153,9 +163,11 @@ func (s *Snapshotter) restore(ctx context.Context) error {
 	return nil
 }
 
-// Close unmounts all roots. A container that still runs on one keeps its mount
-// until it ends, but can no longer read what is not in memory. Closing again
-// returns what the first Close did.
+// Close ends the snapshotter. With Options.Keeper, roots that a snapshot of a
+// container stands on stay, and who reads there waits for the next process.
+// Other roots are unmounted; without a keeper, a container that still runs on
+// one can no longer read what is not in memory. Closing again returns what the
+// first Close did.
 func (s *Snapshotter) Close() error {
 	s.closing.Do(func() { s.closeErr = s.close() })
 	return s.closeErr
@@ -166,13 +178,7 @@ func (s *Snapshotter) close() error {
 	if s.filler != nil {
 		s.filler.Close()
 	}
-	var errs []error
-	errs = append(errs, s.unmountAll())
-	if s.files != nil {
-		if err := s.files.Close(); err != nil {
-			log.L.WithError(err).Warn("containers still run on lazy roots; they can no longer read what is not in memory")
-		}
-	}
+	errs := []error{s.leaveRoots()}
 	if s.finder != nil {
 		s.finder.Close()
 	}

@@ -6,7 +6,8 @@
 // nothing else sees them, because the mount is not attached anywhere.
 //
 // Node numbers are derived from diff IDs and file handles are 0, so requests
-// mean the same to any process that answers them.
+// mean the same to any process that answers them: the mount can outlive the
+// process (Resume).
 //
 // A reader of a layer file holds kernel locks while it waits. Whatever answers
 // it must never touch a file system that stands on this one.
@@ -154,10 +155,16 @@ type FS struct {
 	closeErr error // of the first Close
 }
 
-// New mounts a layer file system. ctx carries the logger and nothing else.
-func New(ctx context.Context) (*FS, error) {
-	t := &table{RawFileSystem: fuse.NewDefaultRawFileSystem(), ctx: context.WithoutCancel(ctx), files: map[uint64]File{}}
-	conn, err := fuseconn.Mount(ctx, t, fuseconn.Options{
+// Connection is the name under which the file system is kept for the next
+// process. The number changes when requests no longer mean the same.
+const Connection = "layers-1"
+
+func newTable(ctx context.Context) *table {
+	return &table{RawFileSystem: fuse.NewDefaultRawFileSystem(), ctx: context.WithoutCancel(ctx), files: map[uint64]File{}}
+}
+
+func options(session *fuseconn.Session) fuseconn.Options {
+	return fuseconn.Options{
 		Source: "clip-layers",
 		Flags:  []string{"allow_other"}, // EROFS reads on behalf of every user
 		Attr:   unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOSUID,
@@ -165,7 +172,32 @@ func New(ctx context.Context) (*FS, error) {
 			ExtraCapabilities:    fuse.CAP_ASYNC_DIO,
 			DisabledCapabilities: fuse.CAP_PASSTHROUGH | fuse.CAP_READDIRPLUS,
 		},
-	})
+		Session: session, Name: Connection, KeepMount: true,
+	}
+}
+
+// New mounts a layer file system, which session keeps for the next process if
+// it is not nil. ctx carries the logger and nothing else.
+func New(ctx context.Context, session *fuseconn.Session) (*FS, error) {
+	t := newTable(ctx)
+	conn, err := fuseconn.Mount(ctx, t, options(session))
+	if err != nil {
+		return nil, err
+	}
+	return &FS{table: t, conn: conn}, nil
+}
+
+// Resume goes on serving the layer file system of an earlier process, with
+// files, which may already be waited for. It returns errdefs.ErrNotFound if
+// there is none.
+func Resume(ctx context.Context, session *fuseconn.Session, files map[digest.Digest]File) (*FS, error) {
+	t := newTable(ctx)
+	for diffID, f := range files {
+		if err := t.add(diffID, f); err != nil {
+			return nil, err
+		}
+	}
+	conn, err := fuseconn.Resume(ctx, t, options(session))
 	if err != nil {
 		return nil, err
 	}
@@ -173,14 +205,16 @@ func New(ctx context.Context) (*FS, error) {
 }
 
 // Add makes the layer readable under the path that Path returns.
-func (fs *FS) Add(diffID digest.Digest, f File) error {
+func (fs *FS) Add(diffID digest.Digest, f File) error { return fs.table.add(diffID, f) }
+
+func (t *table) add(diffID digest.Digest, f File) error {
 	id, err := nodeID(diffID)
 	if err != nil {
 		return fmt.Errorf("diff ID %q: %w", diffID, err)
 	}
-	fs.table.mu.Lock()
-	defer fs.table.mu.Unlock()
-	fs.table.files[id] = f
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.files[id] = f
 	return nil
 }
 

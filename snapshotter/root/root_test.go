@@ -20,7 +20,7 @@ import (
 
 func newFS(t *testing.T) *layerfs.FS {
 	t.Helper()
-	files, err := layerfs.New(t.Context())
+	files, err := layerfs.New(t.Context(), nil)
 	require.NoError(t, err, "this test needs root and /dev/fuse")
 	t.Cleanup(func() { require.NoError(t, files.Close()) })
 	return files

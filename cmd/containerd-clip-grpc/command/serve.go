@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter"
+	"github.com/beam-cloud/containerd-clip/snapshotter/keeper"
 	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
@@ -50,9 +51,18 @@ func New() *cobra.Command {
 	cmd.Flags().StringVar(&f.root, "root", "", "directory of all state")
 	cmd.Flags().StringVar(&f.address, "address", "", "socket to listen on")
 	cmd.Flags().StringVar(&f.logLevel, "log-level", "", "trace, debug, info, warn or error")
-	cmd.AddCommand(newConfigCommand())
+	cmd.AddCommand(newConfigCommand(), &cobra.Command{
+		Use:    keeperCommand,
+		Short:  "Hold connections to the kernel for the daemon, which starts this by itself",
+		Args:   cobra.NoArgs,
+		Hidden: true,
+		RunE:   func(*cobra.Command, []string) error { return keeper.Main() },
+	})
 	return cmd
 }
+
+// keeperCommand is how the daemon starts its keeper.
+const keeperCommand = "keeper"
 
 // load reads the configuration and applies the flags.
 func (f flags) load() (Config, error) {
@@ -90,6 +100,15 @@ func serve(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, unlock()) }()
+	program, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	kept, err := keeper.Open(ctx, c.Root, program, keeperCommand)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, kept.Close()) }()
 	// The registries of an image must not be able to make containers wait for
 	// the daemon's end: requests are cut off, not drained.
 	sn, err := snapshotter.New(context.WithoutCancel(ctx), snapshotter.Options{
@@ -99,6 +118,7 @@ func serve(ctx context.Context, c Config) (err error) {
 		Registry:  remote.Options{ConfigPath: c.Registry.ConfigPath, GiveUp: time.Duration(c.Registry.GiveUp)},
 		CacheSize: c.Cache.MaxSize,
 		Fill:      c.Fill.options(),
+		Keeper:    kept,
 	})
 	if err != nil {
 		return fmt.Errorf("opening the snapshotter in %s: %w", c.Root, err)
