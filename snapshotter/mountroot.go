@@ -41,7 +41,7 @@ func (r roots) get(id string) *rootState {
 
 // root describes the root of the lazy snapshot id.
 func (s *Snapshotter) root(id string, c chain) root.Root {
-	return root.Root{Dir: filepath.Join(s.dir, "roots", id), Session: s.session, Indexes: func() ([]*layer.Index, error) {
+	return root.Root{Dir: filepath.Join(s.dir, "roots", id), Session: s.session, Helper: s.helper, Indexes: func() ([]*layer.Index, error) {
 		layers := make([]*layer.Index, len(c.Layers))
 		for i, diffID := range c.Layers {
 			var err error
@@ -145,7 +145,7 @@ func (s *Snapshotter) probe(ctx context.Context, want root.Mode) (err error) {
 			return err
 		}
 	}
-	can, err := root.Choose(ctx, want, filepath.Join(s.dir, "roots"), s.files)
+	can, err := root.Choose(ctx, want, filepath.Join(s.dir, "roots"), s.files, s.helper)
 	if err != nil {
 		return err
 	}

@@ -66,6 +66,8 @@ type Options struct {
 	// Keeper keeps roots for the next process, so that containers go on. Nil
 	// lets them end with Close.
 	Keeper *keeper.Keeper
+	// Helper mounts roots; nil does it in this process.
+	Helper root.Helper
 }
 
 // Snapshotter implements snapshots.Snapshotter and snapshots.Cleaner.
@@ -76,6 +78,7 @@ type Snapshotter struct {
 	filler  *fill.Filler
 	files   *layerfs.FS       // nil if not even that can be mounted
 	session *fuseconn.Session // nil if nothing outlives the process
+	helper  root.Helper
 	can     root.Ability
 	finder  *discover.Finder
 	noLazy  error // why this machine cannot mount lazy roots
@@ -99,7 +102,7 @@ type Snapshotter struct {
 // New opens the snapshotter in opts.Root and removes what an earlier process
 // left half-done. It needs neither network nor containerd.
 func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
-	s := &Snapshotter{dir: opts.Root, roots: newRoots(), merged: map[digest.Digest]error{}}
+	s := &Snapshotter{dir: opts.Root, helper: opts.Helper, roots: newRoots(), merged: map[digest.Digest]error{}}
 	for _, sub := range []string{"snapshots", "roots", "archives"} {
 		if err := os.MkdirAll(filepath.Join(s.dir, sub), 0o700); err != nil {
 			return nil, err

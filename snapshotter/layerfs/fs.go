@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"sync"
 	"time"
 
@@ -227,9 +228,10 @@ func (fs *FS) Remove(diffID digest.Digest) {
 	}
 }
 
-// Path returns the path of a layer file. It is valid in this process only.
+// Path returns the path of a layer file. It is valid as long as this process
+// lives.
 func (fs *FS) Path(diffID digest.Digest) string {
-	return fmt.Sprintf("/proc/self/fd/%d/%s", fs.conn.FD(), diffID.Encoded())
+	return fmt.Sprintf("/proc/%d/fd/%d/%s", os.Getpid(), fs.conn.FD(), diffID.Encoded())
 }
 
 // closeTimeout is how long Close waits for uses of the mount to end.

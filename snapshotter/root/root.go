@@ -58,6 +58,7 @@ type Root struct {
 	Layers  []Layer
 	Indexes func() ([]*layer.Index, error) // of Layers, with entries; asked for only if they are needed
 	Session *fuseconn.Session              // keeps a root of mode FUSE for the next process; may be nil
+	Helper  Helper                         // mounts in the other modes
 }
 
 // Layer is where one layer's uncompressed stream is, the lowest layer first.
@@ -107,10 +108,7 @@ func (r Root) Mount(ctx context.Context, m Mode) error {
 	for i, l := range r.Layers {
 		devices[i] = l.Device
 	}
-	if m == Loop {
-		return mountLoop(ctx, r.Image(), r.target(), devices)
-	}
-	return mountFile(ctx, r.Image(), r.target(), devices)
+	return r.Helper.mount(ctx, m, r.Image(), r.target(), devices)
 }
 
 func (r Root) mountTree(ctx context.Context) error {

@@ -16,9 +16,9 @@ import (
 	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
 )
 
-// TestMain is the keeper where the daemon starts its own program as one.
+// TestMain is what the daemon starts its own program as.
 func TestMain(m *testing.M) {
-	if len(os.Args) == 2 && os.Args[1] == keeperCommand {
+	if len(os.Args) == 2 && (os.Args[1] == keeperCommand || os.Args[1] == helperCommand) {
 		if err := New().Execute(); err != nil {
 			panic(err)
 		}

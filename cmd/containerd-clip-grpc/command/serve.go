@@ -57,12 +57,23 @@ func New() *cobra.Command {
 		Args:   cobra.NoArgs,
 		Hidden: true,
 		RunE:   func(*cobra.Command, []string) error { return keeper.Main() },
+	}, &cobra.Command{
+		Use:    helperCommand,
+		Short:  "Mount a root for the daemon, which starts this by itself",
+		Args:   cobra.NoArgs,
+		Hidden: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return root.HelperMain(cmd.Context(), cmd.InOrStdin(), os.Stdout)
+		},
 	})
 	return cmd
 }
 
-// keeperCommand is how the daemon starts its keeper.
-const keeperCommand = "keeper"
+// How the daemon starts its keeper, and what mounts for it.
+const (
+	keeperCommand = "keeper"
+	helperCommand = "mount-helper"
+)
 
 // load reads the configuration and applies the flags.
 func (f flags) load() (Config, error) {
@@ -119,6 +130,7 @@ func serve(ctx context.Context, c Config) (err error) {
 		CacheSize: c.Cache.MaxSize,
 		Fill:      c.Fill.options(),
 		Keeper:    kept,
+		Helper:    root.Helper{program, helperCommand},
 	})
 	if err != nil {
 		return fmt.Errorf("opening the snapshotter in %s: %w", c.Root, err)
