@@ -28,6 +28,7 @@ type process struct {
 	command []string
 	conn    *net.UnixConn // for requests
 	life    *net.UnixConn // says nothing; it ends with the keeper
+	pid     int           // of the keeper, if this process started it
 	closed  atomic.Bool
 }
 
@@ -109,7 +110,8 @@ func (p *process) start(ctx context.Context) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	log.G(ctx).WithField("pid", cmd.Process.Pid).Info("started the keeper of the connections to the kernel")
+	p.pid = cmd.Process.Pid
+	log.G(ctx).WithField("pid", p.pid).Info("started the keeper of the connections to the kernel")
 	go func() { _ = cmd.Wait() }() // watch says that it ended, whoever started it
 	return nil
 }

@@ -3,7 +3,6 @@ package keeper
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"time"
 
@@ -13,7 +12,10 @@ import (
 
 // systemd is the file descriptor store of the service that this process is.
 // See sd_pid_notify_with_fds(3) and FileDescriptorStoreMax in systemd.service(5).
-type systemd struct{ conn *net.UnixConn }
+type systemd struct {
+	fd int // a datagram socket
+	to unix.SockaddrUnix
+}
 
 // barrierTimeout is how long systemd may take to look at what it was sent.
 const barrierTimeout = 10 * time.Second
@@ -26,7 +28,7 @@ func openSystemd() (map[string][]int, place) {
 	if socket == "" || size == "" || size == "0" {
 		return nil, nil
 	}
-	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Net: "unixgram", Name: socket})
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil
 	}
@@ -38,22 +40,22 @@ func openSystemd() (map[string][]int, place) {
 		}
 		f.Close()
 	}
-	return found, systemd{conn}
+	return found, &systemd{fd: fd, to: unix.SockaddrUnix{Name: socket}}
 }
 
 // keep stores descriptors. Without FDPOLL=0 systemd would drop those that
 // cannot be polled, or look as if they had ended.
-func (s systemd) keep(name string, fds []int) error {
+func (s *systemd) keep(name string, fds []int) error {
 	return s.notify("FDSTORE=1\nFDPOLL=0\nFDNAME="+name, fds...)
 }
 
-func (s systemd) drop(name string) error {
+func (s *systemd) drop(name string) error {
 	return s.notify("FDSTOREREMOVE=1\nFDNAME=" + name)
 }
 
 // notify sends a message and waits until systemd has acted upon it: from then
 // on this process may die.
-func (s systemd) notify(state string, fds ...int) error {
+func (s *systemd) notify(state string, fds ...int) error {
 	if err := s.send(state, fds...); err != nil {
 		return err
 	}
@@ -82,13 +84,17 @@ func (s systemd) notify(state string, fds ...int) error {
 	}
 }
 
-func (s systemd) send(state string, fds ...int) error {
+func (s *systemd) send(state string, fds ...int) error {
 	var rights []byte
 	if len(fds) > 0 {
 		rights = unix.UnixRights(fds...)
 	}
-	_, _, err := s.conn.WriteMsgUnix([]byte(state), rights, nil)
-	return err
+	for {
+		err := unix.Sendmsg(s.fd, []byte(state), rights, &s.to, 0)
+		if !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
 }
 
-func (s systemd) close() error { return s.conn.Close() }
+func (s *systemd) close() error { return unix.Close(s.fd) }
