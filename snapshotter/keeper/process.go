@@ -193,6 +193,7 @@ func (k *Keeper) again(ctx context.Context, p *process) {
 		log.G(ctx).WithError(err).Error("there is no keeper: if the daemon ends before it is started again, containers can no longer read what is not in memory")
 		return
 	}
+	log.G(ctx).Info("the new keeper has everything")
 	p.watch(ctx, func() { k.again(ctx, p) })
 }
 

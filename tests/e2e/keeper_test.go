@@ -1,16 +1,13 @@
 package e2e
 
 import (
-	"context"
 	"crypto/md5"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -36,7 +33,6 @@ type readers struct {
 	ref     string
 	sums    map[string]string // MD5 by path
 	roots   []string          // of the running containers
-	pids    []int
 	reads   atomic.Int64
 	longest atomic.Int64 // nanoseconds
 	stop    chan struct{}
@@ -47,8 +43,11 @@ type readers struct {
 	next int
 }
 
-func newReaders(w *world, ref string) *readers {
+// newReaders indexes the small image.
+func newReaders(w *world) *readers {
 	w.Helper()
+	ref := w.ref(images.SmallName)
+	w.index(images.SmallName)
 	r := &readers{world: w, ref: ref, sums: map[string]string{}, stop: make(chan struct{})}
 	stock := w.stock()
 	w.pull(stock, eager, ref)
@@ -76,8 +75,9 @@ func (r *readers) start(n int) {
 		r.next++
 		require.NoError(r, r.worker.StartContainer(r.ctx, lazy, r.ref, id, "sh", "-c", checkScript))
 		root := fmt.Sprintf("/proc/%d/root", r.pid(id))
-		require.NoError(r, os.WriteFile(filepath.Join(root, "sums"), []byte(list.String()), 0o600))
-		r.roots, r.pids = append(r.roots, root), append(r.pids, r.pid(id))
+		require.NoError(r, os.WriteFile(filepath.Join(root, "sums.new"), []byte(list.String()), 0o600))
+		require.NoError(r, os.Rename(filepath.Join(root, "sums.new"), filepath.Join(root, "sums")))
+		r.roots = append(r.roots, root)
 		r.running.Go(func() { r.readOutside(root) })
 	}
 }
@@ -139,6 +139,16 @@ func (r *readers) rounds() (total int) {
 	return total
 }
 
+// requireGoOn has all readers read everything once more.
+func (r *readers) requireGoOn() {
+	r.Helper()
+	dropCaches(r.T)
+	before, inside := r.reads.Load(), r.rounds()
+	require.Eventually(r, func() bool {
+		return r.reads.Load() > before+int64(len(r.sums)*len(r.roots)) && r.rounds() > inside+len(r.roots)
+	}, 3*time.Minute, 100*time.Millisecond)
+}
+
 // end stops the readers: none read anything wrong, and no container ended.
 func (r *readers) end() {
 	r.Helper()
@@ -197,14 +207,19 @@ const kills = 25
 // TestKills kills the daemon at random moments while containers read a lazy root, cold at first, through a slow
 // registry: they wait, and go on.
 func TestKills(t *testing.T) {
-	for _, mode := range []string{"file", "loop", "fuse"} {
-		t.Run(mode, func(t *testing.T) {
-			w := newWorldWith(t, "[mount]\nmode = '"+mode+"'\n[fill]\nmode = 'off'\n[registry]\nconfig_path = []\n")
-			ref := w.ref(images.SmallName)
-			w.index(images.SmallName)
-			r := newReaders(w, ref)
+	for name, config := range map[string]string{
+		"file": "[mount]\nmode = 'file'\n",
+		"loop": "[mount]\nmode = 'loop'\n",
+		"fuse": "[mount]\nmode = 'fuse'\n",
+		// What was fetched is soon given up again: reads stay cold.
+		"small cache": "[cache]\nmax_size = '6MiB'\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorldWith(t, config+"[fill]\nmode = 'off'\n[registry]\nconfig_path = []\n")
+			r := newReaders(w)
 			w.registry.Misbehave(onBlobs(-1, slow))
-			w.pull(w.worker, lazy, ref)
+			w.pull(w.worker, lazy, r.ref)
+			w.registry.Reset()
 			r.start(3)
 			for range kills {
 				if rand.IntN(2) == 0 {
@@ -215,17 +230,106 @@ func TestKills(t *testing.T) {
 				time.Sleep(time.Duration(rand.IntN(200)) * time.Millisecond)
 				require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
 			}
-			before, inside := r.reads.Load(), r.rounds()
-			dropCaches(t)
-			w.eventually("all go on", func() bool { return r.reads.Load() > before+int64(len(r.sums)) && r.rounds() > inside+3 })
 			require.Len(t, w.keepers(), 1)
+			r.requireGoOn()
+			t.Logf("%d requests to the registry", len(w.registry.Requests()))
 			r.end()
-			w.requireNothingLeft(ref)
+			w.requireNothingLeft(r.ref)
 		})
 	}
 }
 
-var _ = errors.Is
-var _ = exec.Command
-var _ = context.Background
-var _ = unix.Kill
+// TestUpgrade replaces the daemon's program below 20 busy containers, and stops and starts it.
+func TestUpgrade(t *testing.T) {
+	w := newWorld(t)
+	options, err := harness.Installed()
+	require.NoError(t, err)
+	program, err := os.ReadFile(filepath.Join(options.Product, w.daemon.Program))
+	require.NoError(t, err)
+	w.daemon.Program = w.lab.Path("containerd-clip-grpc")
+	install := func(version string) {
+		file := w.daemon.Program + ".new"
+		require.NoError(t, os.WriteFile(file, append(program, version...), 0o700))
+		require.NoError(t, os.Rename(file, w.daemon.Program))
+	}
+	restart := func() {
+		require.NoError(t, w.daemon.Stop())
+		require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	}
+	install("1")
+	restart()
+	r := newReaders(w)
+	w.pull(w.worker, lazy, r.ref)
+	r.start(20)
+	keepers := w.keepers()
+	for version := range 5 {
+		install(fmt.Sprint(version))
+		dropCaches(t)
+		restart()
+	}
+	require.Equal(t, keepers, w.keepers(), "it is still that of the first version")
+	r.requireGoOn()
+	r.end()
+	w.requireNothingLeft(r.ref)
+}
+
+// TestStopped has a reader wait for a daemon that was stopped in an orderly way, and a container start meanwhile.
+func TestStopped(t *testing.T) {
+	w := newWorld(t)
+	r := newReaders(w)
+	w.pull(w.worker, lazy, r.ref)
+	r.start(1)
+	require.NoError(t, w.daemon.Stop())
+	require.NotEmpty(t, harness.MountsUnder(w.daemon.Root), "the container's root")
+	dropCaches(t)
+	before := r.reads.Load()
+	w.eventually("the reader waits", func() bool {
+		was := r.reads.Load()
+		time.Sleep(300 * time.Millisecond)
+		return r.reads.Load() == was
+	})
+	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	r.requireGoOn()
+	require.Greater(t, r.reads.Load(), before)
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, r.ref, "sh", "/app/run.sh"))
+	r.end()
+	w.requireNothingLeft(r.ref)
+}
+
+// TestKeeperKilled kills the keeper: beside a daemon it is replaced, and without one what it held ends. Readers then get
+// errors and do not hang, and the next daemon cleans up.
+func TestKeeperKilled(t *testing.T) {
+	for _, mode := range []string{"file", "loop", "fuse"} {
+		t.Run(mode, func(t *testing.T) {
+			w := newWorldWith(t, "[mount]\nmode = '"+mode+"'\n[fill]\nmode = 'off'\n")
+			r := newReaders(w)
+			w.pull(w.worker, lazy, r.ref)
+			r.start(1)
+			killKeeper := func() int {
+				pids := w.keepers()
+				require.Len(t, pids, 1)
+				require.NoError(t, unix.Kill(pids[0], unix.SIGKILL))
+				return pids[0]
+			}
+			old := killKeeper()
+			w.eventually("another keeper", func() bool { pids := w.keepers(); return len(pids) == 1 && pids[0] != old })
+			w.eventually("it has all", func() bool { return strings.Contains(w.daemon.Log(), "has everything") })
+			w.daemon.Kill()
+			require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+			r.requireGoOn()
+			r.end()
+
+			require.NoError(t, w.worker.StartContainer(w.ctx, lazy, r.ref, "doomed", "sleep", "1000"))
+			root := fmt.Sprintf("/proc/%d/root", r.pid("doomed"))
+			w.daemon.Kill()
+			killKeeper()
+			dropCaches(t)
+			_, err := sumOf(filepath.Join(root, noise))
+			require.Error(t, err)
+			require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+			require.NoError(t, w.worker.RemoveContainer(w.ctx, "doomed"))
+			require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, r.ref, "sh", "/app/run.sh"))
+			w.requireNothingLeft(r.ref)
+		})
+	}
+}

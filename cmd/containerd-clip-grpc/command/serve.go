@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/pkg/sys"
 	"github.com/containerd/log"
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -51,21 +52,8 @@ func New() *cobra.Command {
 	cmd.Flags().StringVar(&f.root, "root", "", "directory of all state")
 	cmd.Flags().StringVar(&f.address, "address", "", "socket to listen on")
 	cmd.Flags().StringVar(&f.logLevel, "log-level", "", "trace, debug, info, warn or error")
-	cmd.AddCommand(newConfigCommand(), &cobra.Command{
-		Use:    keeperCommand,
-		Short:  "Hold connections to the kernel for the daemon, which starts this by itself",
-		Args:   cobra.NoArgs,
-		Hidden: true,
-		RunE:   func(*cobra.Command, []string) error { return keeper.Main() },
-	}, &cobra.Command{
-		Use:    helperCommand,
-		Short:  "Mount a root for the daemon, which starts this by itself",
-		Args:   cobra.NoArgs,
-		Hidden: true,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return root.HelperMain(cmd.Context(), cmd.InOrStdin(), os.Stdout)
-		},
-	})
+	cmd.AddCommand(newConfigCommand())
+	cmd.AddCommand(innerCommands()...)
 	return cmd
 }
 
@@ -74,6 +62,25 @@ const (
 	keeperCommand = "keeper"
 	helperCommand = "mount-helper"
 )
+
+// innerCommands are those that the daemon alone uses.
+func innerCommands() []*cobra.Command {
+	return []*cobra.Command{{
+		Use:    keeperCommand,
+		Short:  "Hold connections to the kernel for the daemon, which starts this by itself",
+		Args:   cobra.NoArgs,
+		Hidden: true,
+		RunE:   func(*cobra.Command, []string) error { return keeper.Main() },
+	}, {
+		Use:    helperCommand,
+		Short:  "Mount a root for the daemon, which starts this by itself",
+		Args:   cobra.NoArgs,
+		Hidden: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return root.HelperMain(cmd.Context(), cmd.InOrStdin(), os.Stdout)
+		},
+	}}
+}
 
 // load reads the configuration and applies the flags.
 func (f flags) load() (Config, error) {
@@ -120,18 +127,11 @@ func serve(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, kept.Close()) }()
+	options := c.options()
+	options.Keeper, options.Helper = kept, root.Helper{program, helperCommand}
 	// The registries of an image must not be able to make containers wait for
 	// the daemon's end: requests are cut off, not drained.
-	sn, err := snapshotter.New(context.WithoutCancel(ctx), snapshotter.Options{
-		Root:      c.Root,
-		Mount:     root.Mode(c.Mount.Mode),
-		Referrers: c.Discover.Referrers,
-		Registry:  remote.Options{ConfigPath: c.Registry.ConfigPath, GiveUp: time.Duration(c.Registry.GiveUp)},
-		CacheSize: c.Cache.MaxSize,
-		Fill:      c.Fill.options(),
-		Keeper:    kept,
-		Helper:    root.Helper{program, helperCommand},
-	})
+	sn, err := snapshotter.New(context.WithoutCancel(ctx), options)
 	if err != nil {
 		return fmt.Errorf("opening the snapshotter in %s: %w", c.Root, err)
 	}
@@ -148,11 +148,26 @@ func serve(ctx context.Context, c Config) (err error) {
 	stopped := context.AfterFunc(ctx, server.Stop)
 	defer stopped()
 	log.G(ctx).WithField("address", c.Address).WithField("root", c.Root).Info("containerd-clip-grpc is ready")
+	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+		log.G(ctx).WithError(err).Warn("cannot tell systemd that the daemon is ready")
+	}
 	if err := server.Serve(l); err != nil && ctx.Err() == nil {
 		return err
 	}
 	log.G(ctx).Info("containerd-clip-grpc ends")
 	return nil
+}
+
+// options returns what the snapshotter is to be told.
+func (c Config) options() snapshotter.Options {
+	return snapshotter.Options{
+		Root:      c.Root,
+		Mount:     root.Mode(c.Mount.Mode),
+		Referrers: c.Discover.Referrers,
+		Registry:  remote.Options{ConfigPath: c.Registry.ConfigPath, GiveUp: time.Duration(c.Registry.GiveUp)},
+		CacheSize: c.Cache.MaxSize,
+		Fill:      c.Fill.options(),
+	}
 }
 
 // lockRoot makes sure that only one daemon works in root.
