@@ -25,7 +25,7 @@ import (
 
 // checkScript is what a container runs: it checks the files in /sums over and over.
 const checkScript = `while [ ! -e /sums ]; do sleep 0.1; done
-n=0; while [ ! -e /stop ]; do md5sum -c /sums >/out 2>&1 || cp /out /failed; n=$((n+1)); echo $n >/rounds; done`
+n=0; while [ ! -e /stop ]; do md5sum -c /sums >/out 2>&1 || cp /out /failed; n=$((n+1)); echo $n >/rounds.new; mv /rounds.new /rounds; done`
 
 // readers are containers that check what they read, from inside, and processes that do it from outside.
 type readers struct {
@@ -192,8 +192,8 @@ func (w *world) keepers() (pids []int) {
 	return pids
 }
 
-// requireNothingLeft removes the image and stops the daemon.
-func (w *world) requireNothingLeft(ref string) {
+// requireCleanEnd removes the image and stops the daemon.
+func (w *world) requireCleanEnd(ref string) {
 	w.Helper()
 	w.removeImage(w.worker, ref)
 	w.eventually("roots are removed", func() bool { return len(harness.MountsUnder(w.daemon.Root)) == 0 })
@@ -234,7 +234,7 @@ func TestKills(t *testing.T) {
 			r.requireGoOn()
 			t.Logf("%d requests to the registry", len(w.registry.Requests()))
 			r.end()
-			w.requireNothingLeft(r.ref)
+			w.requireCleanEnd(r.ref)
 		})
 	}
 }
@@ -270,7 +270,7 @@ func TestUpgrade(t *testing.T) {
 	require.Equal(t, keepers, w.keepers(), "it is still that of the first version")
 	r.requireGoOn()
 	r.end()
-	w.requireNothingLeft(r.ref)
+	w.requireCleanEnd(r.ref)
 }
 
 // TestStopped has a reader wait for a daemon that was stopped in an orderly way, and a container start meanwhile.
@@ -293,7 +293,7 @@ func TestStopped(t *testing.T) {
 	require.Greater(t, r.reads.Load(), before)
 	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, r.ref, "sh", "/app/run.sh"))
 	r.end()
-	w.requireNothingLeft(r.ref)
+	w.requireCleanEnd(r.ref)
 }
 
 // TestKeeperKilled kills the keeper: beside a daemon it is replaced, and without one what it held ends. Readers then get
@@ -329,7 +329,7 @@ func TestKeeperKilled(t *testing.T) {
 			require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
 			require.NoError(t, w.worker.RemoveContainer(w.ctx, "doomed"))
 			require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, r.ref, "sh", "/app/run.sh"))
-			w.requireNothingLeft(r.ref)
+			w.requireCleanEnd(r.ref)
 		})
 	}
 }
