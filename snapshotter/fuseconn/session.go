@@ -68,6 +68,9 @@ func (s *Session) finish(c *Conn) error {
 // HandOver ends the answering: what the kernel is told from now on, the next
 // process tells it. It is called before anything ends that answers need.
 func (s *Session) HandOver() {
+	if s == nil {
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.over = true

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
@@ -39,7 +40,11 @@ func (p *process) open(ctx context.Context) (map[string][]int, error) {
 		if err == nil {
 			return found, nil
 		}
-		// It may have been about to end, with nothing to hold.
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			p.hangUp()
+			return nil, err // it holds what nobody else has
+		}
+		// It was about to end, with nothing to hold.
 		log.G(ctx).WithError(err).Debug("the keeper that was running does not answer")
 		p.hangUp()
 	}
@@ -116,8 +121,14 @@ func (p *process) start(ctx context.Context) error {
 	return nil
 }
 
+// patience is how long a keeper may take to answer.
+const patience = 10 * time.Second
+
 // ask sends a request and returns its one answer.
 func (p *process) ask(m message, fds []int) error {
+	if err := p.conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		return err
+	}
 	if err := send(p.conn, m, fds); err != nil {
 		return err
 	}
@@ -140,6 +151,9 @@ func (p *process) drop(name string) error { return p.ask(message{Op: opDrop, Nam
 
 func (p *process) list() (map[string][]int, error) {
 	found := map[string][]int{}
+	if err := p.conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		return nil, err
+	}
 	if err := send(p.conn, message{Op: opList}, nil); err != nil {
 		return nil, err
 	}
