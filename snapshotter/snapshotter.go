@@ -22,6 +22,11 @@
 //	layers/                 package cache
 //	archives/               package discover
 //
+// Roots outlive the process if Options.Keeper holds what they need: New takes
+// over those that it finds mounted, before anything else, because containers
+// wait for them. Nothing about them is written down: that they are mounted, the
+// kernel says, and which layers they have, their snapshots.
+//
 // Locks are taken in this order: gate, the metadata store's, a root's, refs'.
 package snapshotter
 

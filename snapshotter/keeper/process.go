@@ -197,7 +197,10 @@ func (k *Keeper) again(ctx context.Context, p *process) {
 		return
 	}
 	p.hangUp()
-	_, err := p.open(ctx)
+	found, err := p.open(ctx)
+	for _, fds := range found {
+		closeAll(fds) // this process has them
+	}
 	for name, fds := range k.kept {
 		if err == nil {
 			err = p.keep(name, fds)

@@ -2,6 +2,7 @@ package root
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,8 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
-
-	"context"
 
 	"golang.org/x/sys/unix"
 )

@@ -11,6 +11,11 @@
 // makes idmapped copies of the mount that a lower directory lies in, and some
 // versions do not follow mounts below it.
 //
+// A root can outlive the process that mounted it: EROFS needs only that somebody
+// goes on serving the layers' files, mode FUSE is resumed (Root.Resume). So that
+// a process that is killed while it mounts ends at once, it has another one
+// mount for it (Helper).
+//
 // The package knows nothing of snapshots and does not fetch.
 package root
 
