@@ -74,20 +74,22 @@ type Archive struct {
 }
 
 // OpenFile opens the archive at path. The caller closes it.
-func OpenFile(path string) (*Archive, error) {
+func OpenFile(path string) (*Archive, error) { return openPath(path, Open) }
+
+// openPath opens the file at path with open, which takes it over.
+func openPath[A any](path string, open func(io.ReaderAt, int64) (A, error)) (a A, err error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, err
+		return a, err
 	}
 	st, err := f.Stat()
 	if err == nil {
-		var a *Archive
-		if a, err = Open(f, st.Size()); err == nil {
+		if a, err = open(f, st.Size()); err == nil {
 			return a, nil
 		}
 	}
 	f.Close()
-	return nil, fmt.Errorf("archive %s: %w", path, err)
+	return a, fmt.Errorf("archive %s: %w", path, err)
 }
 
 // Open opens the archive in the first size bytes of r and checks that its

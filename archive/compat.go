@@ -8,6 +8,7 @@ import (
 	"iter"
 	"math"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/beam-cloud/clip/pkg/common"
@@ -188,9 +189,9 @@ func (c *clipNodes) set(path string, n *tree.Node) bool {
 
 // storageInfo says where the layers are, in upstream's words.
 func storageInfo(img *Image, m ocispec.Manifest) (*common.OCIStorageInfo, error) {
-	ref, err := name.ParseReference(img.StorageRef)
+	ref, err := storageRef(img.StorageRef)
 	if err != nil {
-		return nil, fmt.Errorf("storage reference %q: %w", img.StorageRef, err)
+		return nil, err
 	}
 	info := &common.OCIStorageInfo{
 		RegistryURL:             ref.Context().RegistryStr(),
@@ -204,19 +205,50 @@ func storageInfo(img *Image, m ocispec.Manifest) (*common.OCIStorageInfo, error)
 		info.Layers = append(info.Layers, key)
 		if x := img.Layers[i].Index; x != nil {
 			info.DecompressedHashByLayer[key] = x.DiffID.Encoded()
-			info.GzipIdxByLayer[key] = gzipIndex(x)
+			if x.Compression == layer.Gzip {
+				// No checkpoints: CLIP takes one for the start of a gzip
+				// stream, which only its first is, and downloads all before it.
+				info.GzipIdxByLayer[key] = &common.GzipIndex{LayerDigest: key}
+			}
 		}
 	}
 	info.ImageMetadata, err = imageMetadata(img, m)
 	return info, err
 }
 
-func gzipIndex(x *layer.Index) *common.GzipIndex {
-	g := &common.GzipIndex{LayerDigest: x.Digest.String()}
-	for _, p := range x.Points {
-		g.Checkpoints = append(g.Checkpoints, common.GzipCheckpoint{COff: int64(p.In), UOff: int64(p.Out)})
+// storageRef parses a storage reference for CLIP. Of one that has a tag and a
+// digest CLIP gets the tag, since it can mount by tag only. What it then reads
+// is still named by the layers' digests.
+func storageRef(ref string) (name.Reference, error) {
+	parsed, err := name.ParseReference(ref)
+	if err != nil {
+		return nil, fmt.Errorf("storage reference %q: %w", ref, err)
 	}
-	return g
+	named, _, hasDigest := strings.Cut(ref, "@")
+	if tagged, err := name.NewTag(named); hasDigest && err == nil && strings.HasSuffix(named, ":"+tagged.TagStr()) {
+		return tagged, nil
+	}
+	return parsed, nil
+}
+
+// Limits says what upstream CLIP cannot do with the archive of img, a sentence
+// each. The snapshotter has none of these limits.
+func (img *Image) Limits() []string {
+	var limits []string
+	if ref, err := storageRef(img.StorageRef); err == nil {
+		if _, byDigest := ref.(name.Digest); byDigest {
+			limits = append(limits, fmt.Sprintf("CLIP cannot mount by digest: store a reference with a tag instead of %s", img.StorageRef))
+		}
+	}
+	for i, l := range img.Layers {
+		switch {
+		case l.Index == nil:
+			return append(limits, fmt.Sprintf("CLIP shows an empty root: layer %d has no index", i+1))
+		case l.Index.Compression != layer.Gzip:
+			limits = append(limits, fmt.Sprintf("CLIP cannot read files of layer %d: it is %s, and CLIP reads gzip only", i+1, l.Index.Compression))
+		}
+	}
+	return limits
 }
 
 // imageMetadata is the image's config in upstream's words. Like upstream's
@@ -271,8 +303,6 @@ func nonNil[V any](m map[string]V) map[string]V {
 
 // CheckStorageRef says what is wrong with a reference that is to be stored.
 func CheckStorageRef(ref string) error {
-	if _, err := name.ParseReference(ref); err != nil {
-		return fmt.Errorf("storage reference %q: %w", ref, err)
-	}
-	return nil
+	_, err := storageRef(ref)
+	return err
 }

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/beam-cloud/containerd-clip/archive/internal/testimage"
+	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
 
 // extract reads an archive with upstream's own code.
@@ -92,10 +93,7 @@ func TestUpstreamStorageInfo(t *testing.T) {
 		require.Equal(t, digest.FromBytes(img.streams[i]).Encoded(), info.DecompressedHashByLayer[key])
 		g := info.GzipIdxByLayer[key]
 		require.Equal(t, key, g.LayerDigest)
-		require.Len(t, g.Checkpoints, len(img.Layers[i].Index.Points))
-		for j, p := range img.Layers[i].Index.Points {
-			require.Equal(t, common.GzipCheckpoint{COff: int64(p.In), UOff: int64(p.Out)}, g.Checkpoints[j])
-		}
+		require.Empty(t, g.Checkpoints, "CLIP cannot use them")
 	}
 
 	meta := info.ImageMetadata
@@ -122,7 +120,8 @@ func TestUpstreamReference(t *testing.T) {
 		"alpine":                           {"index.docker.io", "library/alpine", "latest"},
 		"docker.io/team/app:1":             {"index.docker.io", "team/app", "1"},
 		"localhost:5000/a/b/c@" + hash:     {"localhost:5000", "a/b/c", hash},
-		"registry.example/app:tag@" + hash: {"registry.example", "app", hash},
+		"registry.example/app:tag@" + hash: {"registry.example", "app", "tag"},
+		"localhost:5000/app@" + hash:       {"localhost:5000", "app", hash},
 	} {
 		img := smallImage(t)
 		img.StorageRef = ref
@@ -130,6 +129,21 @@ func TestUpstreamReference(t *testing.T) {
 		require.Equal(t, want, [3]string{info.RegistryURL, info.Repository, info.Reference}, ref)
 		require.Equal(t, ref, info.ImageMetadata.Name)
 	}
+}
+
+func TestLimits(t *testing.T) {
+	img := newImage(t, testStreams(t)...)
+	require.Empty(t, img.Limits())
+	img.StorageRef = "registry.example/app:1@" + digest.FromString("x").String()
+	require.Empty(t, img.Limits())
+	img.StorageRef = "registry.example/app@" + digest.FromString("x").String()
+	img.Layers[1].Index.Compression = layer.Zstd
+	limits := img.Limits()
+	require.Len(t, limits, 2)
+	require.Contains(t, limits[0], "by digest")
+	require.Contains(t, limits[1], "layer 2: it is zstd")
+	img.Layers[0] = Layer{Reason: "sparse"}
+	require.Contains(t, img.Limits()[1], "empty root: layer 1")
 }
 
 // CLIP has no words for holes: the file is not listed, rather than with other

@@ -17,7 +17,7 @@ var (
 	ErrNotArchive = errors.New("not a .clip archive")
 	// ErrNoSections is returned for a .clip file that upstream CLIP wrote:
 	// it has no layer indexes to read lazily with.
-	ErrNoSections = errors.New("archive has no layer indexes")
+	ErrNoSections = errors.New("archive was written by CLIP and has no layer indexes: index the image with clipctl to have them")
 	// ErrVersion is returned when a newer program wrote the archive.
 	ErrVersion = errors.New("archive was written by a newer version: upgrade containerd-clip, or index the image again with this version")
 	// ErrCorrupt is returned when an archive is truncated or altered.
@@ -137,15 +137,8 @@ func (s *sections) at(off, n uint64) ([]byte, error) {
 
 func readSections(r io.ReaderAt, size int64) (*sections, error) {
 	s := &sections{r: r, size: size}
-	if size < clipHeaderSize {
-		return nil, ErrNotArchive
-	}
-	head, err := s.at(0, uint64(len(clipMagic)))
-	if err != nil {
+	if err := checkMagic(s); err != nil {
 		return nil, err
-	}
-	if !bytes.Equal(head, clipMagic) {
-		return nil, ErrNotArchive
 	}
 	if size < clipHeaderSize+footerSize {
 		return nil, fmt.Errorf("%w: %d bytes are too few", ErrCorrupt, size)
@@ -177,6 +170,18 @@ func readSections(r io.ReaderAt, size int64) (*sections, error) {
 	}
 	s.table = make([]record, f.Sections)
 	return s, binary.Read(bytes.NewReader(table), binary.LittleEndian, s.table)
+}
+
+// checkMagic returns ErrNotArchive for a file that is no .clip file.
+func checkMagic(s *sections) error {
+	if s.size < clipHeaderSize {
+		return ErrNotArchive
+	}
+	head, err := s.at(0, uint64(len(clipMagic)))
+	if err == nil && !bytes.Equal(head, clipMagic) {
+		err = ErrNotArchive
+	}
+	return err
 }
 
 // missingFooter tells an archive of upstream CLIP, which ends with its storage

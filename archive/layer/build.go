@@ -31,6 +31,9 @@ type Options struct {
 	SpanSize      inflate.Out // uncompressed bytes per span, a multiple of 64; default 256 KiB
 	PointInterval inflate.Out // least distance of seek points, uncompressed bytes; default 1 MiB
 	MaxEntries    int         // entries that a layer may have; default and most 8 Mi
+	// Buffers, if set, is memory for one Build at a time, which the next one
+	// uses again: an image has many small layers.
+	Buffers *Buffers
 	// Progress, if set, is called with the number of compressed bytes read
 	// since the last call. Calls come from one goroutine.
 	Progress func(n int64)
@@ -64,7 +67,7 @@ func (o Options) Normalize() (Options, error) {
 type builder struct {
 	idx   *Index
 	opts  Options
-	mem   *buffers
+	mem   *Buffers
 	ends  []inflate.In // span ends, from the inflate stage
 	spans [][32]byte   // span digests, from the hash stage
 }
@@ -81,8 +84,11 @@ func Build(ctx context.Context, blob io.Reader, desc ocispec.Descriptor, opts Op
 	if err := desc.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("layer %q: %w", desc.Digest, err)
 	}
-	mem, err := takeBuffers(int(opts.SpanSize))
-	if err != nil {
+	mem := opts.Buffers
+	if mem == nil {
+		mem = new(Buffers)
+	}
+	if err := mem.prepare(int(opts.SpanSize)); err != nil {
 		return nil, err
 	}
 	b := &builder{opts: opts, mem: mem, idx: &Index{
@@ -91,7 +97,6 @@ func Build(ctx context.Context, blob io.Reader, desc ocispec.Descriptor, opts Op
 	if err := b.run(ctx, blob, desc); err != nil {
 		return nil, fmt.Errorf("layer %s: %w", desc.Digest, err)
 	}
-	mem.giveBack()
 	for i := range b.ends {
 		b.idx.Spans = append(b.idx.Spans, Span{InEnd: b.ends[i], Digest: b.spans[i]})
 	}

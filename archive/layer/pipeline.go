@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"sync"
 	"sync/atomic"
 
 	"github.com/klauspost/compress/zstd"
@@ -18,47 +17,49 @@ const (
 	outChunks    = 6 // spans in flight between inflating, hashing and tar
 )
 
-// buffers is the memory of one Build, which the next one uses again: an image
-// has many small layers.
-type buffers struct {
-	spanSize int
-	source   chan *chunk   // pool of chunks of compressed bytes
-	out      chan *chunk   // pool of chunks of one span
-	enc      *zstd.Encoder // of windows
-	dec      *zstd.Decoder // of the layer; nil before the first zstd layer
+// Buffers is memory that one Build after the other uses. The zero value is
+// ready.
+type Buffers struct {
+	source chan *chunk   // pool of chunks of compressed bytes
+	out    chan *chunk   // pool of chunks of one span
+	enc    *zstd.Encoder // of windows
+	dec    *zstd.Decoder // of the layer; nil before the first zstd layer
 }
 
-var buffersPool sync.Pool
-
-func takeBuffers(spanSize int) (*buffers, error) {
-	if m, ok := buffersPool.Get().(*buffers); ok && m.spanSize == spanSize {
-		return m, nil
+// prepare makes all chunks available. After a Build that failed some are lost.
+func (m *Buffers) prepare(spanSize int) (err error) {
+	if m.enc == nil {
+		m.enc, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false),
+			zstd.WithWindowSize(inflate.WindowSize), zstd.WithEncoderLevel(zstd.SpeedFastest))
 	}
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false), zstd.WithWindowSize(inflate.WindowSize), zstd.WithEncoderLevel(zstd.SpeedFastest))
-	return &buffers{
-		spanSize: spanSize, enc: enc,
-		source: newPool(sourceChunks, sourceChunk), out: newPool(outChunks, spanSize),
-	}, err
+	if m.dec != nil && m.dec.Reset(nil) != nil { // it lets go of the last layer
+		m.dec = nil
+	}
+	m.source = fullPool(m.source, sourceChunks, sourceChunk)
+	m.out = fullPool(m.out, outChunks, spanSize)
+	return err
+}
+
+// fullPool returns pool if all its chunks are there and of this size, or else
+// another one.
+func fullPool(pool chan *chunk, chunks, size int) chan *chunk {
+	if len(pool) == chunks {
+		c := <-pool
+		pool <- c
+		if len(c.buf) == size {
+			return pool
+		}
+	}
+	return newPool(chunks, size)
 }
 
 // decoder returns the decoder of zstd layers.
-func (m *buffers) decoder() (*zstd.Decoder, error) {
+func (m *Buffers) decoder() (*zstd.Decoder, error) {
 	var err error
 	if m.dec == nil {
 		m.dec, err = newZstdDecoder(nil)
 	}
 	return m.dec, err
-}
-
-// giveBack offers the buffers to the next Build. When all stages have ended
-// well, all chunks are in their pools again.
-func (m *buffers) giveBack() {
-	if m.dec != nil && m.dec.Reset(nil) != nil { // it lets go of the blob
-		m.dec = nil
-	}
-	if len(m.source) == cap(m.source) && len(m.out) == cap(m.out) {
-		buffersPool.Put(m)
-	}
 }
 
 // A chunk is a buffer that travels down the pipeline and returns to its pool
@@ -119,17 +120,22 @@ type chunkReader struct {
 	off int   // into cur.data
 	pos int64 // in the stream
 
-	headAt int64  // where head starts in the stream
-	head   []byte // what was read from headAt on, at most maxHead bytes
+	keeping bool
+	head    []byte // what was read since keep, at most maxHead bytes
 }
 
 // maxHead bounds the headers kept of one entry: archive/tar reads PAX records,
 // long names and sparse maps of 1 MiB each.
 const maxHead = 5 << 20
 
-// keep starts to collect what is read from pos on, which is not behind the
-// current position.
-func (r *chunkReader) keep(pos int64) { r.headAt, r.head = pos, r.head[:0] }
+// keep starts to collect what is read.
+func (r *chunkReader) keep() { r.keeping, r.head = true, r.head[:0] }
+
+// kept ends that and returns it, until keep is called again.
+func (r *chunkReader) kept() []byte {
+	r.keeping = false
+	return r.head
+}
 
 // next consumes up to n bytes of the current chunk.
 func (r *chunkReader) next(n int) []byte {
@@ -137,8 +143,8 @@ func (r *chunkReader) next(n int) []byte {
 	p = p[:min(n, len(p))]
 	r.off += len(p)
 	r.pos += int64(len(p))
-	if kept := min(r.pos-r.headAt, int64(len(p))); kept > 0 && len(r.head) < maxHead {
-		r.head = append(r.head, p[int64(len(p))-kept:]...)
+	if r.keeping && len(r.head) < maxHead {
+		r.head = append(r.head, p...)
 	}
 	return p
 }

@@ -67,8 +67,9 @@ func nextEntry(r *chunkReader) (Entry, int64, error) {
 		r.next(blockSize)
 		return e, e.Size, nil
 	}
-	r.keep(r.pos)
+	r.keep()
 	hdr, err := tar.NewReader(r).Next()
+	head := r.kept()
 	if errors.Is(err, io.EOF) {
 		return Entry{}, 0, err
 	}
@@ -78,7 +79,7 @@ func nextEntry(r *chunkReader) (Entry, int64, error) {
 	if hdr.Typeflag == tar.TypeXGlobalHeader {
 		return Entry{Type: hdr.Typeflag}, 0, nil
 	}
-	e, stored, err := newEntry(hdr, inflate.Out(r.pos), r.head)
+	e, stored, err := newEntry(hdr, inflate.Out(r.pos), head)
 	if err != nil {
 		return e, 0, fmt.Errorf("entry %q: %w", hdr.Name, err)
 	}

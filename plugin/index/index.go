@@ -77,10 +77,17 @@ func Run(ctx context.Context, p content.Provider, img Image, opts Options) (*arc
 		Config:     img.Config,
 		Layers:     make([]archive.Layer, len(img.Layers)),
 	}
+	buffers := make(chan *layer.Buffers, opts.Workers)
+	for range opts.Workers {
+		buffers <- new(layer.Buffers)
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(opts.Workers)
 	for _, i := range largestFirst(img.Layers) {
 		g.Go(func() error {
+			opts := opts
+			opts.Layer.Buffers = <-buffers
+			defer func() { buffers <- opts.Layer.Buffers }()
 			x, how, err := one(ctx, p, img.Layers[i], i, opts)
 			if err != nil {
 				return fmt.Errorf("layer %d of %d: %w", i+1, len(img.Layers), err)

@@ -4,6 +4,7 @@ package discover
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -45,13 +46,15 @@ type Finder struct {
 
 // localFile is what is known of a file in Options.Dir.
 type localFile struct {
-	size    int64
-	modTime time.Time
-	image   digest.Digest // manifest that the archive is of; empty if it is none
+	size     int64
+	modTime  time.Time
+	image    digest.Digest // manifest that the archive is of; empty if it does not say
+	upstream string        // storage reference of one that CLIP wrote: it has no layer indexes
 }
 
 // result is the outcome of a search for a manifest's archive.
 type result struct {
+	cancel  context.CancelFunc // ends the search
 	done    chan struct{}
 	archive *archive.Archive // valid after done
 	err     error            // valid after done
@@ -63,7 +66,7 @@ type result struct {
 const (
 	keepFound   = time.Minute
 	keepMissing = 3 * time.Second
-	// searchTimeout bounds a search: a pull waits for it.
+	// searchTimeout bounds a search in the registry: a pull waits for it.
 	searchTimeout = 60 * time.Second
 )
 
@@ -91,10 +94,11 @@ func (f *Finder) Find(ctx context.Context, ref string, manifest digest.Digest) (
 	f.mu.Lock()
 	r := f.known[manifest]
 	if r == nil {
-		r = &result{done: make(chan struct{}), users: 1}
-		f.known[manifest] = r
 		// The search serves all who ask meanwhile: it outlives the first.
-		go f.run(context.WithoutCancel(ctx), r, ref, manifest)
+		searching, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		r = &result{cancel: cancel, done: make(chan struct{}), users: 1}
+		f.known[manifest] = r
+		go f.run(searching, r, ref, manifest)
 	}
 	r.users++
 	f.mu.Unlock()
@@ -114,12 +118,11 @@ func (f *Finder) Find(ctx context.Context, ref string, manifest digest.Digest) (
 
 // run searches and sees to it that the outcome is forgotten in time.
 func (f *Finder) run(ctx context.Context, r *result, ref string, manifest digest.Digest) {
-	ctx, cancel := context.WithTimeout(ctx, searchTimeout)
-	defer cancel()
+	defer r.cancel()
 	r.archive, r.err = f.search(ctx, ref, manifest)
 	close(r.done)
 	keep := keepFound
-	if r.err != nil {
+	if r.err != nil && !errors.Is(r.err, errAdopting) {
 		keep = keepMissing
 	}
 	time.AfterFunc(keep, func() { f.forget(manifest, r) })
@@ -164,61 +167,97 @@ func (f *Finder) release(r *result) {
 }
 
 func (f *Finder) search(ctx context.Context, ref string, manifest digest.Digest) (*archive.Archive, error) {
-	a, err := f.findLocal(ctx, manifest)
-	if err == nil || !errdefs.IsNotFound(err) {
-		return a, err
-	}
-	if !f.opts.Referrers || ref == "" {
+	local, upstream, err := f.findLocal(ctx, ref, manifest)
+	if err != nil {
 		return nil, err
 	}
-	return f.findReferrer(ctx, ref, manifest)
+	if local != "" {
+		return archive.OpenFile(local)
+	}
+	err = fmt.Errorf("archive of %s: %w", manifest, errdefs.ErrNotFound)
+	if f.opts.Referrers && ref != "" {
+		var a *archive.Archive
+		if a, err = f.findReferrer(ctx, ref, manifest); err == nil {
+			return a, nil
+		}
+	}
+	if upstream != "" {
+		return f.adopt(ctx, ref, manifest, upstream)
+	}
+	return nil, err
 }
 
-// findLocal looks into Options.Dir. A file that is no usable archive is
-// reported once and passed over.
-func (f *Finder) findLocal(ctx context.Context, manifest digest.Digest) (*archive.Archive, error) {
+// findLocal looks into Options.Dir for a file of ours and for one that CLIP
+// wrote, which may name its image by reference only. A file that is no usable
+// archive is reported once and passed over.
+func (f *Finder) findLocal(ctx context.Context, ref string, manifest digest.Digest) (ours, upstream string, err error) {
 	paths, err := filepath.Glob(filepath.Join(f.opts.Dir, "*.clip"))
 	if err != nil {
-		return nil, err
+		return "", "", err
 	}
 	for _, path := range paths {
-		if f.imageOf(ctx, path) != manifest {
-			continue
+		file := f.inspect(ctx, path)
+		switch {
+		case file.upstream == "" && file.image == manifest:
+			return path, "", nil
+		case file.upstream == "":
+		case file.image == manifest, file.image == "" && archive.SameRef(file.upstream, ref):
+			upstream = path
 		}
-		return archive.OpenFile(path)
 	}
-	return nil, fmt.Errorf("archive of %s: %w", manifest, errdefs.ErrNotFound)
+	return "", upstream, nil
 }
 
-// imageOf returns the manifest that the archive at path is of, or "".
-func (f *Finder) imageOf(ctx context.Context, path string) digest.Digest {
+// inspect returns what is known of the file at path.
+func (f *Finder) inspect(ctx context.Context, path string) localFile {
 	st, err := os.Stat(path)
 	if err != nil {
-		return ""
+		return localFile{}
 	}
 	f.mu.Lock()
-	known, ok := f.local[path]
+	file, ok := f.local[path]
 	f.mu.Unlock()
-	if ok && known.size == st.Size() && known.modTime.Equal(st.ModTime()) {
-		return known.image
+	if ok && file.size == st.Size() && file.modTime.Equal(st.ModTime()) {
+		return file
 	}
-	known = localFile{size: st.Size(), modTime: st.ModTime()}
-	a, err := archive.OpenFile(path)
-	if err != nil {
+	file = localFile{size: st.Size(), modTime: st.ModTime()}
+	if file.image, file.upstream, err = imageOf(path); err != nil {
 		log.G(ctx).WithError(err).WithField("path", path).Warn("ignoring a file that is no usable archive")
-	} else {
-		known.image = a.Info().Descriptor.Digest
-		a.Close()
 	}
 	f.mu.Lock()
-	f.local[path] = known
+	f.local[path] = file
 	f.mu.Unlock()
-	return known.image
+	return file
+}
+
+// imageOf returns the manifest that the archive at path is of and, if CLIP
+// wrote it, its storage reference. Only such a one may not know its manifest.
+func imageOf(path string) (manifest digest.Digest, upstream string, err error) {
+	a, err := archive.OpenFile(path)
+	if err == nil {
+		defer a.Close()
+		return a.Info().Descriptor.Digest, "", nil
+	}
+	if !errors.Is(err, archive.ErrNoSections) {
+		return "", "", err
+	}
+	u, err := archive.OpenUpstreamFile(path)
+	if err != nil {
+		return "", "", err
+	}
+	defer u.Close()
+	img, ok := u.Image()
+	if !ok {
+		return "", "", fmt.Errorf("archive %s holds data instead of an image; clipctl mount shows it: %w", path, errdefs.ErrInvalidArgument)
+	}
+	return img.Manifest, img.Ref, nil
 }
 
 // findReferrer asks the registry which archives refer to the manifest and
 // takes the first that is usable.
 func (f *Finder) findReferrer(ctx context.Context, ref string, manifest digest.Digest) (*archive.Archive, error) {
+	ctx, cancel := context.WithTimeout(ctx, searchTimeout)
+	defer cancel()
 	fetcher, err := f.opts.Fetcher(ctx, ref)
 	if err != nil {
 		return nil, err
@@ -340,12 +379,13 @@ func (f *Finder) fetchArchive(ctx context.Context, fetcher remotes.Fetcher, desc
 	return a, nil
 }
 
-// Close forgets everything.
+// Close ends all searches and forgets everything.
 func (f *Finder) Close() {
 	f.mu.Lock()
 	known := maps.Clone(f.known)
 	f.mu.Unlock()
 	for manifest, r := range known {
+		r.cancel()
 		<-r.done
 		f.forget(manifest, r)
 	}

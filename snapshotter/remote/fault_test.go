@@ -473,7 +473,7 @@ func TestNothingLeaks(t *testing.T) {
 		round()
 	}
 	var g, f int
-	if !assert.Eventually(t, func() bool { g, f = left(); return g <= goroutines+3 && f <= fds+3 }, 10*time.Second, 50*time.Millisecond) {
+	if !assert.Eventually(t, func() bool { g, f = left(); return g <= goroutines+6 && f <= fds+6 }, 30*time.Second, 50*time.Millisecond) {
 		t.Fatalf("%d goroutines and %d files were %d and %d", g, f, goroutines, fds)
 	}
 	for _, e := range c.endpoints {

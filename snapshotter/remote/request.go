@@ -171,7 +171,10 @@ func (c *Client) send(q query, req *http.Request) (*answer, error) {
 // failure is what a failed request means: to the endpoint, and as an error.
 func (a *answer) failure(err error) error {
 	cause := context.Cause(a.ctx)
-	if cause != nil && !errors.Is(cause, errSilent) {
+	switch {
+	case errors.Is(cause, context.DeadlineExceeded):
+		return fmt.Errorf("%s: %w: %w", a.ep.host, cause, errdefs.ErrUnavailable)
+	case cause != nil && !errors.Is(cause, errSilent):
 		return fmt.Errorf("%s: %w", a.ep.host, cause) // nobody waits for it any more
 	}
 	if cause != nil {

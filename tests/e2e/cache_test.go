@@ -44,8 +44,8 @@ func TestFilledImageNeedsNoRegistry(t *testing.T) {
 	daemon.Kill()
 	require.NoError(t, w.lab.RestartDaemon(w.ctx, daemon))
 	w.worker = worker
+	w.runAfterRestart(ref)
 	requireSameRoot(w, stock, ref)
-	require.Equal(t, "hello from clip\n", w.run(worker, lazy, ref, "sh", "/app/run.sh"))
 }
 
 // TestSmallCache reads an image through a cache that it does not fit in.

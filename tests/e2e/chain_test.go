@@ -228,7 +228,7 @@ func TestRebaseCapability(t *testing.T) {
 			file := w.lab.Path("worker", "conf.d", "50-clip.toml")
 			config, err := os.ReadFile(file)
 			require.NoError(t, err)
-			claim := strings.Replace(string(config), `type = "snapshot"`, `type = "snapshot"`+"\n  capabilities = [\"rebase\"]", 1)
+			claim := strings.Replace(string(config), `capabilities = ["remap-ids"]`, `capabilities = ["remap-ids", "rebase"]`, 1)
 			require.NotEqual(t, string(config), claim)
 			require.NoError(t, os.WriteFile(file, []byte(claim), 0o600))
 			w.reconfigure("[plugins.'io.containerd.transfer.v1.local']\n  max_concurrent_unpacks = 4\n")

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/stretchr/testify/require"
 
 	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
@@ -51,6 +52,11 @@ func (w *world) removeCapability() {
 	require.NoError(w, os.WriteFile(file, []byte(strings.Replace(string(text), capability, "", 1)), 0o600))
 	require.NoError(w, w.worker.Stop())
 	require.NoError(w, w.lab.RestartContainerd(w.ctx, w.worker))
+	// It collects garbage when it has started. The copy of the last container is garbage, and the next container must
+	// not begin with it while it goes.
+	lease, err := w.worker.Client().LeasesService().Create(w.ctx, leases.WithRandomID())
+	require.NoError(w, err)
+	require.NoError(w, w.worker.Client().LeasesService().Delete(w.ctx, lease, leases.SynchronousDelete))
 }
 
 // letThrough lets everybody pass through a containerd's directory, as runc wants it for user namespaces: their root is

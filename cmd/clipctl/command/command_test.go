@@ -4,11 +4,15 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -199,11 +203,16 @@ func TestSelection(t *testing.T) {
 func layout(t *testing.T) (string, *testutil.Image) {
 	t.Helper()
 	img := testutil.NewImage(t, testutil.Tar(t, testutil.File{Name: "f", Data: "content"}))
+	return writeLayout(t, img), img
+}
+
+func writeLayout(t *testing.T, img *testutil.Image) string {
+	t.Helper()
 	dir := t.TempDir()
 	img.Blobs.Write(t, dir)
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "oci-layout"), []byte(`{"imageLayoutVersion":"1.0.0"}`), 0o644))
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "index.json"), testutil.JSON(t, ocispec.Index{Manifests: []ocispec.Descriptor{img.Descriptor}}), 0o644))
-	return dir, img
+	return dir
 }
 
 func TestIndexLayout(t *testing.T) {
@@ -300,4 +309,78 @@ func TestCache(t *testing.T) {
 	}
 	_, err := run(t, "index", "oci:"+dir, "-o", output, "--storage-ref", "example.com/app:1", "--cache-dir", output)
 	require.ErrorContains(t, err, "layer-index cache")
+}
+
+// TestEngine has upstream CLIP index a layout.
+func TestEngine(t *testing.T) {
+	dir, img := layout(t)
+	output := filepath.Join(t.TempDir(), "a.clip")
+	args := []string{"index", "oci:" + dir, "-o", output, "--storage-ref", "example.com/app:1"}
+	stdout, said, err := runBoth(t, append(args, "--engine", "clip")...)
+	require.NoError(t, err)
+	require.Contains(t, stdout, output)
+	require.Contains(t, said, "layer 1/1 "+img.Layers[0].Digest.String())
+	_, err = archive.OpenFile(output)
+	require.ErrorIs(t, err, archive.ErrNoSections)
+	inspected, err := run(t, "inspect", output)
+	require.NoError(t, err)
+	require.Contains(t, inspected, `"kind": "oci"`)
+	require.Contains(t, inspected, `"storageRef": "example.com/app:1"`)
+
+	_, err = run(t, append(args, "--engine", "clip", "--push")...)
+	require.ErrorContains(t, err, "--push needs layer indexes")
+	_, err = run(t, append(args, "--engine", "best")...)
+	require.ErrorContains(t, err, "must be span or clip")
+	_, err = run(t, append(args, "--engine", "span")...)
+	require.NoError(t, err)
+	listed, err := run(t, "ls", output, "/f")
+	require.NoError(t, err)
+	require.Contains(t, listed, "/f\n")
+}
+
+// TestCancelLeavesNothing ends the command at many moments: what is there then
+// is whole, and there is nothing else.
+func TestCancelLeavesNothing(t *testing.T) {
+	noise := make([]byte, 4<<20)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(noise) // it never fails
+	var tars [][]byte
+	for i := range 4 {
+		tars = append(tars, testutil.Tar(t, testutil.File{Name: fmt.Sprint(i), Data: string(noise)}))
+	}
+	dir := writeLayout(t, testutil.NewImage(t, tars...))
+	cancelled := 0
+	for i := range 30 {
+		scratch, cache, out := t.TempDir(), t.TempDir(), t.TempDir()
+		t.Setenv("TMPDIR", scratch)
+		cmd := New()
+		cmd.SetOut(io.Discard)
+		cmd.SetErr(io.Discard)
+		cmd.SetArgs([]string{"index", "oci:" + dir, "-o", filepath.Join(out, "a.clip"), "--storage-ref", "example.com/app:1", "--cache-dir", cache})
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i*i/2)*time.Millisecond)
+		err := cmd.ExecuteContext(ctx)
+		cancel()
+		require.Empty(t, names(t, scratch))
+		if err != nil {
+			cancelled++
+			require.ErrorIs(t, err, context.DeadlineExceeded)
+			require.Empty(t, names(t, out))
+		} else {
+			require.Equal(t, []string{"a.clip"}, names(t, out))
+		}
+		for _, name := range names(t, cache) {
+			require.True(t, strings.HasPrefix(name, "sha256-"), name)
+		}
+	}
+	require.Greater(t, cancelled, 3)
+}
+
+// names lists a directory.
+func names(t *testing.T, dir string) (list []string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	for _, e := range entries {
+		list = append(list, e.Name())
+	}
+	return list
 }

@@ -31,6 +31,7 @@ type indexOptions struct {
 	cacheDir     string
 	force        bool
 	spanSize     string
+	engine       string
 }
 
 func newIndexCommand(g *globals) *cobra.Command {
@@ -63,11 +64,15 @@ runs the image; --push checks it.`,
 	f.StringVar(&o.cacheDir, "cache-dir", os.Getenv("CLIPCTL_CACHE_DIR"), "where indexes of layers are kept, for other images with the same layers (default: "+systemCacheDir+" for root, else containerd-clip in the user's cache directory) [$CLIPCTL_CACHE_DIR]")
 	f.BoolVar(&o.force, "force", false, "index every layer, also those whose index is in the cache")
 	f.StringVar(&o.spanSize, "span-size", units.BytesSize(float64(layer.DefaultPointInterval)), "distance of the places in a layer where reading can start: less fetches less per read, more makes a smaller archive")
+	f.StringVar(&o.engine, "engine", engineOurs, "who indexes: "+engineOurs+", or "+engineCLIP+" for upstream CLIP's own indexer, whose archives have no layer indexes")
 	cmd.MarkFlagsMutuallyExclusive("platform", "all-platforms")
 	return cmd
 }
 
 func runIndex(ctx context.Context, g *globals, image string, o indexOptions, stdout, stderr io.Writer) error {
+	if err := o.checkEngine(); err != nil {
+		return err
+	}
 	selection, err := o.selection()
 	if err != nil {
 		return err
@@ -95,8 +100,14 @@ func runIndex(ctx context.Context, g *globals, image string, o indexOptions, std
 	if err != nil {
 		return err
 	}
+	several := len(manifests) > 1
 	for _, m := range manifests {
-		if err := indexOne(ctx, source, m, ref, o, indexing, len(manifests) > 1, stdout, stderr); err != nil {
+		if o.engine == engineCLIP {
+			err = indexWithCLIP(ctx, source, m, ref, o, several, stdout, stderr)
+		} else {
+			err = indexOne(ctx, source, m, ref, o, indexing, several, stdout, stderr)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -198,10 +209,7 @@ func indexOne(ctx context.Context, source *export.Source, m export.Manifest, ref
 	start := time.Now()
 	progress := newProgress(stderr, m.Layers)
 	indexing.Progress = progress
-	img, err := index.Run(ctx, source.Provider, index.Image{
-		StorageRef: ref, Platform: m.Platform, Descriptor: m.Descriptor,
-		Manifest: m.Raw, Config: m.Config, Layers: m.Layers,
-	}, indexing)
+	img, err := index.Run(ctx, source.Provider, toIndex(m, ref), indexing)
 	progress.close(err)
 	if err != nil {
 		return fmt.Errorf("indexing %s: %w", source.Name, err)
@@ -214,6 +222,9 @@ func indexOne(ctx context.Context, source *export.Source, m export.Manifest, ref
 		if l.Index == nil {
 			log.G(ctx).WithField("layer", m.Layers[i].Digest).Warnf("workers will unpack this layer and those above it: %s", l.Reason)
 		}
+	}
+	for _, limit := range img.Limits() {
+		log.G(ctx).WithField("image", source.Name).Warn(limit)
 	}
 	if o.output != "" || !o.push {
 		fmt.Fprintf(stdout, "%s\t%s\t%d layers\t%d files\t%.1fs\n",
@@ -229,6 +240,14 @@ func indexOne(ctx context.Context, source *export.Source, m export.Manifest, ref
 	fmt.Fprintf(stdout, "pushed %s\tfor %s\t%s\t%d layers\t%d files\t%.1fs\n",
 		id, ref, size(n), len(m.Layers), st.Files, time.Since(start).Seconds())
 	return nil
+}
+
+// toIndex is m with its storage reference, as indexers take it.
+func toIndex(m export.Manifest, ref string) index.Image {
+	return index.Image{
+		StorageRef: ref, Platform: m.Platform, Descriptor: m.Descriptor,
+		Manifest: m.Raw, Config: m.Config, Layers: m.Layers,
+	}
 }
 
 // path returns where to write the archive, and what to call when it is no

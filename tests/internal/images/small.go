@@ -57,7 +57,7 @@ func Small(dir string) (*Layout, error) {
 	m.image(ZstdName, config, zstd, m.layer(l.AddZstdLayer, writeChanges), top)
 	// A small layer would declare a window of its own size.
 	m.image(WindowName, config, base[0], m.layer(l.AddLongZstdLayer, func(t *tarball) { t.file("large", 0o644, strings.Repeat("large\n", 1<<20)) }), top)
-	m.image(SparseName, config, base[0], m.raw(l.AddLayer, writeSparse), top)
+	m.image(SparseName, config, base[0], m.raw(l.AddLayer, WriteSparse), top)
 	m.image(OddName, config, base[0], m.raw(l.AddLayer, writeOddSparse), top)
 	m.image(HugeName, config, base[0], m.raw(l.AddLayer, writeHugeHole), top)
 	if m.err == nil {

@@ -23,9 +23,9 @@ type piece struct {
 	data string
 }
 
-// writeSparse is a layer with a file of each version, and one that has nothing but a hole. All have the same content
+// WriteSparse is a layer with a file of each version, and one that has nothing but a hole. All have the same content
 // otherwise: two pieces of data, one of them at the end, in 64 MiB.
-func writeSparse(w io.Writer) error {
+func WriteSparse(w io.Writer) error {
 	const size = 64<<20 + 100
 	pieces := []piece{{4096, strings.Repeat("x", 4096)}, {8 << 20, strings.Repeat("text ", 1<<16)[:256<<10]}, {size - 100, strings.Repeat("y", 100)}}
 	return sparseLayer(w,

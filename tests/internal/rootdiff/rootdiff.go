@@ -116,6 +116,9 @@ func hash(path string) (sum [sha256.Size]byte, err error) {
 
 func xattrs(path string) (map[string]string, error) {
 	names, err := sysx.LListxattr(path)
+	if errors.Is(err, unix.ENOTSUP) {
+		return nil, nil // a filesystem without any
+	}
 	if err != nil {
 		return nil, fmt.Errorf("listing extended attributes: %w", err)
 	}

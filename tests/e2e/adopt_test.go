@@ -1,0 +1,102 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/beam-cloud/clip/pkg/clip"
+	"github.com/stretchr/testify/require"
+
+	"github.com/beam-cloud/containerd-clip/tests/internal/images"
+)
+
+// TestUpstreamArchive runs an image of which CLIP itself made the archive: the first pull streams each layer once and
+// indexes it, with everything that CLIP's own index has wrong; after that the image is as lazy as any.
+func TestUpstreamArchive(t *testing.T) {
+	for name, storage := range map[string]string{"its own reference": "", "another storage reference": "registry.example.com/team/app:1"} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			w.publish(images.DockerName)
+			ref, layers := w.ref(images.DockerName), w.layers(images.DockerName)
+			archives := filepath.Join(w.daemon.Root, "archives")
+			require.NoError(t, clip.SetLogLevel("disabled"))
+			require.NoError(t, clip.CreateFromOCIImage(w.ctx, clip.CreateFromOCIImageOptions{
+				ImageRef: ref, StorageImageRef: storage, OutputPath: filepath.Join(archives, "theirs.clip"),
+			}))
+
+			pulled := w.pull(w.worker, lazy, ref)
+			for _, l := range layers {
+				require.Len(t, pulled.Gets(l), 1, "each layer is streamed once:\n%s", pulled)
+			}
+			require.Contains(t, w.daemon.Log(), "indexed the layers of an archive that CLIP wrote")
+			require.FileExists(t, filepath.Join(archives, "theirs.indexed.clip"))
+
+			w.registry.Reset()
+			require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+			fetched := w.registry.Requests().Gets(layers...)
+			require.NotEmpty(t, fetched)
+			for _, r := range fetched {
+				require.NotEmpty(t, r.Range, "reads are spans: %s", r)
+			}
+			stock := w.stock()
+			w.pull(stock, eager, ref)
+			requireSameRoot(w, stock, ref)
+
+			w.removeImage(w.worker, ref)
+			require.Empty(t, w.pull(w.worker, lazy, ref).Gets(layers...), "the next pull finds the indexes")
+		})
+	}
+}
+
+// TestUpstreamArchiveUnusable falls back to unpacking when CLIP's archive cannot be made use of, and says why.
+func TestUpstreamArchiveUnusable(t *testing.T) {
+	w := newWorld(t)
+	w.publish(images.DockerName)
+	ref := w.ref(images.DockerName)
+	path := filepath.Join(w.daemon.Root, "archives", "theirs.clip")
+	require.NoError(t, clip.SetLogLevel("disabled"))
+	require.NoError(t, clip.CreateFromOCIImage(w.ctx, clip.CreateFromOCIImageOptions{ImageRef: ref, OutputPath: path}))
+	metadata, err := clip.NewClipArchiver().ExtractMetadata(path)
+	require.NoError(t, err)
+	info := w.upstreamInfo(path)
+	info.Layers[0], info.Layers[1] = info.Layers[1], info.Layers[0]
+	require.NoError(t, clip.NewClipArchiver().CreateRemoteArchive(info, metadata, path))
+
+	w.pull(w.worker, lazy, ref)
+	w.requireReason(ref, "it lists other layers than the image's manifest")
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+}
+
+// TestEngineCLIP has CLIP's own indexer index an image of the local store, without the registry. What it writes works in
+// CLIP and here.
+func TestEngineCLIP(t *testing.T) {
+	w := newWorld(t)
+	w.publish(images.DockerName)
+	ref, layers := w.ref(images.DockerName), w.layers(images.DockerName)
+	file := filepath.Join(w.daemon.Root, "archives", "theirs.clip")
+	w.registry.Reset()
+	result, err := w.builder.Clipctl(w.ctx, "index", ref, "--engine", "clip", "-o", file)
+	require.NoError(t, err)
+	require.Empty(t, w.registry.Requests(), "the registry is not asked")
+	require.Contains(t, result.Stdout, file)
+	for i, l := range layers {
+		require.Regexp(t, fmt.Sprintf("layer %d/%d %s .* indexed", i+1, len(layers), l), result.Stderr)
+	}
+	require.Equal(t, ref, w.upstreamInfo(file).ImageMetadata.Name)
+
+	o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: t.TempDir()}
+	mountUpstream(t, o)
+	name, err := os.ReadFile(filepath.Join(o.MountPoint, "app/name"))
+	require.NoError(t, err)
+	require.Equal(t, "clip\n", string(name))
+
+	w.pull(w.worker, lazy, ref)
+	require.Contains(t, w.daemon.Log(), "indexed the layers of an archive that CLIP wrote")
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+
+	_, err = w.builder.Clipctl(w.ctx, "index", w.ref(images.SmallName), "--engine", "clip", "-o", w.lab.Path("no.clip"))
+	require.ErrorContains(t, err, "reads gzip layers only", "one layer is not compressed")
+	require.NoFileExists(t, w.lab.Path("no.clip"))
+}
