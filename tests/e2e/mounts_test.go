@@ -151,6 +151,8 @@ func TestModeChanges(t *testing.T) {
 		require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
 		require.Equal(t, mode == "loop", len(loopsOf(t, w.daemon.Root)) > 0)
 	}
+	w.removeImage(w.worker, ref) // and the last container's snapshot, for which its root would stay
+	w.eventually("its root is removed", func() bool { return len(mountsOf(t, w.daemon.Root)) == 0 })
 	require.NoError(t, w.daemon.Stop())
 	require.Empty(t, mountsOf(t, w.daemon.Root))
 	require.Empty(t, loopsOf(t, w.daemon.Root))
