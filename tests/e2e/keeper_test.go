@@ -291,7 +291,7 @@ func TestStopped(t *testing.T) {
 	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
 	r.requireGoOn()
 	require.Greater(t, r.reads.Load(), before)
-	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, r.ref, "sh", "/app/run.sh"))
+	w.runAfterRestart(r.ref)
 	r.end()
 	w.requireCleanEnd(r.ref)
 }
@@ -328,7 +328,7 @@ func TestKeeperKilled(t *testing.T) {
 			require.Error(t, err)
 			require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
 			require.NoError(t, w.worker.RemoveContainer(w.ctx, "doomed"))
-			require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, r.ref, "sh", "/app/run.sh"))
+			w.runAfterRestart(r.ref)
 			w.requireCleanEnd(r.ref)
 		})
 	}
