@@ -77,8 +77,9 @@ fuzz: ## every fuzz target for FUZZTIME (30s)
 demo: deps parts build ## an image indexed, pushed and run lazily, next to a full pull (root)
 	@$(GO) run ./tests/demo
 
-install: build ## binaries to $(DESTDIR)$(PREFIX)/bin, containerd's settings to share/containerd-clip
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/containerd-clip
+install: build ## binaries, systemd's unit, containerd's settings, below $(DESTDIR)$(PREFIX)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/containerd-clip
+	sed 's|/usr/local|$(PREFIX)|' containerd-clip-grpc.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/containerd-clip-grpc.service
 	install -m 755 $(BIN)/clipctl $(BIN)/containerd-clip-grpc $(DESTDIR)$(PREFIX)/bin
 	install -m 644 config.toml.example $(DESTDIR)$(PREFIX)/share/containerd-clip
 

@@ -2,16 +2,13 @@ package snapshotter
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/beam-cloud/containerd-clip/archive/layer"
@@ -45,7 +42,7 @@ func (r roots) get(id string) *rootState {
 
 // root describes the root of the lazy snapshot id.
 func (s *Snapshotter) root(id string, c chain) root.Root {
-	return root.Root{Dir: filepath.Join(s.dir, "roots", id), Indexes: func() ([]*layer.Index, error) {
+	return root.Root{Dir: filepath.Join(s.dir, "roots", id), Session: s.session, Helper: s.helper, Indexes: func() ([]*layer.Index, error) {
 		layers := make([]*layer.Index, len(c.Layers))
 		for i, diffID := range c.Layers {
 			var err error
@@ -148,52 +145,18 @@ func (s *Snapshotter) removeRoot(id string) error {
 	return nil
 }
 
-// unmountAll unmounts every root.
-func (s *Snapshotter) unmountAll() error {
-	s.roots.mu.Lock()
-	defer s.roots.mu.Unlock()
-	var errs []error
-	for id, st := range s.roots.byID {
-		st.mu.Lock()
-		if st.mounted {
-			errs = append(errs, s.root(id, chain{}).Unmount())
-			st.mounted = false
-		}
-		st.mu.Unlock()
-	}
-	return errors.Join(errs...)
-}
-
-// unmountStale unmounts the roots of an earlier process: nobody answers their
-// reads any more.
-func (s *Snapshotter) unmountStale() error {
-	dir, err := filepath.EvalSymlinks(filepath.Join(s.dir, "roots"))
-	if err != nil {
-		return err
-	}
-	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, m := range mounts {
-		if strings.HasPrefix(m.Mountpoint, dir+"/") {
-			errs = append(errs, root.Unmount(m.Mountpoint))
+// probe finds out what roots can be on top of the layer file system, which it
+// mounts unless that of an earlier process goes on. What fails here would fail
+// for every image.
+func (s *Snapshotter) probe(ctx context.Context, want root.Mode) (err error) {
+	if s.files == nil {
+		if s.files, err = layerfs.New(ctx, s.session); err != nil {
+			return err
 		}
 	}
-	return errors.Join(errs...)
-}
-
-// probe mounts a layer file system and finds out what roots can be on top of
-// it. What fails here would fail for every image.
-func (s *Snapshotter) probe(ctx context.Context, want root.Mode) error {
-	files, err := layerfs.New(ctx)
+	can, err := root.Choose(ctx, want, filepath.Join(s.dir, "roots"), s.files, s.helper)
 	if err != nil {
 		return err
-	}
-	can, err := root.Choose(ctx, want, filepath.Join(s.dir, "roots"), files)
-	if err != nil {
-		return errors.Join(err, files.Close())
 	}
 	log.G(ctx).WithField("mode", can.Mode).Info("this machine can mount lazy roots")
 	for what, err := range map[string]error{
@@ -204,6 +167,6 @@ func (s *Snapshotter) probe(ctx context.Context, want root.Mode) error {
 			log.G(ctx).WithError(err).Warn(what)
 		}
 	}
-	s.files, s.can = files, can
+	s.can = can
 	return nil
 }

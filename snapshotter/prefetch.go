@@ -176,7 +176,7 @@ func (s *Snapshotter) mountOwn(ctx context.Context, id string, own *ownRoot, c c
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	r := s.root(id, c)
-	r.Exact = true
+	r.Exact, r.Session = true, nil // what is recorded ends with the process
 	if st.mounted {
 		return r.Path(), nil
 	}

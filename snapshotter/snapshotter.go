@@ -23,6 +23,11 @@
 //	archives/               package discover
 //	recordings/             package record
 //
+// Roots outlive the process if Options.Keeper holds what they need: New takes
+// over those that it finds mounted, before anything else, because containers
+// wait for them. Nothing about them is written down: that they are mounted, the
+// kernel says, and which layers they have, their snapshots.
+//
 // Locks are taken in this order: gate, the metadata store's, a root's, refs'.
 package snapshotter
 
@@ -46,6 +51,8 @@ import (
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
+	"github.com/beam-cloud/containerd-clip/snapshotter/fuseconn"
+	"github.com/beam-cloud/containerd-clip/snapshotter/keeper"
 	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
 	"github.com/beam-cloud/containerd-clip/snapshotter/record"
 	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
@@ -66,6 +73,11 @@ type Options struct {
 	// Prefetch fetches what the archive says that a start reads, as soon as
 	// the image is pulled.
 	Prefetch bool
+	// Keeper keeps roots for the next process, so that containers go on. Nil
+	// lets them end with Close.
+	Keeper *keeper.Keeper
+	// Helper mounts roots; nil does it in this process.
+	Helper root.Helper
 }
 
 // Snapshotter implements snapshots.Snapshotter and snapshots.Cleaner.
@@ -74,7 +86,9 @@ type Snapshotter struct {
 	meta     *storage.MetaStore
 	layers   *cache.Store
 	filler   *fill.Filler
-	files    *layerfs.FS // nil if noLazy is set
+	files    *layerfs.FS       // nil if not even that can be mounted
+	session  *fuseconn.Session // nil if nothing outlives the process
+	helper   root.Helper
 	can      root.Ability
 	finder   *discover.Finder
 	recorder *record.Recorder
@@ -101,7 +115,7 @@ type Snapshotter struct {
 // New opens the snapshotter in opts.Root and removes what an earlier process
 // left half-done. It needs neither network nor containerd.
 func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
-	s := &Snapshotter{dir: opts.Root, prefetch: opts.Prefetch, roots: newRoots(), merged: map[digest.Digest]error{}}
+	s := &Snapshotter{dir: opts.Root, helper: opts.Helper, prefetch: opts.Prefetch, roots: newRoots(), merged: map[digest.Digest]error{}}
 	for _, sub := range []string{"snapshots", "roots", "archives"} {
 		if err := os.MkdirAll(filepath.Join(s.dir, sub), 0o700); err != nil {
 			return nil, err
@@ -111,8 +125,8 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if err := os.Chmod(s.dir, 0o700); err != nil {
 		return nil, err
 	}
-	if err := s.unmountStale(); err != nil {
-		return nil, err
+	if opts.Keeper != nil {
+		s.session = fuseconn.NewSession(opts.Keeper)
 	}
 	defer func() {
 		if err != nil {
@@ -126,6 +140,10 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if s.layers, err = cache.Open(ctx, cache.Options{
 		Dir: filepath.Join(s.dir, "layers"), Fetch: client, MaxSize: opts.CacheSize, InUse: s.mounted.used,
 	}); err != nil {
+		return nil, err
+	}
+	// Readers wait for this; nothing may look into a root before it.
+	if err := s.takeOver(ctx); err != nil {
 		return nil, err
 	}
 	if s.recorder, err = record.Open(ctx, filepath.Join(s.dir, "recordings")); err != nil {
@@ -164,9 +182,11 @@ func (s *Snapshotter) restore(ctx context.Context) error {
 	return nil
 }
 
-// Close unmounts all roots. A container that still runs on one keeps its mount
-// until it ends, but can no longer read what is not in memory. Closing again
-// returns what the first Close did.
+// Close ends the snapshotter. With Options.Keeper, roots that a snapshot of a
+// container stands on stay, and who reads there waits for the next process.
+// Other roots are unmounted; without a keeper, a container that still runs on
+// one can no longer read what is not in memory. Closing again returns what the
+// first Close did.
 func (s *Snapshotter) Close() error {
 	s.closing.Do(func() { s.closeErr = s.close() })
 	return s.closeErr
@@ -177,16 +197,10 @@ func (s *Snapshotter) close() error {
 	if s.filler != nil {
 		s.filler.Close()
 	}
-	var errs []error
-	errs = append(errs, s.unmountAll())
+	errs := []error{s.leaveRoots()}
 	s.own.closeAll()
 	if s.recorder != nil {
 		s.recorder.Close()
-	}
-	if s.files != nil {
-		if err := s.files.Close(); err != nil {
-			log.L.WithError(err).Warn("containers still run on lazy roots; they can no longer read what is not in memory")
-		}
 	}
 	if s.finder != nil {
 		s.finder.Close()

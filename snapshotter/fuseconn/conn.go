@@ -9,6 +9,11 @@
 // caller opens files below /proc/self/fd/N, or attaches the mount to a
 // directory.
 //
+// A connection of a Session outlives the process: a keeper has its descriptors,
+// and the process that starts next resumes it. The kernel then hands out again
+// what was asked and not answered, so readers only wait. For that a file
+// system must give the same node numbers again and use no file handles.
+//
 // Whoever waits for an answer may hold kernel locks. A process that answers a
 // mount must touch it as little as possible: a thread that waits for its own
 // process cannot be killed.
@@ -24,6 +29,7 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -46,6 +52,11 @@ type Options struct {
 	// Protocol says what is negotiated with the kernel; its sizes and queue
 	// lengths are set here.
 	Protocol fuse.MountOptions
+	// Session keeps the connection under Name for the next process; with
+	// KeepMount also the mount, if it is attached nowhere. Nil keeps nothing.
+	Session   *Session
+	Name      string
+	KeepMount bool
 }
 
 // Conn is a mounted file system that is being served.
@@ -55,13 +66,18 @@ type Options struct {
 // new one is started; of those that come back, at most idleWorkers stay.
 type Conn struct {
 	ctx     context.Context
-	fd      int // /dev/fuse
-	mount   int
-	server  *fuse.ProtocolServer
-	reading atomic.Int32
-	workers sync.WaitGroup
-	greeted chan struct{} // closed when the kernel has the answer to its first request, INIT
-	ended   chan struct{} // closed when the kernel has dropped the mount
+	kept    kept
+	session *Session
+	name    string
+	// keeps is the session if the keeper has the connection, keepsMount says
+	// that it has the mount, too.
+	keeps      *Session
+	keepsMount bool
+	server     *fuse.ProtocolServer
+	reading    atomic.Int32
+	workers    sync.WaitGroup
+	greeted    chan []byte   // gets the greeting when the kernel has the answer to its first request, INIT
+	ended      chan struct{} // closed when the kernel has dropped the mount
 }
 
 const idleWorkers = 2
@@ -78,10 +94,11 @@ const (
 	maxWrite      = 4 << 10
 )
 
-// Opcode and offset of the InitOut field that is patched, see
+// Opcode, notice, and offset of the InitOut field that is patched, see
 // linux/fuse.h: struct fuse_init_out.
 const (
 	opInit            = 26
+	notifyResend      = 7
 	initOutMaxWriteAt = outHeaderSize + 20
 )
 
@@ -98,23 +115,22 @@ func Mount(ctx context.Context, fs fuse.RawFileSystem, o Options) (*Conn, error)
 		unix.Close(fd)
 		return nil, err
 	}
-	o.Protocol.MaxWrite = MaxRead // go-fuse derives the largest read from it
-	o.Protocol.MaxBackground = maxBackground
-	c := &Conn{
-		ctx: context.WithoutCancel(ctx), fd: fd, mount: mnt,
-		greeted: make(chan struct{}), ended: make(chan struct{}),
-		server: fuse.NewProtocolServer(fs, &o.Protocol),
-	}
+	c := newConn(ctx, fs, o, kept{fd: fd, mount: mnt, greeting: -1})
 	c.start()
+	stopped := make(chan struct{})
 	go func() {
 		c.workers.Wait()
-		unix.Close(c.fd)
-		close(c.ended)
+		close(stopped)
 	}()
 	select {
-	case <-c.greeted: // the kernel sets a read-ahead of its own when it learns the answer
-	case <-c.ended:
-		return nil, errors.Join(errors.New("mounting FUSE: the connection ended at once"), c.Release())
+	case greeting := <-c.greeted: // the kernel sets a read-ahead of its own when it learns the answer
+		err = c.keep(o, greeting)
+	case <-stopped:
+		err = errors.New("mounting FUSE: the connection ended at once")
+	}
+	c.end()
+	if err != nil {
+		return nil, errors.Join(err, c.Release())
 	}
 	// Files take over the value when they are opened, not later.
 	if err := setReadAhead(mnt); err != nil {
@@ -123,11 +139,133 @@ func Mount(ctx context.Context, fs fuse.RawFileSystem, o Options) (*Conn, error)
 	return c, nil
 }
 
-// FD is the descriptor of the mount, valid until Release.
-func (c *Conn) FD() int { return c.mount }
+func newConn(ctx context.Context, fs fuse.RawFileSystem, o Options, k kept) *Conn {
+	o.Protocol.MaxWrite = MaxRead // go-fuse derives the largest read from it
+	o.Protocol.MaxBackground = maxBackground
+	o.Protocol.ExtraCapabilities |= fuse.CAP_HAS_RESEND
+	return &Conn{
+		ctx: context.WithoutCancel(ctx), kept: k, session: o.Session, name: o.Name,
+		greeted: make(chan []byte, 1), ended: make(chan struct{}),
+		server: fuse.NewProtocolServer(fs, &o.Protocol),
+	}
+}
 
-// Release ends the caller's use of the mount.
-func (c *Conn) Release() error { return unix.Close(c.mount) }
+// keep has the connection kept. A kernel that cannot resend leaves it to end
+// with the process.
+func (c *Conn) keep(o Options, greeting []byte) (err error) {
+	if o.Session == nil {
+		return nil
+	}
+	if !canResend(greeting) {
+		log.G(c.ctx).Warn("this kernel is older than Linux 6.9: when the daemon ends, containers can no longer read what is not in memory")
+		return nil
+	}
+	if c.kept.greeting, err = writeGreeting(greeting); err != nil {
+		return fmt.Errorf("keeping a FUSE connection: %w", err)
+	}
+	k := c.kept
+	if !o.KeepMount {
+		k.mount = -1
+	}
+	if err := o.Session.keeper.Keep(o.Name, k.list()...); err != nil {
+		return fmt.Errorf("keeping a FUSE connection: %w", err)
+	}
+	c.keeps, c.keepsMount = o.Session, o.KeepMount
+	c.keeps.began(c)
+	return nil
+}
+
+// Resume serves fs on the connection that an earlier process served, with the
+// options it was mounted with. It returns errdefs.ErrNotFound if there is none,
+// or it has ended. fs must be ready: readers may be waiting.
+func Resume(ctx context.Context, fs fuse.RawFileSystem, o Options) (_ *Conn, err error) {
+	if o.Session == nil {
+		return nil, errdefs.ErrNotFound
+	}
+	fds := o.Session.keeper.Take(o.Name)
+	if fds == nil {
+		return nil, fmt.Errorf("FUSE connection %s: %w", o.Name, errdefs.ErrNotFound)
+	}
+	k, err := sortKept(fds)
+	if err == nil && o.KeepMount && k.mount < 0 {
+		err = errors.New("its mount is missing")
+	}
+	c := newConn(ctx, fs, o, k)
+	if err == nil {
+		err = c.resume()
+	}
+	if err != nil {
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+		return nil, fmt.Errorf("resuming FUSE connection %s: %w", o.Name, errors.Join(err, o.Session.keeper.Drop(o.Name)))
+	}
+	c.keeps, c.keepsMount = o.Session, o.KeepMount
+	c.keeps.began(c)
+	c.start()
+	c.end()
+	return c, nil
+}
+
+// resume greets the new server and has the kernel hand out what is not
+// answered.
+func (c *Conn) resume() error {
+	state := []unix.PollFd{{Fd: int32(c.kept.fd)}}
+	if _, err := unix.Poll(state, 0); err != nil {
+		return err
+	}
+	if state[0].Revents&unix.POLLERR != 0 {
+		return fmt.Errorf("it has ended: %w", errdefs.ErrNotFound)
+	}
+	greeting, err := readGreeting(c.kept.greeting)
+	if err != nil {
+		return err
+	}
+	if n, status := c.server.HandleRequest([][]byte{greeting}, [][]byte{replyBuffer()}); n == 0 || !status.Ok() {
+		return fmt.Errorf("go-fuse does not take the greeting: %v", status)
+	}
+	if _, err := unix.Write(c.kept.fd, resendNotice()); err != nil {
+		return fmt.Errorf("asking for the requests that wait: %w", err)
+	}
+	return nil
+}
+
+// resendNotice is the message FUSE_NOTIFY_RESEND: the kernel hands out again
+// what was taken and not answered.
+func resendNotice() []byte {
+	b := make([]byte, outHeaderSize) // the unique number of a notice is 0
+	binary.NativeEndian.PutUint32(b[0:], outHeaderSize)
+	binary.NativeEndian.PutUint32(b[4:], notifyResend)
+	return b
+}
+
+// end waits for the end of the connection and lets go of it.
+func (c *Conn) end() {
+	go func() {
+		c.workers.Wait()
+		if c.keeps != nil {
+			if err := c.keeps.finish(c); err != nil {
+				log.G(c.ctx).WithError(err).Warn("a FUSE connection that has ended is still kept")
+			}
+		}
+		if err := (kept{c.kept.fd, -1, c.kept.greeting}).close(); err != nil {
+			log.G(c.ctx).WithError(err).Warn("closing a FUSE connection")
+		}
+		close(c.ended)
+	}()
+}
+
+// FD is the descriptor of the mount, valid until Release.
+func (c *Conn) FD() int { return c.kept.mount }
+
+// Release ends the caller's use of the mount, and that of a keeper.
+func (c *Conn) Release() error {
+	var err error
+	if c.keepsMount {
+		err = c.keeps.finish(c)
+	}
+	return errors.Join(err, unix.Close(c.kept.mount))
+}
 
 // Wait waits until the mount has ended, but no longer than timeout, and says
 // whether it has. Uses that remain keep their workers until the process ends.
@@ -149,7 +287,7 @@ func (c *Conn) work() {
 	in := make([]byte, inBufferSize)
 	out := replyBuffer()
 	for {
-		n, err := unix.Read(c.fd, in)
+		n, err := unix.Read(c.kept.fd, in)
 		if c.reading.Add(-1) == 0 && err == nil {
 			c.start()
 		}
@@ -181,15 +319,18 @@ func (c *Conn) answer(in, out []byte) {
 		n = errorReply(in, out, status)
 	}
 	if binary.NativeEndian.Uint32(in[4:]) == opInit {
-		defer close(c.greeted)
+		greeting := greetingOf(in, out[:n])
+		defer func() { c.greeted <- greeting }()
 		if n > initOutMaxWriteAt+4 {
 			// The read buffer must hold a write of this size, and there are none.
 			binary.NativeEndian.PutUint32(out[initOutMaxWriteAt:], maxWrite)
 		}
 	}
-	if _, err := unix.Write(c.fd, out[:n]); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) {
-		log.G(c.ctx).WithError(err).Error("writing to /dev/fuse failed")
-	}
+	c.session.reply(func() {
+		if _, err := unix.Write(c.kept.fd, out[:n]); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) {
+			log.G(c.ctx).WithError(err).Error("writing to /dev/fuse failed")
+		}
+	})
 }
 
 // errorReply answers a request that could not be handled at all: without an

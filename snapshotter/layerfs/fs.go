@@ -6,7 +6,8 @@
 // nothing else sees them, because the mount is not attached anywhere.
 //
 // Node numbers are derived from diff IDs and file handles are 0, so requests
-// mean the same to any process that answers them.
+// mean the same to any process that answers them: the mount can outlive the
+// process (Resume).
 //
 // A reader of a layer file holds kernel locks while it waits. Whatever answers
 // it must never touch a file system that stands on this one.
@@ -17,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"sync"
 	"time"
 
@@ -154,21 +156,18 @@ type FS struct {
 	closeErr error // of the first Close
 }
 
-// New mounts a layer file system. ctx carries the logger and nothing else.
-func New(ctx context.Context) (*FS, error) {
-	// The page cache of the layer file gives read-ahead across the files in it.
-	return mount(ctx, fuse.FOPEN_KEEP_CACHE)
-}
+// Connection is the name under which the file system is kept for the next
+// process. The number changes when requests no longer mean the same.
+const Connection = "layers-1"
 
-// NewExact is New for a file system that asks its files for what is read and
-// nothing else, every time.
-func NewExact(ctx context.Context) (*FS, error) { return mount(ctx, fuse.FOPEN_DIRECT_IO) }
-
-func mount(ctx context.Context, openFlags uint32) (*FS, error) {
-	t := &table{
+func newTable(ctx context.Context, openFlags uint32) *table {
+	return &table{
 		RawFileSystem: fuse.NewDefaultRawFileSystem(), ctx: context.WithoutCancel(ctx), openFlags: openFlags, files: map[uint64]File{},
 	}
-	conn, err := fuseconn.Mount(ctx, t, fuseconn.Options{
+}
+
+func options(session *fuseconn.Session) fuseconn.Options {
+	return fuseconn.Options{
 		Source: "clip-layers",
 		Flags:  []string{"allow_other"}, // EROFS reads on behalf of every user
 		Attr:   unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOSUID,
@@ -176,7 +175,44 @@ func mount(ctx context.Context, openFlags uint32) (*FS, error) {
 			ExtraCapabilities:    fuse.CAP_ASYNC_DIO,
 			DisabledCapabilities: fuse.CAP_PASSTHROUGH | fuse.CAP_READDIRPLUS,
 		},
-	})
+		Session: session, Name: Connection, KeepMount: true,
+	}
+}
+
+// cached gives read-ahead across the files in a layer: the page cache of the
+// layer file has it.
+const cached = fuse.FOPEN_KEEP_CACHE
+
+// New mounts a layer file system, which session keeps for the next process if
+// it is not nil. ctx carries the logger and nothing else.
+func New(ctx context.Context, session *fuseconn.Session) (*FS, error) {
+	return mount(ctx, cached, session)
+}
+
+// NewExact is New for a file system that asks its files for what is read and
+// nothing else, every time. It ends with the process.
+func NewExact(ctx context.Context) (*FS, error) { return mount(ctx, fuse.FOPEN_DIRECT_IO, nil) }
+
+func mount(ctx context.Context, openFlags uint32, session *fuseconn.Session) (*FS, error) {
+	t := newTable(ctx, openFlags)
+	conn, err := fuseconn.Mount(ctx, t, options(session))
+	if err != nil {
+		return nil, err
+	}
+	return &FS{table: t, conn: conn}, nil
+}
+
+// Resume goes on serving the layer file system of an earlier process, with
+// files, which may already be waited for. It returns errdefs.ErrNotFound if
+// there is none.
+func Resume(ctx context.Context, session *fuseconn.Session, files map[digest.Digest]File) (*FS, error) {
+	t := newTable(ctx, cached)
+	for diffID, f := range files {
+		if err := t.add(diffID, f); err != nil {
+			return nil, err
+		}
+	}
+	conn, err := fuseconn.Resume(ctx, t, options(session))
 	if err != nil {
 		return nil, err
 	}
@@ -184,14 +220,16 @@ func mount(ctx context.Context, openFlags uint32) (*FS, error) {
 }
 
 // Add makes the layer readable under the path that Path returns.
-func (fs *FS) Add(diffID digest.Digest, f File) error {
+func (fs *FS) Add(diffID digest.Digest, f File) error { return fs.table.add(diffID, f) }
+
+func (t *table) add(diffID digest.Digest, f File) error {
 	id, err := nodeID(diffID)
 	if err != nil {
 		return fmt.Errorf("diff ID %q: %w", diffID, err)
 	}
-	fs.table.mu.Lock()
-	defer fs.table.mu.Unlock()
-	fs.table.files[id] = f
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.files[id] = f
 	return nil
 }
 
@@ -204,9 +242,10 @@ func (fs *FS) Remove(diffID digest.Digest) {
 	}
 }
 
-// Path returns the path of a layer file. It is valid in this process only.
+// Path returns the path of a layer file. It is valid as long as this process
+// lives.
 func (fs *FS) Path(diffID digest.Digest) string {
-	return fmt.Sprintf("/proc/self/fd/%d/%s", fs.conn.FD(), diffID.Encoded())
+	return fmt.Sprintf("/proc/%d/fd/%d/%s", os.Getpid(), fs.conn.FD(), diffID.Encoded())
 }
 
 // closeTimeout is how long Close waits for uses of the mount to end.

@@ -61,7 +61,7 @@ func readFile(path string) ([]byte, error) {
 
 func newFS(t *testing.T) *FS {
 	t.Helper()
-	fs, err := New(context.Background())
+	fs, err := New(context.Background(), nil)
 	require.NoError(t, err, "this test needs root and /dev/fuse")
 	t.Cleanup(func() { require.NoError(t, fs.Close()) })
 	return fs

@@ -32,7 +32,7 @@ type Ability struct {
 // directory of dir that is removed again, that can do everything, or else the
 // first that works at all. want restricts the choice to one way. An error says
 // for each way what this machine cannot do.
-func Choose(ctx context.Context, want Mode, dir string, files *layerfs.FS) (Ability, error) {
+func Choose(ctx context.Context, want Mode, dir string, files *layerfs.FS, h Helper) (Ability, error) {
 	modes := []Mode{File, Loop, FUSE}
 	if want != Auto {
 		modes = []Mode{want}
@@ -42,7 +42,7 @@ func Choose(ctx context.Context, want Mode, dir string, files *layerfs.FS) (Abil
 		errs   []error
 	)
 	for _, m := range modes {
-		can, err := Probe(ctx, m, dir, files)
+		can, err := Probe(ctx, m, dir, files, h)
 		if err != nil {
 			log.G(ctx).WithError(err).WithField("mode", m).Debug("a way to mount roots does not work here")
 			errs = append(errs, fmt.Errorf("mode %s: %w", m, err))
@@ -73,22 +73,29 @@ func (p probeFile) ReadAt(_ context.Context, b []byte, off int64) (int, error) {
 
 // Probe mounts a root of one file, whose content comes from files, below dir
 // and tries it. An error says what this machine cannot do. Nothing stays.
-func Probe(ctx context.Context, m Mode, dir string, files *layerfs.FS) (can Ability, err error) {
+func Probe(ctx context.Context, m Mode, dir string, files *layerfs.FS, h Helper) (Ability, error) {
+	id := digest.FromBytes(probeBlock)
+	if err := files.Add(id, newProbeFile()); err != nil {
+		return Ability{}, err
+	}
+	defer files.Remove(id)
+	return h.probe(ctx, m, dir, files.Path(id))
+}
+
+func newProbeFile() probeFile { return probeFile{bytes.NewReader(probeBlock)} }
+
+// probe is Probe with a layer file that is there.
+func probe(ctx context.Context, m Mode, dir, device string) (can Ability, err error) {
 	dir, err = os.MkdirTemp(dir, "probe-")
 	if err != nil {
 		return can, err
 	}
 	defer os.RemoveAll(dir)
 	id := digest.FromBytes(probeBlock)
-	file := probeFile{bytes.NewReader(probeBlock)}
-	if err := files.Add(id, file); err != nil {
-		return can, err
-	}
-	defer files.Remove(id)
 	x := &layer.Index{DiffID: id, OutSize: 512, Entries: []layer.Entry{{Name: probeName, Type: layer.TypeReg, Mode: 0o600, Size: 512}}}
 	r := Root{
 		Dir:     filepath.Join(dir, "root"),
-		Layers:  []Layer{{Device: files.Path(id), Stream: file}},
+		Layers:  []Layer{{Device: device, Stream: newProbeFile()}},
 		Indexes: func() ([]*layer.Index, error) { return []*layer.Index{x}, nil },
 	}
 	if err := r.Mount(ctx, m); err != nil {

@@ -11,6 +11,11 @@
 // makes idmapped copies of the mount that a lower directory lies in, and some
 // versions do not follow mounts below it.
 //
+// A root can outlive the process that mounted it: EROFS needs only that somebody
+// goes on serving the layers' files, mode FUSE is resumed (Root.Resume). So that
+// a process that is killed while it mounts ends at once, it has another one
+// mount for it (Helper).
+//
 // The package knows nothing of snapshots and does not fetch.
 package root
 
@@ -21,12 +26,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/beam-cloud/containerd-clip/archive/erofs"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
+	"github.com/beam-cloud/containerd-clip/snapshotter/fuseconn"
 	"github.com/beam-cloud/containerd-clip/snapshotter/treefs"
 )
 
@@ -56,6 +63,8 @@ type Root struct {
 	Layers  []Layer
 	Indexes func() ([]*layer.Index, error) // of Layers, with entries; asked for only if they are needed
 	Exact   bool                           // the kernel does not read ahead; mode FUSE does all the same
+	Session *fuseconn.Session              // keeps a root of mode FUSE for the next process; may be nil
+	Helper  Helper                         // mounts in the other modes
 }
 
 // Layer is where one layer's uncompressed stream is, the lowest layer first.
@@ -105,10 +114,7 @@ func (r Root) Mount(ctx context.Context, m Mode) error {
 	for i, l := range r.Layers {
 		devices[i] = l.Device
 	}
-	if m == Loop {
-		return mountLoop(ctx, r.Image(), r.target(), devices, r.readAhead())
-	}
-	return mountFile(ctx, r.Image(), r.target(), devices, r.readAhead())
+	return r.Helper.mount(ctx, m, r.Image(), r.target(), devices, r.readAhead())
 }
 
 // readAhead is how far the kernel is to read ahead in a file of r, in KiB.
@@ -120,35 +126,74 @@ func (r Root) readAhead() int {
 }
 
 func (r Root) mountTree(ctx context.Context) error {
-	layers, err := r.Indexes()
+	merged, streams, err := r.tree()
 	if err != nil {
 		return err
 	}
-	merged, err := tree.Merge(layers)
+	return treefs.Mount(ctx, r.target(), merged, streams, r.keep())
+}
+
+// Resume goes on serving r, which an earlier process mounted in mode FUSE.
+// It returns errdefs.ErrNotFound if nobody can.
+func (r Root) Resume(ctx context.Context) error {
+	merged, streams, err := r.tree()
 	if err != nil {
 		return err
+	}
+	return treefs.Resume(ctx, merged, streams, r.keep())
+}
+
+// tree returns what mode FUSE serves.
+func (r Root) tree() (*tree.Node, []treefs.Layer, error) {
+	layers, err := r.Indexes()
+	if err != nil {
+		return nil, nil, err
+	}
+	merged, err := tree.Merge(layers)
+	if err != nil {
+		return nil, nil, err
 	}
 	streams := make([]treefs.Layer, len(r.Layers))
 	for i, l := range r.Layers {
 		streams[i] = l.Stream
 	}
-	return treefs.Mount(ctx, r.target(), merged, streams)
+	return merged, streams, nil
+}
+
+// keep names the connection of a root of mode FUSE. The number changes when
+// requests no longer mean the same.
+func (r Root) keep() treefs.Keep {
+	return treefs.Keep{Session: r.Session, Name: "tree-1-" + filepath.Base(r.Dir)}
 }
 
 // Unmount unmounts r. A root that somebody still uses disappears from the tree
 // of mounts and ends with its last use. It is no error if r is not mounted.
-func (r Root) Unmount() error { return Unmount(r.target()) }
+func (r Root) Unmount() error {
+	busy, err := unmount(r.target())
+	if err == nil && !busy {
+		r.Session.Wait(r.keep().Name, endTimeout)
+	}
+	return err
+}
+
+// endTimeout is how long the connection of an unmounted root may take to end.
+const endTimeout = 2 * time.Second
 
 // Unmount is Root.Unmount for a mount point.
 func Unmount(target string) error {
-	err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
+	_, err := unmount(target)
+	return err
+}
+
+func unmount(target string) (busy bool, err error) {
+	err = unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
 	if errors.Is(err, unix.EBUSY) {
-		err = unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
+		busy, err = true, unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
 	}
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
-		return nil
+		return busy, nil
 	}
-	return err
+	return busy, err
 }
 
 // Build merges layers, lowest first, and writes their metadata image to path.

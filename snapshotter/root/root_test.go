@@ -20,7 +20,7 @@ import (
 
 func newFS(t *testing.T) *layerfs.FS {
 	t.Helper()
-	files, err := layerfs.New(t.Context())
+	files, err := layerfs.New(t.Context(), nil)
 	require.NoError(t, err, "this test needs root and /dev/fuse")
 	t.Cleanup(func() { require.NoError(t, files.Close()) })
 	return files
@@ -65,7 +65,7 @@ func TestProbe(t *testing.T) {
 	for _, m := range modes {
 		t.Run(string(m), func(t *testing.T) {
 			files, dir := newFS(t), t.TempDir()
-			can, err := Probe(t.Context(), m, dir, files)
+			can, err := Probe(t.Context(), m, dir, files, nil)
 			require.NoError(t, err)
 			require.Equal(t, Ability{Mode: m}, can, "everything works")
 			require.Empty(t, mounts(t, dir))
@@ -74,7 +74,7 @@ func TestProbe(t *testing.T) {
 			require.Empty(t, left)
 			_, err = os.Stat(files.Path(digest.FromBytes(probeBlock)))
 			require.Error(t, err, "the probe's layer is gone")
-			_, err = Probe(t.Context(), m, "/proc", files)
+			_, err = Probe(t.Context(), m, "/proc", files, nil)
 			require.Error(t, err)
 		})
 	}
@@ -98,7 +98,7 @@ func TestChoose(t *testing.T) {
 		{memory, File, "", "mode file: "},
 		{"/nowhere", Auto, "", "mode fuse: "},
 	} {
-		can, err := Choose(t.Context(), c.want, c.dir, files)
+		can, err := Choose(t.Context(), c.want, c.dir, files, nil)
 		if c.err != "" {
 			require.ErrorContains(t, err, c.err)
 			continue

@@ -8,7 +8,8 @@
 // FUSE caches none but ACLs.
 //
 // Node numbers follow from the tree alone, and there are no file handles, so
-// requests mean the same to any process that answers them.
+// requests mean the same to any process that answers them: the mount can
+// outlive the process (Resume).
 //
 // The package does not merge layers and does not fetch.
 package treefs
@@ -43,15 +44,20 @@ type inode struct {
 	children       []uint32 // of Node.Children
 }
 
-// Mount serves root at target, read-only, until it is unmounted there and its
-// last use ends. layers are those of the tree's nodes. ctx carries the logger
-// and nothing else.
-func Mount(ctx context.Context, target string, root *tree.Node, layers []Layer) error {
+// Keep says who keeps a root's connection for the next process, and under
+// which name. The zero value keeps nothing.
+type Keep struct {
+	Session *fuseconn.Session
+	Name    string
+}
+
+func newServer(ctx context.Context, root *tree.Node, layers []Layer) (*server, error) {
 	s := &server{RawFileSystem: fuse.NewDefaultRawFileSystem(), ctx: context.WithoutCancel(ctx), layers: layers}
-	if err := s.number(root); err != nil {
-		return err
-	}
-	conn, err := fuseconn.Mount(ctx, s, fuseconn.Options{
+	return s, s.number(root)
+}
+
+func options(keep Keep) fuseconn.Options {
+	return fuseconn.Options{
 		Source: "clip-root",
 		Flags:  []string{"allow_other", "default_permissions", "ro"},
 		Attr:   unix.MOUNT_ATTR_RDONLY,
@@ -62,7 +68,19 @@ func Mount(ctx context.Context, target string, root *tree.Node, layers []Layer) 
 			ExtraCapabilities:    fuse.CAP_ASYNC_DIO,
 			DisabledCapabilities: fuse.CAP_PASSTHROUGH, // it would count as a stacked file system
 		},
-	})
+		Session: keep.Session, Name: keep.Name,
+	}
+}
+
+// Mount serves root at target, read-only, until it is unmounted there and its
+// last use ends. layers are those of the tree's nodes. ctx carries the logger
+// and nothing else.
+func Mount(ctx context.Context, target string, root *tree.Node, layers []Layer, keep Keep) error {
+	s, err := newServer(ctx, root, layers)
+	if err != nil {
+		return err
+	}
+	conn, err := fuseconn.Mount(ctx, s, options(keep))
 	if err != nil {
 		return err
 	}
@@ -74,6 +92,17 @@ func Mount(ctx context.Context, target string, root *tree.Node, layers []Layer) 
 		return fmt.Errorf("mounting at %s: %w", target, err)
 	}
 	return nil
+}
+
+// Resume goes on serving a root that an earlier process mounted. It returns
+// errdefs.ErrNotFound if its connection was not kept or has ended.
+func Resume(ctx context.Context, root *tree.Node, layers []Layer, keep Keep) error {
+	s, err := newServer(ctx, root, layers)
+	if err != nil {
+		return err
+	}
+	_, err = fuseconn.Resume(ctx, s, options(keep))
+	return err
 }
 
 // number gives every node below the file system's own root its number, in the

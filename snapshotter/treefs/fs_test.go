@@ -45,7 +45,7 @@ func (m memory) ReadAt(_ context.Context, p []byte, off int64) (int, error) {
 func mounted(t *testing.T, root *tree.Node, layers ...Layer) string {
 	t.Helper()
 	target := t.TempDir()
-	require.NoError(t, Mount(t.Context(), target, root, layers), "this test needs root and /dev/fuse")
+	require.NoError(t, Mount(t.Context(), target, root, layers, Keep{}), "this test needs root and /dev/fuse")
 	t.Cleanup(func() { require.NoError(t, unix.Unmount(target, 0)) })
 	return filepath.Join(target, erofs.RootDir)
 }
@@ -274,9 +274,9 @@ func TestReadErrors(t *testing.T) {
 
 func TestRefusedTrees(t *testing.T) {
 	twice := dir()
-	err := Mount(t.Context(), t.TempDir(), dir(tree.Dirent{Name: "a", Node: twice}, tree.Dirent{Name: "b", Node: twice}), nil)
+	err := Mount(t.Context(), t.TempDir(), dir(tree.Dirent{Name: "a", Node: twice}, tree.Dirent{Name: "b", Node: twice}), nil, Keep{})
 	require.ErrorContains(t, err, "two names")
-	require.ErrorIs(t, Mount(t.Context(), "/nowhere", dir(), nil), unix.ENOENT)
+	require.ErrorIs(t, Mount(t.Context(), "/nowhere", dir(), nil, Keep{}), unix.ENOENT)
 }
 
 // TestKernelMayKeepAll looks at the answers that save requests later on.

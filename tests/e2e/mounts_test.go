@@ -128,7 +128,8 @@ func requireNothingLeft(w *world, refs ...string) {
 	require.NoError(w, w.daemon.Stop())
 }
 
-// TestModeChanges has a daemon that dies and comes back with another mode, with what the mode before left mounted.
+// TestModeChanges has a daemon that dies and comes back with another mode: roots that are mounted go on as they are, what
+// is mounted from then on is mounted in the new mode.
 func TestModeChanges(t *testing.T) {
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
@@ -141,10 +142,17 @@ func TestModeChanges(t *testing.T) {
 		w.daemon.Kill()
 		require.NoError(t, os.WriteFile(w.daemon.Config, []byte("[mount]\nmode = '"+mode+"'\n"), 0o600))
 		require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
-		require.Empty(t, mountsOf(t, w.daemon.Root), "mounts of the daemon that died")
-		require.Empty(t, loopsOf(t, w.daemon.Root))
+		require.Len(t, mountsOf(t, w.daemon.Root), 1, "the root that the daemon that died had mounted")
 		w.runAfterRestart(ref)
+		w.removeImage(w.worker, ref)
+		w.eventually("its root is removed", func() bool { return len(mountsOf(t, w.daemon.Root)) == 0 })
+		require.Empty(t, loopsOf(t, w.daemon.Root))
+		w.pull(w.worker, lazy, ref)
+		require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+		require.Equal(t, mode == "loop", len(loopsOf(t, w.daemon.Root)) > 0)
 	}
+	w.removeImage(w.worker, ref) // and the last container's snapshot, for which its root would stay
+	w.eventually("its root is removed", func() bool { return len(mountsOf(t, w.daemon.Root)) == 0 })
 	require.NoError(t, w.daemon.Stop())
 	require.Empty(t, mountsOf(t, w.daemon.Root))
 	require.Empty(t, loopsOf(t, w.daemon.Root))

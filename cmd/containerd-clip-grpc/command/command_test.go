@@ -16,6 +16,17 @@ import (
 	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
 )
 
+// TestMain is what the daemon starts its own program as.
+func TestMain(m *testing.M) {
+	if len(os.Args) == 2 && (os.Args[1] == keeperCommand || os.Args[1] == helperCommand) {
+		if err := New().Execute(); err != nil {
+			panic(err)
+		}
+		return
+	}
+	os.Exit(m.Run())
+}
+
 func writeFile(t *testing.T, content string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "config.toml")

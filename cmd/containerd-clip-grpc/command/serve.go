@@ -15,11 +15,13 @@ import (
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/pkg/sys"
 	"github.com/containerd/log"
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter"
+	"github.com/beam-cloud/containerd-clip/snapshotter/keeper"
 	"github.com/beam-cloud/containerd-clip/snapshotter/record"
 	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
@@ -52,7 +54,33 @@ func New() *cobra.Command {
 	cmd.PersistentFlags().StringVar(&f.address, "address", "", "socket to listen on")
 	cmd.PersistentFlags().StringVar(&f.logLevel, "log-level", "", "trace, debug, info, warn or error")
 	cmd.AddCommand(newConfigCommand(), newWatchCommand(&f))
+	cmd.AddCommand(innerCommands()...)
 	return cmd
+}
+
+// How the daemon starts its keeper, and what mounts for it.
+const (
+	keeperCommand = "keeper"
+	helperCommand = "mount-helper"
+)
+
+// innerCommands are those that the daemon alone uses.
+func innerCommands() []*cobra.Command {
+	return []*cobra.Command{{
+		Use:    keeperCommand,
+		Short:  "Hold connections to the kernel for the daemon, which starts this by itself",
+		Args:   cobra.NoArgs,
+		Hidden: true,
+		RunE:   func(*cobra.Command, []string) error { return keeper.Main() },
+	}, {
+		Use:    helperCommand,
+		Short:  "Mount a root for the daemon, which starts this by itself",
+		Args:   cobra.NoArgs,
+		Hidden: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return root.HelperMain(cmd.Context(), cmd.InOrStdin(), os.Stdout)
+		},
+	}}
 }
 
 // load reads the configuration and applies the flags.
@@ -91,17 +119,20 @@ func serve(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, unlock()) }()
+	program, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	kept, err := keeper.Open(ctx, c.Root, program, keeperCommand)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, kept.Close()) }()
+	options := c.options()
+	options.Keeper, options.Helper = kept, root.Helper{program, helperCommand}
 	// The registries of an image must not be able to make containers wait for
 	// the daemon's end: requests are cut off, not drained.
-	sn, err := snapshotter.New(context.WithoutCancel(ctx), snapshotter.Options{
-		Root:      c.Root,
-		Mount:     root.Mode(c.Mount.Mode),
-		Referrers: c.Discover.Referrers,
-		Registry:  remote.Options{ConfigPath: c.Registry.ConfigPath, GiveUp: time.Duration(c.Registry.GiveUp)},
-		CacheSize: c.Cache.MaxSize,
-		Fill:      c.Fill.options(),
-		Prefetch:  c.Fill.Prefetch,
-	})
+	sn, err := snapshotter.New(context.WithoutCancel(ctx), options)
 	if err != nil {
 		return fmt.Errorf("opening the snapshotter in %s: %w", c.Root, err)
 	}
@@ -128,11 +159,27 @@ func serve(ctx context.Context, c Config) (err error) {
 		defer func() { stop(); <-ended }()
 	}
 	log.G(ctx).WithField("address", c.Address).WithField("root", c.Root).Info("containerd-clip-grpc is ready")
+	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+		log.G(ctx).WithError(err).Warn("cannot tell systemd that the daemon is ready")
+	}
 	if err := server.Serve(l); err != nil && ctx.Err() == nil {
 		return err
 	}
 	log.G(ctx).Info("containerd-clip-grpc ends")
 	return nil
+}
+
+// options returns what the snapshotter is to be told.
+func (c Config) options() snapshotter.Options {
+	return snapshotter.Options{
+		Root:      c.Root,
+		Mount:     root.Mode(c.Mount.Mode),
+		Referrers: c.Discover.Referrers,
+		Registry:  remote.Options{ConfigPath: c.Registry.ConfigPath, GiveUp: time.Duration(c.Registry.GiveUp)},
+		CacheSize: c.Cache.MaxSize,
+		Fill:      c.Fill.options(),
+		Prefetch:  c.Fill.Prefetch,
+	}
 }
 
 // lockRoot makes sure that only one daemon works in root.

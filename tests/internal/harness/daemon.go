@@ -16,6 +16,7 @@ const (
 type Daemon struct {
 	*Process
 	Name, Config, Root, Socket string
+	Program                    string // what RestartDaemon starts; a name among the product's, or a path
 }
 
 // StartDaemon starts a daemon in a directory of its own. name is unique in the lab; config is its configuration file's
@@ -27,6 +28,8 @@ func (l *Lab) StartDaemon(ctx context.Context, name, config string) (*Daemon, er
 		Config: filepath.Join(dir, "config.toml"),
 		Root:   filepath.Join(dir, "root"),
 		Socket: filepath.Join(dir, "clip.sock"),
+
+		Program: "containerd-clip-grpc",
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
@@ -39,7 +42,7 @@ func (l *Lab) StartDaemon(ctx context.Context, name, config string) (*Daemon, er
 
 // RestartDaemon starts a daemon that was stopped or killed again.
 func (l *Lab) RestartDaemon(ctx context.Context, d *Daemon) (err error) {
-	d.Process, err = l.start(ctx, d.Name, dialable(d.Socket), "containerd-clip-grpc",
+	d.Process, err = l.start(ctx, d.Name, dialable(d.Socket), d.Program,
 		"--config", d.Config, "--root", d.Root, "--address", d.Socket, "--log-level", "debug")
 	return err
 }

@@ -1,0 +1,335 @@
+package e2e
+
+import (
+	"crypto/md5"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
+	"github.com/beam-cloud/containerd-clip/tests/internal/images"
+)
+
+// checkScript is what a container runs: it checks the files in /sums over and over.
+const checkScript = `while [ ! -e /sums ]; do sleep 0.1; done
+n=0; while [ ! -e /stop ]; do md5sum -c /sums >/out 2>&1 || cp /out /failed; n=$((n+1)); echo $n >/rounds.new; mv /rounds.new /rounds; done`
+
+// readers are containers that check what they read, from inside, and processes that do it from outside.
+type readers struct {
+	*world
+	ref     string
+	sums    map[string]string // MD5 by path
+	roots   []string          // of the running containers
+	reads   atomic.Int64
+	longest atomic.Int64 // nanoseconds
+	stop    chan struct{}
+	running sync.WaitGroup
+
+	mu   sync.Mutex // guards bad
+	bad  []string
+	next int
+}
+
+// newReaders indexes the small image.
+func newReaders(w *world) *readers {
+	w.Helper()
+	ref := w.ref(images.SmallName)
+	w.index(images.SmallName)
+	r := &readers{world: w, ref: ref, sums: map[string]string{}, stop: make(chan struct{})}
+	stock := w.stock()
+	w.pull(stock, eager, ref)
+	// Runtimes mount over files in /etc; names in /names have line breaks.
+	text := w.run(stock, eager, ref, "find", "/", "-xdev", "-type", "f", "-size", "+0", "!", "-path", "/etc/*", "!", "-path", "/names/*", "-exec", "md5sum", "{}", "+")
+	for line := range strings.Lines(text) {
+		sum, path, ok := strings.Cut(strings.TrimSpace(line), "  ")
+		if ok && !strings.HasPrefix(path, "\\") {
+			r.sums[path] = sum
+		}
+	}
+	require.Greater(w, len(r.sums), 50)
+	return r
+}
+
+// start runs n more containers, each with a reader outside.
+func (r *readers) start(n int) {
+	r.Helper()
+	var list strings.Builder
+	for path, sum := range r.sums {
+		fmt.Fprintf(&list, "%s  %s\n", sum, path)
+	}
+	for range n {
+		id := fmt.Sprint("reader", r.next)
+		r.next++
+		require.NoError(r, r.worker.StartContainer(r.ctx, lazy, r.ref, id, "sh", "-c", checkScript))
+		root := fmt.Sprintf("/proc/%d/root", r.pid(id))
+		require.NoError(r, os.WriteFile(filepath.Join(root, "sums.new"), []byte(list.String()), 0o600))
+		require.NoError(r, os.Rename(filepath.Join(root, "sums.new"), filepath.Join(root, "sums")))
+		r.roots = append(r.roots, root)
+		r.running.Go(func() { r.readOutside(root) })
+	}
+}
+
+func (r *readers) pid(id string) int {
+	container, err := r.worker.Client().LoadContainer(r.ctx, id)
+	require.NoError(r, err)
+	task, err := container.Task(r.ctx, nil)
+	require.NoError(r, err)
+	return int(task.Pid())
+}
+
+// readOutside reads whole files, in the order of a map.
+func (r *readers) readOutside(root string) {
+	for {
+		for path, want := range r.sums {
+			select {
+			case <-r.stop:
+				return
+			default:
+			}
+			began := time.Now()
+			got, err := sumOf(filepath.Join(root, path))
+			if err != nil || got != want {
+				r.mu.Lock()
+				r.bad = append(r.bad, fmt.Sprintf("%s: %s instead of %s, %v", path, got, want, err))
+				r.mu.Unlock()
+			}
+			r.reads.Add(1)
+			took := time.Since(began).Nanoseconds()
+			for old := r.longest.Load(); took > old && !r.longest.CompareAndSwap(old, took); old = r.longest.Load() {
+			}
+		}
+	}
+}
+
+func sumOf(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	h := md5.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// rounds is how often the containers went through all files.
+func (r *readers) rounds() (total int) {
+	for _, root := range r.roots {
+		text, err := os.ReadFile(filepath.Join(root, "rounds"))
+		if err == nil {
+			n, _ := strconv.Atoi(strings.TrimSpace(string(text)))
+			total += n
+		}
+	}
+	return total
+}
+
+// requireGoOn has all readers read everything once more.
+func (r *readers) requireGoOn() {
+	r.Helper()
+	dropCaches(r.T)
+	before, inside := r.reads.Load(), r.rounds()
+	require.Eventually(r, func() bool {
+		return r.reads.Load() > before+int64(len(r.sums)*len(r.roots)) && r.rounds() > inside+len(r.roots)
+	}, 3*time.Minute, 100*time.Millisecond)
+}
+
+// end stops the readers: none read anything wrong, and no container ended.
+func (r *readers) end() {
+	r.Helper()
+	close(r.stop)
+	r.running.Wait()
+	require.Empty(r, r.bad)
+	for _, root := range r.roots {
+		_, err := os.Stat(filepath.Join(root, "sums"))
+		require.NoError(r, err, "a container ended by itself")
+		failed, err := os.ReadFile(filepath.Join(root, "failed"))
+		require.ErrorIs(r, err, os.ErrNotExist, "in a container:\n%s", failed)
+	}
+	r.Logf("%d files read outside, longest %v, %d rounds inside", r.reads.Load(), time.Duration(r.longest.Load()).Round(time.Millisecond), r.rounds())
+	for i := range r.roots {
+		require.NoError(r, r.worker.RemoveContainer(r.ctx, fmt.Sprint("reader", i)))
+	}
+}
+
+// dropCaches makes the kernel ask again.
+func dropCaches(t *testing.T) {
+	t.Helper()
+	require.NoError(t, os.WriteFile("/proc/sys/vm/drop_caches", []byte("1"), 0o200))
+}
+
+// slow has blobs come after a while.
+func slow(w http.ResponseWriter, r *http.Request, next http.Handler) {
+	time.Sleep(time.Duration(rand.IntN(60)) * time.Millisecond)
+	next.ServeHTTP(w, r)
+}
+
+// keepers are the keeper processes of the lab.
+func (w *world) keepers() (pids []int) {
+	for _, left := range harness.Leftovers(w.lab.Dir) {
+		var pid int
+		if strings.HasSuffix(left, "containerd-clip-grpc keeper)") {
+			_, err := fmt.Sscanf(left, "process %d", &pid)
+			require.NoError(w, err)
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// requireCleanEnd removes the image and stops the daemon.
+func (w *world) requireCleanEnd(ref string) {
+	w.Helper()
+	w.removeImage(w.worker, ref)
+	w.eventually("roots are removed", func() bool { return len(harness.MountsUnder(w.daemon.Root)) == 0 })
+	require.NoError(w, w.daemon.Stop())
+	w.eventually("the keeper ends", func() bool { return len(w.keepers()) == 0 })
+	require.Empty(w, harness.MountsUnder(w.daemon.Root))
+}
+
+const kills = 25
+
+// TestKills kills the daemon at random moments while containers read a lazy root, cold at first, through a slow
+// registry: they wait, and go on.
+func TestKills(t *testing.T) {
+	for name, config := range map[string]string{
+		"file": "[mount]\nmode = 'file'\n",
+		"loop": "[mount]\nmode = 'loop'\n",
+		"fuse": "[mount]\nmode = 'fuse'\n",
+		// What was fetched is soon given up again: reads stay cold.
+		"small cache": "[cache]\nmax_size = '6MiB'\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorldWith(t, config+"[fill]\nmode = 'off'\n[registry]\nconfig_path = []\n")
+			r := newReaders(w)
+			w.registry.Misbehave(onBlobs(-1, slow))
+			w.pull(w.worker, lazy, r.ref)
+			w.registry.Reset()
+			r.start(3)
+			for range kills {
+				if rand.IntN(2) == 0 {
+					dropCaches(t)
+				}
+				time.Sleep(time.Duration(rand.IntN(300)) * time.Millisecond)
+				w.daemon.Kill()
+				time.Sleep(time.Duration(rand.IntN(200)) * time.Millisecond)
+				require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+			}
+			require.Len(t, w.keepers(), 1)
+			r.requireGoOn()
+			t.Logf("%d requests to the registry", len(w.registry.Requests()))
+			r.end()
+			w.requireCleanEnd(r.ref)
+		})
+	}
+}
+
+// TestUpgrade replaces the daemon's program below 20 busy containers, and stops and starts it.
+func TestUpgrade(t *testing.T) {
+	w := newWorld(t)
+	options, err := harness.Installed()
+	require.NoError(t, err)
+	program, err := os.ReadFile(filepath.Join(options.Product, w.daemon.Program))
+	require.NoError(t, err)
+	w.daemon.Program = w.lab.Path("containerd-clip-grpc")
+	install := func(version string) {
+		file := w.daemon.Program + ".new"
+		require.NoError(t, os.WriteFile(file, append(program, version...), 0o700))
+		require.NoError(t, os.Rename(file, w.daemon.Program))
+	}
+	restart := func() {
+		require.NoError(t, w.daemon.Stop())
+		require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	}
+	install("1")
+	restart()
+	r := newReaders(w)
+	w.pull(w.worker, lazy, r.ref)
+	r.start(20)
+	keepers := w.keepers()
+	for version := range 5 {
+		install(fmt.Sprint(version))
+		dropCaches(t)
+		restart()
+	}
+	require.Equal(t, keepers, w.keepers(), "it is still that of the first version")
+	r.requireGoOn()
+	r.end()
+	w.requireCleanEnd(r.ref)
+}
+
+// TestStopped has a reader wait for a daemon that was stopped in an orderly way, and a container start meanwhile.
+func TestStopped(t *testing.T) {
+	w := newWorld(t)
+	r := newReaders(w)
+	w.pull(w.worker, lazy, r.ref)
+	r.start(1)
+	require.NoError(t, w.daemon.Stop())
+	require.NotEmpty(t, harness.MountsUnder(w.daemon.Root), "the container's root")
+	dropCaches(t)
+	before := r.reads.Load()
+	w.eventually("the reader waits", func() bool {
+		was := r.reads.Load()
+		time.Sleep(300 * time.Millisecond)
+		return r.reads.Load() == was
+	})
+	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	r.requireGoOn()
+	require.Greater(t, r.reads.Load(), before)
+	w.runAfterRestart(r.ref)
+	r.end()
+	w.requireCleanEnd(r.ref)
+}
+
+// TestKeeperKilled kills the keeper: beside a daemon it is replaced, and without one what it held ends. Readers then get
+// errors and do not hang, and the next daemon cleans up.
+func TestKeeperKilled(t *testing.T) {
+	for _, mode := range []string{"file", "loop", "fuse"} {
+		t.Run(mode, func(t *testing.T) {
+			w := newWorldWith(t, "[mount]\nmode = '"+mode+"'\n[fill]\nmode = 'off'\n")
+			r := newReaders(w)
+			w.pull(w.worker, lazy, r.ref)
+			r.start(1)
+			killKeeper := func() int {
+				pids := w.keepers()
+				require.Len(t, pids, 1)
+				require.NoError(t, unix.Kill(pids[0], unix.SIGKILL))
+				return pids[0]
+			}
+			old := killKeeper()
+			w.eventually("another keeper", func() bool { pids := w.keepers(); return len(pids) == 1 && pids[0] != old })
+			w.eventually("it has all", func() bool { return strings.Contains(w.daemon.Log(), "has everything") })
+			w.daemon.Kill()
+			require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+			r.requireGoOn()
+			r.end()
+
+			require.NoError(t, w.worker.StartContainer(w.ctx, lazy, r.ref, "doomed", "sleep", "1000"))
+			root := fmt.Sprintf("/proc/%d/root", r.pid("doomed"))
+			w.daemon.Kill()
+			killKeeper()
+			dropCaches(t)
+			_, err := sumOf(filepath.Join(root, noise))
+			require.Error(t, err)
+			require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+			require.NoError(t, w.worker.RemoveContainer(w.ctx, "doomed"))
+			w.runAfterRestart(r.ref)
+			w.requireCleanEnd(r.ref)
+		})
+	}
+}
