@@ -39,6 +39,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -93,7 +94,8 @@ type Snapshotter struct {
 	finder   *discover.Finder
 	recorder *record.Recorder
 	noLazy   error // why this machine cannot mount lazy roots
-	prefetch bool  // Options.Prefetch
+	started  time.Time
+	prefetch bool // Options.Prefetch
 	roots    roots
 	own      ownRoots
 
@@ -115,7 +117,7 @@ type Snapshotter struct {
 // New opens the snapshotter in opts.Root and removes what an earlier process
 // left half-done. It needs neither network nor containerd.
 func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
-	s := &Snapshotter{dir: opts.Root, helper: opts.Helper, prefetch: opts.Prefetch, roots: newRoots(), merged: map[digest.Digest]error{}}
+	s := &Snapshotter{started: time.Now(), dir: opts.Root, helper: opts.Helper, prefetch: opts.Prefetch, roots: newRoots(), merged: map[digest.Digest]error{}}
 	for _, sub := range []string{"snapshots", "roots", "archives"} {
 		if err := os.MkdirAll(filepath.Join(s.dir, sub), 0o700); err != nil {
 			return nil, err

@@ -51,6 +51,8 @@ type Layer struct {
 	distrusted bool      // data once did not match the diff ID though every span did
 	ended      bool      // nothing is fetched any more: the store is closed or the layer removed
 	removed    bool
+	host       string // who delivered last
+	failure    Failure
 }
 
 // wait is for a span that is not there. It ends when the span has come or the
@@ -104,6 +106,8 @@ func (l *Layer) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 		return 0, io.EOF
 	}
 	p = p[:min(int64(len(p)), l.Size()-off)]
+	began := l.store.reads.begin()
+	defer l.store.reads.end(began)
 	deadline := time.Now().Add(readTimeout)
 	for n := 0; n < len(p); {
 		at := inflate.Out(off) + inflate.Out(n)

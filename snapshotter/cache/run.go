@@ -156,6 +156,7 @@ func (l *Layer) bring(ctx context.Context, x *layer.Index, r *run) (err error) {
 			return context.Cause(ctx)
 		}
 		log.G(ctx).WithError(err).WithField("diffID", l.head.DiffID).WithField("span", r.pos).Warn("fetching a span failed")
+		l.failed(err)
 		if r.pos > from {
 			failures = 0
 		}
@@ -214,6 +215,7 @@ func (l *Layer) fetch(ctx context.Context, x *layer.Index, r *run, idle *idleTim
 		return openError{err}
 	}
 	defer rc.Close()
+	defer l.servedBy(rc)
 	stream, err := x.Decode(&body{ctx: ctx, r: rc, run: r, gate: &l.store.gate, idle: idle}, p)
 	if err != nil {
 		blame(rc)

@@ -57,7 +57,8 @@ import (
 
 // Fetcher reads ranges of compressed blobs. Sources are image references whose
 // repositories should hold the blob. A reader that has a method Blame() is told
-// when what it delivered was not the blob.
+// when what it delivered was not the blob; one that has a method Host() string
+// says who delivers.
 type Fetcher interface {
 	Open(ctx context.Context, sources []string, d digest.Digest, off, n int64) (io.ReadCloser, error)
 }
@@ -89,7 +90,8 @@ type Store struct {
 	gate   gate
 	memory memory
 	used   atomic.Int64 // bytes of disk that data files take, about
-	full   atomic.Bool  // spans are being served from memory
+	reads  inFlight
+	full   atomic.Bool // spans are being served from memory
 
 	adding sync.Mutex // serialises Add
 

@@ -132,12 +132,25 @@ func (f *Filler) changedLocked() {
 	f.changed = make(chan struct{})
 }
 
+// Phase says what becomes of a layer in the background.
+type Phase string
+
+// The phases of a layer.
+const (
+	Off      Phase = "off"      // layers are not completed
+	Waiting  Phase = "waiting"  // for its time, or for a worker
+	Fetching Phase = "fetching" // requests for it are under way
+	Failing  Phase = "failing"  // the last request failed; it is tried again
+	Paused   Phase = "paused"   // the cache is full
+	Done     Phase = "done"
+)
+
 // State says how much of a layer is there.
 type State struct {
 	DiffID digest.Digest
 	Done   int64 // uncompressed bytes on disk
 	Total  int64 // uncompressed bytes
-	Paused bool  // the cache is full
+	Phase  Phase
 }
 
 // State returns the state of all layers, in the order in which they were added.
@@ -150,10 +163,27 @@ func (f *Filler) State() []State {
 			continue
 		}
 		s := State{DiffID: j.layer.DiffID(), Done: j.layer.Fetched(), Total: j.layer.Size()}
-		s.Paused = f.full && s.Done < s.Total
+		s.Phase = f.phaseLocked(j, s.Done == s.Total)
 		states = append(states, s)
 	}
 	return states
+}
+
+// phaseLocked returns the phase of a layer. The caller holds f.mu.
+func (f *Filler) phaseLocked(j *job, whole bool) Phase {
+	switch {
+	case whole:
+		return Done
+	case f.opts.ListsOnly, f.opts.Workers == 0:
+		return Off
+	case f.full:
+		return Paused
+	case j.active > 0:
+		return Fetching
+	case j.failures > 0:
+		return Failing
+	}
+	return Waiting
 }
 
 // run fetches range after range until the filler is closed.
