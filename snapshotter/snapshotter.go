@@ -48,6 +48,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
@@ -106,6 +107,8 @@ type Snapshotter struct {
 
 	mounted refs // the lazy snapshots whose roots are mounted, and their layers
 
+	prepared *prometheus.CounterVec
+
 	mergedMu sync.Mutex // guards merged
 	merged   map[digest.Digest]error
 
@@ -127,6 +130,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if err := os.Chmod(s.dir, 0o700); err != nil {
 		return nil, err
 	}
+	s.prepared = newPrepared()
 	if opts.Keeper != nil {
 		s.session = fuseconn.NewSession(opts.Keeper)
 	}
@@ -322,13 +326,14 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 		err = s.prepareLazy(ctx, key, parent, target, info.Labels)
 	}
 	if err == nil {
+		s.prepared.WithLabelValues(asLazy).Inc()
 		return nil, fmt.Errorf("layer %s is read lazily: %w", target.ChainID, errdefs.ErrAlreadyExists)
 	}
 	if ctx.Err() != nil {
 		return nil, err
 	}
-	log.G(ctx).WithField("image", target.Ref).WithField("chainID", target.ChainID).
-		Infof("unpacking the layer instead of reading it lazily: %v", err)
+	s.prepared.WithLabelValues(asOrdinary).Inc()
+	log.G(ctx).WithError(err).WithField("image", target.Ref).WithField("chainID", target.ChainID).Info("unpacking the layer instead of reading it lazily")
 	return s.create(ctx, snapshots.KindActive, key, parent, append(opts, snapshots.WithLabels(map[string]string{
 		discover.LabelNotLazy: shorten(err.Error()),
 	})))

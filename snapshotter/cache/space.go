@@ -270,7 +270,9 @@ func (l *Layer) giveUp(choose func() []int) int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.recountLocked()
-	return max(before-l.counted, 0)
+	freed := max(before-l.counted, 0)
+	l.store.metrics.evicted.Add(float64(freed))
+	return freed
 }
 
 // punch punches holes where the spans lie that are not marked as there, after

@@ -23,6 +23,7 @@ import (
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/time/rate"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
@@ -184,6 +185,37 @@ func (f *Filler) phaseLocked(j *job, whole bool) Phase {
 		return Failing
 	}
 	return Waiting
+}
+
+// Collectors are the filler's metrics.
+func (f *Filler) Collectors() []prometheus.Collector {
+	layers := func(phase Phase) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "clip_fill_layers", Help: "Layers of lazy images, by what becomes of them in the background.",
+			ConstLabels: prometheus.Labels{"phase": string(phase)},
+		}, func() (n float64) {
+			for _, s := range f.State() {
+				if s.Phase == phase {
+					n++
+				}
+			}
+			return n
+		})
+	}
+	all := []prometheus.Collector{prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "clip_fill_backlog_bytes", Help: "Uncompressed bytes of lazy images that are not here yet and will be fetched in the background.",
+	}, func() (n float64) {
+		for _, s := range f.State() {
+			if s.Phase != Off {
+				n += float64(s.Total - s.Done)
+			}
+		}
+		return n
+	})}
+	for _, phase := range []Phase{Off, Waiting, Fetching, Failing, Paused, Done} {
+		all = append(all, layers(phase))
+	}
+	return all
 }
 
 // run fetches range after range until the filler is closed.

@@ -1,7 +1,12 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -45,7 +50,7 @@ func (w *world) status() (st status) {
 // TestStatus has a lazy image, one that shares its layers, one with no layer of its own, one that is not lazy at the
 // top, and a container.
 func TestStatus(t *testing.T) {
-	w := newWorldWith(t, "[fill]\nmode = 'off'\n[registry]\ngive_up = '2s'\n")
+	w := newWorldWith(t, "[fill]\nmode = 'off'\n[registry]\ngive_up = '2s'\n[metrics]\naddress = 'unix://LAB/metrics'\n[debug]\naddress = 'unix://LAB/debug'\n")
 	for _, name := range []string{images.SmallName, images.BaseName} {
 		w.index(name)
 	}
@@ -80,6 +85,7 @@ func TestStatus(t *testing.T) {
 	require.Equal(t, w.ref(images.SmallName), st.Containers[0].Image)
 	require.True(t, st.Containers[0].Lazy)
 	require.Equal(t, st.Daemon.Mode, st.Containers[0].Mount)
+	w.requireMetrics()
 	host := ""
 	for _, l := range st.Layers {
 		host += l.Host
@@ -98,8 +104,55 @@ func TestStatus(t *testing.T) {
 	}
 	require.Contains(t, wrong, w.registry.Host(), "and what went wrong")
 
+	require.NotEqual(t, "0", w.metrics(w.lab.Path("metrics"))[`clip_read_duration_seconds_count{outcome="failed"}`])
+
 	require.NoError(t, w.daemon.Stop())
 	result, err := w.worker.Clipctl(w.ctx, "status")
 	require.Error(t, err)
 	requireClear(t, result.Stderr, w.daemon.Socket)
+}
+
+// ask asks an HTTP server on a socket.
+func (w *world) ask(socket, path string) string {
+	w.Helper()
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	}}}
+	resp, err := client.Get("http://daemon" + path)
+	require.NoError(w, err)
+	defer resp.Body.Close()
+	require.Equal(w, http.StatusOK, resp.StatusCode)
+	b, err := io.ReadAll(resp.Body)
+	require.NoError(w, err)
+	return string(b)
+}
+
+// metrics asks a daemon for its metrics, by name and labels.
+func (w *world) metrics(socket string) map[string]string {
+	w.Helper()
+	values := map[string]string{}
+	for line := range strings.Lines(w.ask(socket, "/metrics")) {
+		if name, value, ok := strings.Cut(strings.TrimSpace(line), "} "); ok {
+			values[name+"}"] = value
+		} else if name, value, ok := strings.Cut(strings.TrimSpace(line), " "); ok && name != "#" {
+			values[name] = value
+		}
+	}
+	return values
+}
+
+// requireMetrics is after a container has started on a lazy image.
+func (w *world) requireMetrics() {
+	w.Helper()
+	got := w.metrics(w.lab.Path("metrics"))
+	for _, name := range []string{
+		`clip_fetched_bytes_total{reason="reader",source="` + w.registry.Host() + `"}`, `clip_read_duration_seconds_count{outcome="fetched"}`,
+		`clip_prepared_layers_total{outcome="lazy"}`, `clip_prepared_layers_total{outcome="unpacked"}`,
+		`clip_mounts{mode="` + w.status().Daemon.Mode + `"}`, `clip_spans_total{reason="reader"}`, "clip_cache_bytes", "clip_cache_limit_bytes", "process_resident_memory_bytes",
+	} {
+		require.NotContains(w, []string{"", "0"}, got[name], "%s in %v", name, got)
+	}
+	require.Equal(w, "0", got["clip_reads_in_flight"])
+	require.Equal(w, "0", got[`clip_verification_failures_total{what="span"}`])
+	require.Contains(w, w.ask(w.lab.Path("debug"), "/debug/pprof/goroutine?debug=1"), "goroutine profile")
 }

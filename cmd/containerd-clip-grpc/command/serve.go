@@ -112,7 +112,7 @@ func (f flags) load() (Config, error) {
 
 // serve runs the daemon until ctx ends.
 func serve(ctx context.Context, c Config) (err error) {
-	if err := log.SetLevel(c.LogLevel); err != nil {
+	if err := c.setLog(); err != nil {
 		return err
 	}
 	unlock, err := lockRoot(c.Root)
@@ -149,6 +149,11 @@ func serve(ctx context.Context, c Config) (err error) {
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
 	record.Register(server, sn)
 	control.Register(server, sn)
+	unobserved, err := c.observe(ctx, c.gatherers(sn.Collectors()))
+	if err != nil {
+		return err
+	}
+	defer unobserved()
 	stopped := context.AfterFunc(ctx, server.Stop)
 	defer stopped()
 	if len(c.Watch.Rules) > 0 {
@@ -169,6 +174,11 @@ func serve(ctx context.Context, c Config) (err error) {
 	}
 	log.G(ctx).Info("containerd-clip-grpc ends")
 	return nil
+}
+
+// setLog has the log look as c says.
+func (c Config) setLog() error {
+	return errors.Join(log.SetLevel(c.LogLevel), log.SetFormat(log.OutputFormat(c.LogFormat)))
 }
 
 // options returns what the snapshotter is to be told.
