@@ -47,7 +47,7 @@ func (s *Snapshotter) Status(ctx context.Context) (control.Status, error) {
 func (s *Snapshotter) daemon() control.Daemon {
 	d := control.Daemon{
 		PID: os.Getpid(), Started: s.started, Root: s.dir, Mode: string(s.can.Mode), NotLazy: text(s.noLazy),
-		Nested: text(s.can.Nested), Remap: text(s.can.Remap), Outlived: s.session != nil,
+		Nested: text(s.can.Nested), Remap: text(s.can.Remap), Outlived: s.files != nil && s.files.Kept(),
 	}
 	n, oldest := s.layers.InFlight()
 	d.InFlight, d.OldestSeconds = n, oldest.Seconds()

@@ -19,7 +19,7 @@ type ensureOptions struct {
 }
 
 func newContentCommand(g *globals) *cobra.Command {
-	content := &cobra.Command{Use: "content", Short: "Look after the content of images in containerd's store"}
+	content := newGroup("content", "Look after the content of images in containerd's store")
 	var o ensureOptions
 	ensure := &cobra.Command{
 		Use:   "ensure IMAGE",
@@ -37,7 +37,7 @@ points now.`,
 	}
 	o.platforms.add(ensure, "fetch")
 	ensure.Flags().StringVar(&o.from, "from", "", "reference to fetch from (default: IMAGE)")
-	ensure.Flags().StringSliceVar(&o.hosts, "hosts-dir", []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, "directories with containerd's <host>/hosts.toml files")
+	ensure.Flags().StringSliceVar(&o.hosts, "hosts-dir", defaultHostsDirs, "directories with containerd's <host>/hosts.toml files")
 	content.AddCommand(ensure)
 	return content
 }

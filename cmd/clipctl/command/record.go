@@ -141,7 +141,7 @@ func findArchive(ctx context.Context, image containerd.Image, path string) (a *a
 			return nil, nil, err
 		}
 		defer os.RemoveAll(dir) // downloads have no name
-		registry := remote.New(remote.Options{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}})
+		registry := remote.New(remote.Options{ConfigPath: defaultHostsDirs})
 		finder := discover.New(discover.Options{Dir: dir, Referrers: true, Fetcher: func(ctx context.Context, ref string) (remotes.Fetcher, error) {
 			return registry.Fetcher(ctx, ref)
 		}})
@@ -164,27 +164,35 @@ func findArchive(ctx context.Context, image containerd.Image, path string) (a *a
 
 // platformManifest returns the digest of the image's manifest for this machine.
 func platformManifest(ctx context.Context, image containerd.Image) (digest.Digest, error) {
+	if images.IsManifestType(image.Target().MediaType) {
+		return image.Target().Digest, nil
+	}
+	children, err := images.Children(ctx, image.ContentStore(), image.Target())
+	if err != nil {
+		return "", err
+	}
+	best, err := bestManifest(children)
+	if err != nil {
+		return "", fmt.Errorf("image %s: %w", image.Name(), err)
+	}
+	return best.Digest, nil
+}
+
+// bestManifest returns the one of an index's manifests that is for this machine.
+func bestManifest(all []ocispec.Descriptor) (ocispec.Descriptor, error) {
 	match := platforms.Default()
-	found := []ocispec.Descriptor{image.Target()}
-	if !images.IsManifestType(image.Target().MediaType) {
-		children, err := images.Children(ctx, image.ContentStore(), image.Target())
-		if err != nil {
-			return "", err
-		}
-		found = slices.DeleteFunc(children, func(d ocispec.Descriptor) bool {
-			return !images.IsManifestType(d.MediaType) || d.Platform == nil || !match.Match(*d.Platform)
-		})
-		slices.SortStableFunc(found, func(a, b ocispec.Descriptor) int {
-			if match.Less(*a.Platform, *b.Platform) {
-				return -1
-			}
-			return 1
-		})
-	}
+	found := slices.DeleteFunc(slices.Clone(all), func(d ocispec.Descriptor) bool {
+		return !images.IsManifestType(d.MediaType) || d.Platform == nil || !match.Match(*d.Platform)
+	})
 	if len(found) == 0 {
-		return "", fmt.Errorf("image %s has no manifest for %s: %w", image.Name(), platforms.DefaultString(), errdefs.ErrNotFound)
+		return ocispec.Descriptor{}, fmt.Errorf("it has no manifest for %s: %w", platforms.DefaultString(), errdefs.ErrNotFound)
 	}
-	return found[0].Digest, nil
+	return slices.MinFunc(found, func(a, b ocispec.Descriptor) int {
+		if match.Less(*a.Platform, *b.Platform) {
+			return -1
+		}
+		return 1
+	}), nil
 }
 
 // prefetchList turns touches into spans, each at its first touch.
