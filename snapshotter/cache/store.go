@@ -38,6 +38,7 @@ package cache
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -51,6 +52,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
@@ -199,69 +201,121 @@ func (s *Store) loaded() []*Layer {
 	return all
 }
 
-// Add makes sure that the layer that x describes is in the store and that
-// source is among those it is fetched from. x is complete, entries included.
-func (s *Store) Add(x *layer.Index, source string) error {
+// Add makes sure that the layers are in the store and that source is among
+// those that they are fetched from. The indexes are complete, with entries.
+func (s *Store) Add(source string, layers ...*layer.Index) error {
 	s.adding.Lock()
 	defer s.adding.Unlock()
-	if err := x.DiffID.Validate(); err != nil {
-		return fmt.Errorf("diff ID %q: %w", x.DiffID, errdefs.ErrInvalidArgument)
-	}
-	l, err := s.Layer(x.DiffID)
-	if errdefs.IsNotFound(err) {
-		err = s.create(x)
-		if isFull(err) && s.evict(int64(x.OutSize)) > 0 {
-			err = s.create(x)
+	var missing []*layer.Index
+	var size int64
+	for _, x := range layers {
+		if err := x.DiffID.Validate(); err != nil {
+			return fmt.Errorf("diff ID %q: %w", x.DiffID, errdefs.ErrInvalidArgument)
 		}
+		_, err := s.Layer(x.DiffID)
+		if errdefs.IsNotFound(err) {
+			missing = append(missing, x)
+			size += int64(x.OutSize)
+		} else if err != nil {
+			return err
+		}
+	}
+	if err := s.create(missing, source); isFull(err) && s.evict(size) > 0 {
+		if err := s.create(missing, source); err != nil {
+			return err
+		}
+	} else if err != nil {
+		return err
+	}
+	for _, x := range layers {
+		l, err := s.Layer(x.DiffID)
 		if err != nil {
+			return err
+		}
+		if l.head.Digest != x.Digest {
+			continue // the same stream, compressed anew: what we have does
+		}
+		if err := l.addSource(source); err != nil {
 			return fmt.Errorf("layer %s: %w", x.DiffID, err)
 		}
-		l, err = s.Layer(x.DiffID)
 	}
-	if err != nil {
-		return err
-	}
-	if l.head.Digest != x.Digest {
-		return nil // the same stream, compressed anew: what we have does
-	}
-	return l.addSource(source)
+	return nil
 }
 
-// create writes the directory of a new layer; it appears whole or not at all,
-// and stays.
-func (s *Store) create(x *layer.Index) (err error) {
-	tmp, err := os.MkdirTemp(s.dir, ".new-")
+// createWorkers is how many layers are written at once. They wait for the
+// disk, and those that wait together wait for the same write of its journal.
+const createWorkers = 16
+
+// create writes the directories of new layers; each appears whole or not at
+// all, and when create returns nil, they stay.
+func (s *Store) create(layers []*layer.Index, source string) (err error) {
+	if len(layers) == 0 {
+		return nil
+	}
+	enc, err := zstd.NewWriter(nil)
 	if err != nil {
 		return err
 	}
+	var g errgroup.Group
+	g.SetLimit(createWorkers)
+	made := make([]string, len(layers))
 	defer func() {
-		if err != nil {
-			os.RemoveAll(tmp)
+		for _, dir := range made {
+			if err != nil && dir != "" {
+				os.RemoveAll(dir)
+			}
 		}
 	}()
-	dir, err := os.OpenRoot(tmp)
-	if err != nil {
+	for i, x := range layers {
+		g.Go(func() (err error) {
+			if made[i], err = os.MkdirTemp(s.dir, ".new-"); err == nil {
+				err = writeLayer(made[i], x, source, enc)
+			}
+			if err != nil {
+				return fmt.Errorf("layer %s: %w", x.DiffID, err)
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
 		return err
 	}
-	defer dir.Close()
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
-	if err != nil {
-		return err
-	}
-	if err := writeFile(dir, spansFile, x.AppendSpans(nil)); err != nil {
-		return err
-	}
-	if err := writeFile(dir, entriesFile, enc.EncodeAll(x.AppendEntries(nil), nil)); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, filepath.Join(s.dir, x.DiffID.Encoded())); err != nil {
-		return err
+	for i, x := range layers {
+		if err := os.Rename(made[i], filepath.Join(s.dir, x.DiffID.Encoded())); err != nil {
+			return err
+		}
+		made[i] = ""
 	}
 	all, err := os.OpenRoot(s.dir)
 	if err != nil {
 		return err
 	}
 	return errors.Join(syncDir(all), all.Close())
+}
+
+// writeLayer writes the files of a new layer into dir, durably.
+func writeLayer(dir string, x *layer.Index, source string, enc *zstd.Encoder) error {
+	files := map[string][]byte{spansFile: x.AppendSpans(nil), entriesFile: enc.EncodeAll(x.AppendEntries(nil), nil)}
+	if validSource(source) {
+		raw, err := json.Marshal([]string{source})
+		if err != nil {
+			return err
+		}
+		files[sourcesFile] = raw
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	var g errgroup.Group
+	for name, b := range files {
+		g.Go(func() error { return newFile(root, name, b) })
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return syncDir(root)
 }
 
 // Layer returns the layer with this diff ID, or errdefs.ErrNotFound.
