@@ -325,9 +325,11 @@ func refused(err error) bool {
 // dockerHub is the key under which docker's config keeps docker.io's credentials.
 const dockerHub = "https://index.docker.io/v1/"
 
-// dockerCredentials reads docker's config anew each time: a helper's answer or
-// a new login takes effect without a restart.
-func dockerCredentials(host string) (user, secret string, err error) {
+// Credentials returns what docker's config file and its helpers have for a
+// registry host: a user and password, or an identity token without a user. Both
+// are empty if there is nothing. The file is read anew each time: a helper's
+// answer or a new login takes effect without a restart.
+func Credentials(host string) (user, secret string, err error) {
 	config, err := cliconfig.Load(cliconfig.Dir())
 	if err != nil {
 		return "", "", err

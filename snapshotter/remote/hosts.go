@@ -222,7 +222,7 @@ func (c *Client) adoptLocked(host *docker.RegistryHost) {
 	key := host.Scheme + "://" + host.Host
 	auth := c.auths[key]
 	if auth == nil {
-		auth = newAuthorizer(host.Scheme, host.Host, dockerCredentials, c.opts.SilenceTimeout)
+		auth = newAuthorizer(host.Scheme, host.Host, Credentials, c.opts.SilenceTimeout)
 		c.auths[key] = auth
 	}
 	auth.use(transport)

@@ -156,3 +156,43 @@ func (w *world) requireMetrics() {
 	require.Equal(w, "0", got[`clip_verification_failures_total{what="span"}`])
 	require.Contains(w, w.ask(w.lab.Path("debug"), "/debug/pprof/goroutine?debug=1"), "goroutine profile")
 }
+
+// TestPullAndPrune goes through the commands that look after images and what was fetched of them.
+func TestPullAndPrune(t *testing.T) {
+	w := newWorldWith(t, "[fill]\ndelay = '0s'\n")
+	ref, file := w.ref(images.SmallName), w.lab.Path("a.clip")
+	w.index(images.SmallName)
+	ask := func(args ...string) string {
+		t.Helper()
+		result, err := w.worker.Clipctl(w.ctx, args...)
+		require.NoError(t, err)
+		return result.Stdout
+	}
+	require.Contains(t, ask("pull", ref), "lazy\t5 layers")
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+	require.Contains(t, ask("pull", w.ref(images.SiblingName)), "not lazy\t1 of 4 layers: ")
+	_, err := w.worker.Clipctl(w.ctx, "pull", w.registry.Ref("small/none:1"))
+	require.ErrorContains(t, err, "clipctl doctor")
+
+	w.eventually("the layers are complete", func() bool { return strings.Count(ask("cache", "ls"), "100%") == 5 })
+	require.Regexp(t, "of at most .* in 5 layers", ask("cache", "usage"))
+	require.NoError(t, w.worker.StartContainer(w.ctx, lazy, ref, "web", "sleep", "1000"))
+	require.Equal(t, "gave up 0 B of 0 layers\n", ask("cache", "prune"), "a container uses them")
+	require.Contains(t, ask("cache", "prune", "--all"), "gave up ")
+	require.Equal(t, "clip\n", w.ctr(w.worker, "task", "exec", "--exec-id", "e", "web", "cat", "/app/name"), "what is read again is fetched again")
+	require.NoError(t, w.worker.RemoveContainer(w.ctx, "web"))
+	w.removeImage(w.worker, w.ref(images.SiblingName))
+	require.NoError(t, w.daemon.Stop(), "unmounts the root, which nobody needs any more")
+	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	require.Regexp(t, "gave up [1-9].* of [1-5] layers", ask("cache", "prune"))
+	require.NotContains(t, ask("cache", "ls"), "100%")
+	w.runAfterRestart(ref)
+
+	_, err = w.builder.Clipctl(w.ctx, "index", ref, "-o", file)
+	require.NoError(t, err)
+	for _, args := range [][]string{{"check", file}, {"check", file, ref}} {
+		result, err := w.builder.Clipctl(w.ctx, args...)
+		require.NoError(t, err)
+		require.Equal(t, 5, strings.Count(result.Stdout, "ok    layer"), result.Stdout)
+	}
+}
