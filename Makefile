@@ -13,7 +13,7 @@ PARTS  := $(CACHE)/bin
 UNIT    = $(shell $(GO) list ./... | grep -v -e /tests/e2e -e /tests/demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps parts images test unit e2e lint vuln bench bench-index bench-read fuzz demo install clean
+.PHONY: help build deps parts images test unit e2e lint vuln bench bench-index bench-read fuzz demo man install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,7 +77,15 @@ fuzz: ## every fuzz target for FUZZTIME (30s)
 demo: deps parts build ## an image indexed, pushed and run lazily, next to a full pull (root)
 	@$(GO) run ./tests/demo
 
-install: build ## binaries, systemd's unit, containerd's settings, below $(DESTDIR)$(PREFIX)
+man: ## manual pages in bin/man
+	rm -rf $(BIN)/man
+	$(GO) run ./internal/man $(BIN)/man
+
+install: build man ## binaries, manual pages, completion, systemd's unit, containerd's settings, below $(DESTDIR)$(PREFIX)
+	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/man/man8 $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	install -m 644 $(BIN)/man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1
+	install -m 644 $(BIN)/man/*.8 $(DESTDIR)$(PREFIX)/share/man/man8
+	$(BIN)/clipctl completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/clipctl
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/containerd-clip
 	sed 's|/usr/local|$(PREFIX)|' containerd-clip-grpc.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/containerd-clip-grpc.service
 	install -m 755 $(BIN)/clipctl $(BIN)/containerd-clip-grpc $(DESTDIR)$(PREFIX)/bin

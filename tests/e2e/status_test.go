@@ -171,6 +171,7 @@ func TestPullAndPrune(t *testing.T) {
 	require.Contains(t, ask("pull", ref), "lazy\t5 layers")
 	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
 	require.Contains(t, ask("pull", w.ref(images.SiblingName)), "not lazy\t1 of 4 layers: ")
+	require.Contains(t, ask("__complete", "doctor", w.registry.Host()), ref+"\n", "shells complete names of images")
 	_, err := w.worker.Clipctl(w.ctx, "pull", w.registry.Ref("small/none:1"))
 	require.ErrorContains(t, err, "clipctl doctor")
 

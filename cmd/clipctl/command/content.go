@@ -30,7 +30,8 @@ pushed and run with any snapshotter.
 
 Layers are fetched by digest: the image stays what it is, wherever its tag
 points now.`,
-		Args: cobra.ExactArgs(1),
+		Example: `  clipctl content ensure registry.example.com/team/app:1 && ctr image export app.tar registry.example.com/team/app:1`,
+		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runEnsure(cmd.Context(), g, args[0], o, cmd.OutOrStdout())
 		},

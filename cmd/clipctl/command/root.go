@@ -39,6 +39,9 @@ func New() *cobra.Command {
 	f.StringVar(&g.clipAddress, "clip-address", env("CLIP_ADDRESS", "/run/containerd-clip-grpc/containerd-clip-grpc.sock"), "the snapshotter daemon's socket [$CLIP_ADDRESS]")
 	cmd.AddCommand(newIndexCommand(g), newExportCommand(g), newContentCommand(g), newLoadCommand(g), newPushCommand(), newRecordCommand(g), newStatusCommand(g), newDoctorCommand(g), newPullCommand(g), newCacheCommand(g), newCheckCommand(g),
 		newInspectCommand(), newListCommand(), newCatCommand(), newMountCommand())
+	for _, sub := range cmd.Commands() {
+		completeArgs(g, sub)
+	}
 	return cmd
 }
 

@@ -170,3 +170,25 @@ func TestPullBars(t *testing.T) {
 		require.Eventually(t, func() bool { return strings.Contains(written(), what) }, 5*time.Second, 10*time.Millisecond, what)
 	}
 }
+
+func TestCompletion(t *testing.T) {
+	t.Setenv("CONTAINERD_ADDRESS", filepath.Join(t.TempDir(), "none"))
+	for line, want := range map[string]string{
+		"status --w":    "--watch\tshow it again every second until interrupted\n:4\n",
+		"cache pr":      "prune\tGive up what was fetched of layers that no container uses\n:4\n",
+		"inspect ":      ":0\n", // files
+		"check ":        ":0\n",
+		"check f ":      ":4\n", // images, of which there are none
+		"check f i ":    ":4\n",
+		"doctor a b ":   ":4\n",
+		"content ensu":  "ensure\tFetch what containerd's store lacks of an image\n:4\n",
+		"record IMAGE ": ":0\n", // CMD
+	} {
+		out, err := run(t, append([]string{"__complete"}, strings.Split(line, " ")...)...)
+		require.NoError(t, err, line)
+		require.Equal(t, want, out, line)
+	}
+	out, err := run(t, "completion", "bash")
+	require.NoError(t, err)
+	require.Contains(t, out, "__start_clipctl")
+}

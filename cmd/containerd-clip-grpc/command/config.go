@@ -200,11 +200,12 @@ func (c FillConfig) validate() error {
 }
 
 func newConfigCommand() *cobra.Command {
-	config := &cobra.Command{Use: "config", Short: "Show the configuration"}
+	config := &cobra.Command{Use: "config", Short: "Show the configuration", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
 	config.AddCommand(&cobra.Command{
-		Use:   "default",
-		Short: "Print the default configuration, every key with its meaning",
-		Args:  cobra.NoArgs,
+		Use:     "default",
+		Short:   "Print the default configuration, every key with its meaning",
+		Example: `  containerd-clip-grpc config default >/etc/containerd-clip-grpc/config.toml`,
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return writeConfig(cmd.OutOrStdout(), DefaultConfig())
 		},

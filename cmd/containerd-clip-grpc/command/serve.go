@@ -37,11 +37,15 @@ type flags struct {
 func New() *cobra.Command {
 	var f flags
 	cmd := &cobra.Command{
-		Use:           "containerd-clip-grpc",
-		Short:         "containerd snapshotter that leaves image layers in the registry and fetches what is read",
+		Use:   "containerd-clip-grpc",
+		Short: "containerd snapshotter that leaves image layers in the registry and fetches what is read",
+		Example: `  containerd-clip-grpc
+  containerd-clip-grpc --root /srv/clip --log-level debug`,
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		// It is not a command for shells.
+		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := f.load()
 			if err != nil {

@@ -88,7 +88,8 @@ func newWatchCommand(f *flags) *cobra.Command {
 		Long: `Index images as they come into containerd, as the rules in the section watch of
 the configuration say. The daemon starts this by itself when there are rules; a
 machine that only builds images can run it alone.`,
-		Args: cobra.NoArgs,
+		Example: `  containerd-clip-grpc watch --config /etc/containerd-clip-grpc/config.toml`,
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := f.load()
 			if err != nil {
