@@ -138,15 +138,22 @@ func (s *Snapshotter) checkMerge(a *archive.Archive) error {
 }
 
 func merge(a *archive.Archive) error {
-	var layers []*layer.Index
+	var (
+		layers []*layer.Index
+		total  tree.Total
+	)
 	for i := range a.DiffIDs() {
 		if a.NotLazy(i) != "" {
 			break
 		}
 		x, err := a.Layer(i)
+		if err == nil {
+			err = total.Add(x)
+		}
 		if err != nil {
 			return err
 		}
+		x.Spans, x.Points = nil, nil // a hostile image has many, and nothing here needs them
 		layers = append(layers, x)
 	}
 	_, err := tree.Merge(layers)
