@@ -50,13 +50,12 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, targe
 	if err != nil {
 		return err
 	}
-	indexes, err := s.checkMerge(a)
-	if err != nil {
+	if err := s.checkMerge(a); err != nil {
 		return err
 	}
 	s.gate.RLock()
 	defer s.gate.RUnlock()
-	if err := s.addLayers(a, indexes, top, target.Ref); err != nil {
+	if err := s.addLayers(a, top, target.Ref); err != nil {
 		return err
 	}
 	c := chain{ChainID: target.ChainID, Layers: a.DiffIDs()[:top+1], Image: target.Ref}
@@ -120,52 +119,52 @@ func position(a *archive.Archive, chainID digest.Digest) (int, error) {
 
 // checkMerge makes sure, once per image, that its layers make a root: an image
 // that containerd would refuse must be refused before any of it is committed.
-// It returns the layers' indexes if it had to read them.
-func (s *Snapshotter) checkMerge(a *archive.Archive) ([]*layer.Index, error) {
+func (s *Snapshotter) checkMerge(a *archive.Archive) error {
 	const most = 256
 	image := a.Info().Descriptor.Digest
 	s.mergedMu.Lock()
 	defer s.mergedMu.Unlock()
 	if err, ok := s.merged[image]; ok {
-		return nil, err
+		return err
 	}
 	if len(s.merged) >= most {
 		clear(s.merged)
 	}
-	layers, err := lazyLayers(a)
-	if err != nil {
-		return nil, err
-	}
-	_, err = tree.Merge(layers)
+	err := merge(a)
 	if err == nil || errors.Is(err, tree.ErrInvalid) || errors.Is(err, tree.ErrUnsupported) {
 		s.merged[image] = err // what else went wrong may go right the next time
 	}
-	return layers, err
+	return err
 }
 
-// lazyLayers reads the indexes of the layers below the first that cannot be
-// read lazily.
-func lazyLayers(a *archive.Archive) ([]*layer.Index, error) {
-	var layers []*layer.Index
+func merge(a *archive.Archive) error {
+	var (
+		layers []*layer.Index
+		total  tree.Total
+	)
 	for i := range a.DiffIDs() {
 		if a.NotLazy(i) != "" {
 			break
 		}
 		x, err := a.Layer(i)
-		if err != nil {
-			return nil, err
+		if err == nil {
+			err = total.Add(x)
 		}
+		if err != nil {
+			return err
+		}
+		x.Spans, x.Points = nil, nil // a hostile image has many, and nothing here needs them
 		layers = append(layers, x)
 	}
-	return layers, nil
+	_, err := tree.Merge(layers)
+	return err
 }
 
 // addLayers makes sure that the layers up to top are in the store, to be
 // fetched from ref's repository as well. If they are not, it adds all that the
 // image has: the others are asked for next, and the disk takes many at once in
-// little more time than one. indexes are what checkMerge returned. The caller
-// holds gate.
-func (s *Snapshotter) addLayers(a *archive.Archive, indexes []*layer.Index, top int, ref string) error {
+// little more time than one. The caller holds gate.
+func (s *Snapshotter) addLayers(a *archive.Archive, top int, ref string) error {
 	if ref == "" {
 		ref = a.Info().StorageRef
 	}
@@ -178,13 +177,29 @@ func (s *Snapshotter) addLayers(a *archive.Archive, indexes []*layer.Index, top 
 	if !missing {
 		return nil
 	}
-	if indexes == nil {
-		var err error
-		if indexes, err = lazyLayers(a); err != nil {
+	const most = 64 << 20 // bytes of indexes in memory, or one layer's
+	var (
+		batch []*layer.Index
+		held  int
+	)
+	for i := range a.DiffIDs() {
+		if a.NotLazy(i) != "" {
+			break
+		}
+		x, err := a.Layer(i)
+		if err != nil {
 			return err
 		}
+		size := x.MemorySize()
+		if held+size > most {
+			if err := s.layers.Add(ref, batch...); err != nil {
+				return err
+			}
+			batch, held = nil, 0
+		}
+		batch, held = append(batch, x), held+size
 	}
-	return s.layers.Add(ref, indexes...)
+	return s.layers.Add(ref, batch...)
 }
 
 // commitLazy records the lazy snapshot and returns its id. The caller holds gate.

@@ -39,6 +39,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -86,8 +87,8 @@ type Snapshotter struct {
 	meta     *storage.MetaStore
 	layers   *cache.Store
 	filler   *fill.Filler
-	files    *layerfs.FS       // nil if not even that can be mounted
-	session  *fuseconn.Session // nil if nothing outlives the process
+	files    *layerfs.FS // nil if not even that can be mounted
+	session  *fuseconn.Session
 	helper   root.Helper
 	can      root.Ability
 	finder   *discover.Finder
@@ -125,9 +126,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if err := os.Chmod(s.dir, 0o700); err != nil {
 		return nil, err
 	}
-	if opts.Keeper != nil {
-		s.session = fuseconn.NewSession(opts.Keeper)
-	}
+	s.session = fuseconn.NewSession(opts.Keeper)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
@@ -213,6 +212,11 @@ func (s *Snapshotter) close() error {
 	}
 	return errors.Join(errs...)
 }
+
+// InFlight returns how many requests of the kernel are being answered now, and
+// the age of the oldest. A request that is older than fuseconn.AnswerTimeout is
+// stuck; its reader has an error.
+func (s *Snapshotter) InFlight() (n int, oldest time.Duration) { return s.session.InFlight() }
 
 // Stat implements snapshots.Snapshotter.
 func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info, err error) {

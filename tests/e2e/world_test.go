@@ -51,6 +51,13 @@ func newWorld(t *testing.T) *world { return newWorldWith(t, "") }
 // newWorldWith has a daemon with a configuration, in which LAB stands for the lab's directory.
 func newWorldWith(t *testing.T, config string) *world {
 	w := emptyWorld(t, config)
+	w.addSmall()
+	return w
+}
+
+// addSmall makes the small images.
+func (w *world) addSmall() {
+	t := w.T
 	layout, err := testimages.Small(w.lab.Path("small"))
 	require.NoError(t, err)
 	file := w.lab.Path("small.tar")
@@ -61,7 +68,6 @@ func newWorldWith(t *testing.T, config string) *world {
 		w.publish(name)
 	}
 	w.start = time.Now()
-	return w
 }
 
 // newDemoWorld has the demo image instead.
@@ -77,8 +83,10 @@ func newDemoWorld(t *testing.T) *world {
 	return w
 }
 
-func emptyWorld(t *testing.T, config string) *world {
-	w := &world{T: t, ctx: t.Context(), lab: harness.ForTest(t)}
+func emptyWorld(t *testing.T, config string) *world { return worldIn(t, harness.ForTest(t), config) }
+
+func worldIn(t *testing.T, lab *harness.Lab, config string) *world {
+	w := &world{T: t, ctx: t.Context(), lab: lab}
 	var err error
 	w.registry, err = w.lab.StartRegistry(w.ctx)
 	require.NoError(t, err)

@@ -162,6 +162,9 @@ func serve(ctx context.Context, c Config) (err error) {
 	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 		log.G(ctx).WithError(err).Warn("cannot tell systemd that the daemon is ready")
 	}
+	if err := feedWatchdog(ctx, sn.InFlight); err != nil {
+		log.G(ctx).WithError(err).Warn("systemd's watchdog will end the daemon: what it says cannot be read")
+	}
 	if err := server.Serve(l); err != nil && ctx.Err() == nil {
 		return err
 	}
