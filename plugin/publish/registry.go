@@ -2,15 +2,12 @@
 package publish
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
-	"os"
-	"time"
+	"slices"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -20,10 +17,9 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/beam-cloud/containerd-clip/archive"
 )
@@ -34,73 +30,84 @@ import (
 // archive again changes nothing. Registries without the referrers API get the
 // fallback tag that the OCI distribution spec describes.
 //
-// The image must be in the repository already: an archive is of no use
-// without the layers. Credentials come from docker's config.
+// The image must be in the repository already, manifest and layers: an archive
+// is of no use without them. Nothing is written before that is certain.
+// Credentials come from docker's config.
 func Push(ctx context.Context, path, ref string) (digest.Digest, int64, error) {
 	parsed, err := name.ParseReference(ref)
 	if err != nil {
 		return "", 0, fmt.Errorf("reference %q: %w", ref, errors.Join(err, errdefs.ErrInvalidArgument))
 	}
 	repo := parsed.Context()
-	subject, recorded, compressed, err := load(path)
+	a, err := NewArtifact(path)
 	if err != nil {
 		return "", 0, err
 	}
 	opts := []remote.Option{remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain)}
-	if _, err := remote.Head(repo.Digest(subject.Digest.String()), opts...); err != nil {
-		return "", 0, fmt.Errorf("image %s must be in %s before its archive; push the image first: %w", subject.Digest, repo, registryError(err))
+	if err := checkImage(ctx, repo, a, opts); err != nil {
+		return "", 0, err
 	}
-	blob := static.NewLayer(compressed, archive.MediaType)
-	config := static.NewLayer([]byte("{}"), types.MediaType(ocispec.MediaTypeEmptyJSON))
+	blob := static.NewLayer(a.blob, archive.MediaType)
+	config := static.NewLayer(ocispec.DescriptorEmptyJSON.Data, types.MediaType(ocispec.MediaTypeEmptyJSON))
 	for _, l := range []v1.Layer{blob, config} {
 		if err := remote.WriteLayer(repo, l, opts...); err != nil {
 			return "", 0, fmt.Errorf("uploading to %s: %w", repo, registryError(err))
 		}
 	}
-	m, err := artifact(subject, recorded, compressed)
-	if err != nil {
-		return "", 0, err
-	}
-	id := digest.FromBytes(m)
-	if err := remote.Put(repo.Digest(id.String()), m, opts...); err != nil {
+	if err := remote.Put(repo.Digest(a.Descriptor.Digest.String()), manifest(a.manifest), opts...); err != nil {
 		return "", 0, fmt.Errorf("uploading to %s: %w", repo, registryError(err))
 	}
-	return id, int64(len(compressed)), nil
+	return a.Descriptor.Digest, int64(len(a.blob)), nil
 }
 
-// load checks the archive at path and returns what it is of, when its prefetch
-// list was recorded (zero if it has none), and its bytes, zstd'ed.
-func load(path string) (subject ocispec.Descriptor, recorded time.Time, compressed []byte, err error) {
-	a, err := archive.OpenFile(path)
+// headsAtOnce is how many layers are asked for at the same time.
+const headsAtOnce = 8
+
+// checkImage makes sure that the image of an archive is in repo: its manifest
+// and every layer, each of the size that the manifest says. The error names all
+// layers that are not.
+func checkImage(ctx context.Context, repo name.Repository, a *Artifact, opts []remote.Option) error {
+	puller, err := remote.NewPuller(opts...)
 	if err != nil {
-		return subject, recorded, nil, err
+		return err
 	}
-	defer a.Close()
-	list, err := a.Prefetch()
+	if _, err := puller.Head(ctx, repo.Digest(a.Subject.Digest.String())); err != nil {
+		return fmt.Errorf("image %s must be in %s before its archive; push the image first: %w", a.Subject.Digest, repo, registryError(err))
+	}
+	wrong := make([]string, len(a.layers))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(headsAtOnce)
+	for i, l := range a.layers {
+		g.Go(func() error {
+			size, err := blobSize(ctx, puller, repo, l.Digest)
+			switch err = registryError(err); {
+			case errdefs.IsNotFound(err):
+				wrong[i] = l.Digest.String()
+			case err != nil:
+				return fmt.Errorf("layer %s of image %s in %s: %w", l.Digest, a.Subject.Digest, repo, err)
+			case size >= 0 && size != l.Size: // some registries do not say
+				wrong[i] = fmt.Sprintf("%s (it has %d bytes there instead of %d)", l.Digest, size, l.Size)
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	if wrong = slices.DeleteFunc(wrong, func(s string) bool { return s == "" }); len(wrong) > 0 {
+		return fmt.Errorf("image %s is not whole in %s, it lacks %s; push the image again before its archive: %w",
+			a.Subject.Digest, repo, strings.Join(wrong, ", "), errdefs.ErrNotFound)
+	}
+	return nil
+}
+
+// blobSize asks how large a blob is; -1 if the registry has it and does not say.
+func blobSize(ctx context.Context, puller *remote.Puller, repo name.Repository, d digest.Digest) (int64, error) {
+	l, err := puller.Layer(ctx, repo.Digest(d.String()))
 	if err != nil {
-		return subject, recorded, nil, err
+		return 0, err
 	}
-	if list != nil {
-		recorded = list.Recorded
-	}
-	f, err := os.Open(path)
-	if err != nil {
-		return subject, recorded, nil, err
-	}
-	defer f.Close()
-	// One goroutine and a fixed level: the same archive becomes the same blob.
-	var b bytes.Buffer
-	enc, err := zstd.NewWriter(&b, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedBetterCompression))
-	if err != nil {
-		return subject, recorded, nil, err
-	}
-	if _, err := io.Copy(enc, f); err != nil {
-		return subject, recorded, nil, err
-	}
-	if err := enc.Close(); err != nil {
-		return subject, recorded, nil, err
-	}
-	return a.Info().Descriptor, recorded, b.Bytes(), nil
+	return l.Size()
 }
 
 // manifest is a serialized artifact manifest.
@@ -112,31 +119,11 @@ func (m manifest) RawManifest() ([]byte, error) { return m, nil }
 // MediaType tells remote.Put what the manifest is.
 func (m manifest) MediaType() (types.MediaType, error) { return types.OCIManifestSchema1, nil }
 
-// artifact returns the manifest of an archive's artifact. An image may get
-// another archive whenever a start of it is recorded; workers take the newest.
-func artifact(subject ocispec.Descriptor, recorded time.Time, compressed []byte) (manifest, error) {
-	var annotations map[string]string
-	if !recorded.IsZero() {
-		annotations = map[string]string{ocispec.AnnotationCreated: recorded.UTC().Format(time.RFC3339)}
-	}
-	return json.Marshal(ocispec.Manifest{
-		Annotations:  annotations,
-		Versioned:    specs.Versioned{SchemaVersion: 2},
-		MediaType:    ocispec.MediaTypeImageManifest,
-		ArtifactType: archive.ArtifactType,
-		Config:       ocispec.DescriptorEmptyJSON,
-		Layers: []ocispec.Descriptor{{
-			MediaType:   archive.MediaType,
-			Digest:      digest.FromBytes(compressed),
-			Size:        int64(len(compressed)),
-			Annotations: map[string]string{ocispec.AnnotationTitle: "image.clip"},
-		}},
-		Subject: &ocispec.Descriptor{MediaType: subject.MediaType, Digest: subject.Digest, Size: subject.Size},
-	})
-}
-
 // registryError gives a registry's answer its errdefs kind.
 func registryError(err error) error {
+	if err == nil {
+		return nil
+	}
 	var answer *transport.Error
 	if !errors.As(err, &answer) {
 		return errors.Join(err, errdefs.ErrUnavailable)
