@@ -59,6 +59,9 @@ func NewArtifact(path string) (*Artifact, error) {
 	return a, nil
 }
 
+// Size returns the bytes of the compressed archive.
+func (a *Artifact) Size() int64 { return int64(len(a.blob)) }
+
 // compressed returns the file at path, zstd'ed.
 func compressed(path string) ([]byte, error) {
 	f, err := os.Open(path)
