@@ -41,12 +41,12 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, targe
 	if _, err := s.Stat(ctx, name); err == nil {
 		return nil // from another namespace, or an earlier pull
 	}
-	a, release, err := s.finder.Find(ctx, target.Ref, target.Manifest)
+	a, release, err := s.finder.Find(ctx, target.Image)
 	if err != nil {
 		return err
 	}
 	defer release()
-	top, err := position(a, target.ChainID)
+	top, err := position(a, target)
 	if err != nil {
 		return err
 	}
@@ -55,10 +55,10 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, targe
 	}
 	s.gate.RLock()
 	defer s.gate.RUnlock()
-	if err := s.addLayers(a, top, target.Ref); err != nil {
+	if err := s.addLayers(a, top, target.Image.Ref); err != nil {
 		return err
 	}
-	c := chain{ChainID: target.ChainID, Layers: a.DiffIDs()[:top+1], Image: target.Ref}
+	c := chain{ChainID: target.ChainID, Layers: a.DiffIDs()[:top+1], Image: target.Image.Ref}
 	id, err := s.commitLazy(ctx, key, name, parent, c, labels)
 	if errdefs.IsAlreadyExists(err) {
 		return nil // another pull was quicker
@@ -66,10 +66,10 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, targe
 	if err != nil {
 		return err
 	}
-	log.G(ctx).WithField("image", target.Ref).WithField("chainID", target.ChainID).Info("reading the layer lazily")
+	log.G(ctx).WithField("image", target.Image.Ref).WithField("chainID", target.ChainID).Info("reading the layer lazily")
 	if top == len(a.DiffIDs())-1 {
-		s.finder.Forget(target.Manifest) // nothing more will be asked of it
-		s.fetchList(ctx, a, target.Ref)
+		s.finder.Forget(target.Image) // nothing more will be asked of it
+		s.fetchList(ctx, a, target.Image.Ref)
 		s.buildAhead(ctx, id, c)
 		s.fill(ctx, c)
 	}
@@ -103,18 +103,24 @@ func lazyName(chainID digest.Digest, parent string) string {
 	return fmt.Sprintf("lazy %s on %s", chainID, digest.FromString(parent).Encoded()[:16])
 }
 
-// position returns which layer of the archive's image has the chain ID, if
-// that and all below it can be read lazily.
-func position(a *archive.Archive, chainID digest.Digest) (int, error) {
+// position returns which layer of the archive's image the target is, if that
+// and all below it can be read lazily.
+func position(a *archive.Archive, target discover.Target) (int, error) {
+	m, _ := a.Manifest()
 	for i, id := range a.ChainIDs() {
 		if reason := a.NotLazy(i); reason != "" {
 			return 0, fmt.Errorf("layer %d cannot be read lazily: %s", i+1, reason)
 		}
-		if id == chainID {
-			return i, nil
+		if id != target.ChainID {
+			continue
 		}
+		// The same content in another compression is another blob.
+		if got := m.Layers[i].Digest; target.Layer != "" && got != target.Layer {
+			return 0, fmt.Errorf("the archive is of another image: its layer %d is %s, not %s: %w", i+1, got, target.Layer, errdefs.ErrInvalidArgument)
+		}
+		return i, nil
 	}
-	return 0, fmt.Errorf("the archive is of another image: it has no chain %s: %w", chainID, errdefs.ErrInvalidArgument)
+	return 0, fmt.Errorf("the archive is of another image: it has no chain %s: %w", target.ChainID, errdefs.ErrInvalidArgument)
 }
 
 // checkMerge makes sure, once per image, that its layers make a root: an image

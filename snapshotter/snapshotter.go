@@ -329,7 +329,7 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	if ctx.Err() != nil {
 		return nil, err
 	}
-	log.G(ctx).WithField("image", target.Ref).WithField("chainID", target.ChainID).
+	log.G(ctx).WithField("image", target.Image.Ref).WithField("chainID", target.ChainID).
 		Infof("unpacking the layer instead of reading it lazily: %v", err)
 	return s.create(ctx, snapshots.KindActive, key, parent, append(opts, snapshots.WithLabels(map[string]string{
 		discover.LabelNotLazy: shorten(err.Error()),

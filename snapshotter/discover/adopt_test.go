@@ -50,7 +50,7 @@ func TestAdopt(t *testing.T) {
 		path := upstreamArchive(t, f, s.ref(), storageRef)
 
 		before := s.gets()
-		a, release, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+		a, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 		require.NoError(t, err)
 		require.Equal(t, img.DiffIDs, a.DiffIDs())
 		require.Equal(t, s.ref(), a.Info().StorageRef, "where containerd pulls it from")
@@ -66,7 +66,7 @@ func TestAdopt(t *testing.T) {
 		indexed := strings.TrimSuffix(path, ".clip") + ".indexed.clip"
 		require.FileExists(t, indexed)
 		again := New(f.opts)
-		_, release, err = again.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+		_, release, err = again.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 		require.NoError(t, err)
 		release()
 		again.Close()
@@ -81,7 +81,7 @@ func TestAdoptLast(t *testing.T) {
 	img := s.pushed(t)
 	path := upstreamArchive(t, f, s.ref(), "")
 	s.refer(s.put(t, artifact{subject: img.Descriptor.Digest, mediaType: archive.MediaType, blob: compress(t, archiveOf(t, img))}))
-	_, release, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.NoError(t, err)
 	release()
 	require.NoFileExists(t, strings.TrimSuffix(path, ".clip")+".indexed.clip")
@@ -99,17 +99,17 @@ func TestAdoptByReference(t *testing.T) {
 	info := m.StorageInfo.(common.OCIStorageInfo)
 	info.ImageMetadata = nil
 	require.NoError(t, clip.NewClipArchiver().CreateRemoteArchive(info, m, path))
-	_, _, err = f.Find(t.Context(), s.host+"/"+repo+":2", img.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.host + "/" + repo + ":2", Manifest: img.Descriptor.Digest})
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
-	f.Forget(img.Descriptor.Digest)
-	a, release, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	a, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.NoError(t, err)
 	require.Equal(t, img.DiffIDs, a.DiffIDs())
 	release()
 
 	moved := testutil.NewImage(t, testutil.Tar(t, testutil.File{Name: "c", Data: "third"}))
 	moved.Push(t, s.host, repo)
-	_, _, err = f.Find(t.Context(), s.ref(), moved.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: moved.Descriptor.Digest})
 	require.ErrorContains(t, err, "other layers")
 }
 
@@ -128,7 +128,7 @@ func TestAdoptFails(t *testing.T) {
 	info := m.StorageInfo.(common.OCIStorageInfo)
 	info.ImageMetadata.Digest = img.Descriptor.Digest.String()
 	require.NoError(t, clip.NewClipArchiver().CreateRemoteArchive(info, m, path))
-	_, _, err = f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.ErrorContains(t, err, "other layers")
 	require.ErrorContains(t, err, path)
 
@@ -140,10 +140,10 @@ func TestAdoptFails(t *testing.T) {
 		inner, err := fetcher(ctx, ref)
 		return swapped{inner, img.Layers[1].Digest, img.Layers[0].Digest}, err
 	}
-	_, _, err = f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.ErrorIs(t, err, errAdopting)
 	gets := s.gets()
-	_, _, err = f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.ErrorIs(t, err, errAdopting)
 	require.Equal(t, gets, s.gets(), "it is not tried again for the next layer")
 
@@ -159,7 +159,7 @@ func TestAdoptFails(t *testing.T) {
 	f.opts.Referrers = false
 	failed := make(chan error, 1)
 	go func() {
-		_, _, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+		_, _, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 		failed <- err
 	}()
 	<-arrived
@@ -190,7 +190,7 @@ func TestNotOfAnImage(t *testing.T) {
 	require.NoError(t, clip.CreateArchive(clip.CreateOptions{InputPath: dir, OutputPath: filepath.Join(f.opts.Dir, "data.clip")}))
 	_, _, err := imageOf(filepath.Join(f.opts.Dir, "data.clip"))
 	require.ErrorContains(t, err, "holds data instead of an image")
-	_, _, err = f.Find(t.Context(), s.ref(), digest.FromString("x"))
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: digest.FromString("x")})
 	require.Error(t, err)
 }
 

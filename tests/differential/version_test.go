@@ -149,7 +149,7 @@ func inSnapshotter(t *testing.T, w written, layout string) string {
 	t.Helper()
 	f := discover.New(discover.Options{Dir: filepath.Dir(w.path), Fetcher: func(context.Context, string) (remotes.Fetcher, error) { return registry(layout), nil }})
 	defer f.Close()
-	a, release, err := f.Find(t.Context(), ref, w.image)
+	a, release, err := f.Find(t.Context(), discover.Image{Ref: ref, Manifest: w.image})
 	if errdefs.IsNotFound(err) {
 		return "passes it over"
 	}
