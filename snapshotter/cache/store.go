@@ -22,6 +22,9 @@
 // waits for something else, but those that bring what readers are expected to
 // ask for next go on while one waits for another of them.
 //
+// A layer that was read in order to be indexed brings its stream along: see
+// Store.Receive.
+//
 // Space. The data files together take at most Options.MaxSize. When it is
 // used up, holes are punched: for layers of which no root is mounted, least
 // recently read first, then for spans that were not read lately. A hole is
@@ -97,8 +100,9 @@ type Store struct {
 	allLoaded bool       // all layers on disk are in layers
 	futile    time.Time  // when eviction last found nothing
 
-	mu     sync.Mutex // guards layers
-	layers map[digest.Digest]*Layer
+	mu       sync.Mutex // guards the fields below, and Incoming.file once it is among them
+	layers   map[digest.Digest]*Layer
+	incoming map[digest.Digest]*Incoming // streams that wait for their layer to be added
 }
 
 // upkeepPeriod is how long a fetched span may go unrecorded: a crash within it
@@ -122,6 +126,7 @@ func Open(ctx context.Context, opts Options) (*Store, error) {
 	s := &Store{
 		dir: opts.Dir, fetch: opts.Fetch, inUse: opts.InUse, max: limit,
 		wake: make(chan struct{}, 1), layers: map[digest.Digest]*Layer{},
+		incoming: map[digest.Digest]*Incoming{},
 	}
 	if s.inUse == nil {
 		s.inUse = func(digest.Digest) bool { return false }
@@ -205,14 +210,7 @@ func (s *Store) Add(x *layer.Index, source string) error {
 	}
 	l, err := s.Layer(x.DiffID)
 	if errdefs.IsNotFound(err) {
-		err = s.create(x)
-		if isFull(err) && s.evict(int64(x.OutSize)) > 0 {
-			err = s.create(x)
-		}
-		if err != nil {
-			return fmt.Errorf("layer %s: %w", x.DiffID, err)
-		}
-		l, err = s.Layer(x.DiffID)
+		l, err = s.createLayer(x)
 	}
 	if err != nil {
 		return err
@@ -223,41 +221,61 @@ func (s *Store) Add(x *layer.Index, source string) error {
 	return l.addSource(source)
 }
 
+// createLayer makes a new layer, with its stream if that is here. The caller
+// holds s.adding.
+func (s *Store) createLayer(x *layer.Index) (*Layer, error) {
+	size, err := s.create(x)
+	if isFull(err) && s.evict(int64(x.OutSize)) > 0 {
+		size, err = s.create(x)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("layer %s: %w", x.DiffID, err)
+	}
+	l, err := s.Layer(x.DiffID)
+	if err == nil && size > 0 {
+		l.arrived(size)
+	}
+	return l, err
+}
+
 // create writes the directory of a new layer; it appears whole or not at all,
-// and stays.
-func (s *Store) create(x *layer.Index) (err error) {
+// and stays. size is what takeIncoming returns.
+func (s *Store) create(x *layer.Index) (size int64, err error) {
 	tmp, err := os.MkdirTemp(s.dir, ".new-")
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer func() {
 		if err != nil {
 			os.RemoveAll(tmp)
+			s.used.Add(-size)
+			size = 0
 		}
 	}()
 	dir, err := os.OpenRoot(tmp)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer dir.Close()
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if err := writeFile(dir, spansFile, x.AppendSpans(nil)); err != nil {
-		return err
+		return 0, err
 	}
 	if err := writeFile(dir, entriesFile, enc.EncodeAll(x.AppendEntries(nil), nil)); err != nil {
-		return err
+		return 0, err
 	}
+	size = s.takeIncoming(tmp, x)
 	if err := os.Rename(tmp, filepath.Join(s.dir, x.DiffID.Encoded())); err != nil {
-		return err
+		return size, err
 	}
 	all, err := os.OpenRoot(s.dir)
 	if err != nil {
-		return err
+		return size, err
 	}
-	return errors.Join(syncDir(all), all.Close())
+	return size, errors.Join(syncDir(all), all.Close())
 }
 
 // Layer returns the layer with this diff ID, or errdefs.ErrNotFound.
