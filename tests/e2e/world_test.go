@@ -51,17 +51,23 @@ func newWorld(t *testing.T) *world { return newWorldWith(t, "") }
 // newWorldWith has a daemon with a configuration, in which LAB stands for the lab's directory.
 func newWorldWith(t *testing.T, config string) *world {
 	w := emptyWorld(t, config)
+	w.addSmall()
+	return w
+}
+
+// addSmall puts the small images into the builder's store and the registry.
+func (w *world) addSmall() {
+	w.Helper()
 	layout, err := testimages.Small(w.lab.Path("small"))
-	require.NoError(t, err)
+	require.NoError(w, err)
 	file := w.lab.Path("small.tar")
-	require.NoError(t, layout.WriteTar(file))
+	require.NoError(w, layout.WriteTar(file))
 	w.layout = layout
 	w.ctr(w.builder, "image", "import", "--no-unpack", "--all-platforms", file)
 	for _, name := range []string{testimages.SmallName, testimages.SiblingName, testimages.BaseName} {
 		w.publish(name)
 	}
 	w.start = time.Now()
-	return w
 }
 
 // newDemoWorld has the demo image instead.
@@ -78,6 +84,15 @@ func newDemoWorld(t *testing.T) *world {
 }
 
 func emptyWorld(t *testing.T, config string) *world {
+	w := workerlessWorld(t, config)
+	var err error
+	w.worker, err = w.lab.StartContainerd(w.ctx, "worker", w.daemon)
+	require.NoError(t, err)
+	return w
+}
+
+// workerlessWorld has no containerd beside the daemon yet.
+func workerlessWorld(t *testing.T, config string) *world {
 	w := &world{T: t, ctx: t.Context(), lab: harness.ForTest(t)}
 	var err error
 	w.registry, err = w.lab.StartRegistry(w.ctx)
@@ -85,8 +100,6 @@ func emptyWorld(t *testing.T, config string) *world {
 	w.builder, err = w.lab.StartContainerd(w.ctx, "builder", nil)
 	require.NoError(t, err)
 	w.daemon, err = w.lab.StartDaemon(w.ctx, "daemon", strings.ReplaceAll(config, "LAB", w.lab.Dir))
-	require.NoError(t, err)
-	w.worker, err = w.lab.StartContainerd(w.ctx, "worker", w.daemon)
 	require.NoError(t, err)
 	return w
 }
