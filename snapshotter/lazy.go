@@ -50,12 +50,13 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, targe
 	if err != nil {
 		return err
 	}
-	if err := s.checkMerge(a); err != nil {
+	indexes, err := s.checkMerge(a)
+	if err != nil {
 		return err
 	}
 	s.gate.RLock()
 	defer s.gate.RUnlock()
-	if err := s.addLayers(a, top, target.Ref); err != nil {
+	if err := s.addLayers(a, indexes, top, target.Ref); err != nil {
 		return err
 	}
 	c := chain{ChainID: target.ChainID, Layers: a.DiffIDs()[:top+1], Image: target.Ref}
@@ -119,25 +120,32 @@ func position(a *archive.Archive, chainID digest.Digest) (int, error) {
 
 // checkMerge makes sure, once per image, that its layers make a root: an image
 // that containerd would refuse must be refused before any of it is committed.
-func (s *Snapshotter) checkMerge(a *archive.Archive) error {
+// It returns the layers' indexes if it had to read them.
+func (s *Snapshotter) checkMerge(a *archive.Archive) ([]*layer.Index, error) {
 	const most = 256
 	image := a.Info().Descriptor.Digest
 	s.mergedMu.Lock()
 	defer s.mergedMu.Unlock()
 	if err, ok := s.merged[image]; ok {
-		return err
+		return nil, err
 	}
 	if len(s.merged) >= most {
 		clear(s.merged)
 	}
-	err := merge(a)
+	layers, err := lazyLayers(a)
+	if err != nil {
+		return nil, err
+	}
+	_, err = tree.Merge(layers)
 	if err == nil || errors.Is(err, tree.ErrInvalid) || errors.Is(err, tree.ErrUnsupported) {
 		s.merged[image] = err // what else went wrong may go right the next time
 	}
-	return err
+	return layers, err
 }
 
-func merge(a *archive.Archive) error {
+// lazyLayers reads the indexes of the layers below the first that cannot be
+// read lazily.
+func lazyLayers(a *archive.Archive) ([]*layer.Index, error) {
 	var layers []*layer.Index
 	for i := range a.DiffIDs() {
 		if a.NotLazy(i) != "" {
@@ -145,34 +153,38 @@ func merge(a *archive.Archive) error {
 		}
 		x, err := a.Layer(i)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		layers = append(layers, x)
 	}
-	_, err := tree.Merge(layers)
-	return err
+	return layers, nil
 }
 
-// addLayers puts the layers up to top into the store. The caller holds gate.
-func (s *Snapshotter) addLayers(a *archive.Archive, top int, ref string) error {
+// addLayers makes sure that the layers up to top are in the store, to be
+// fetched from ref's repository as well. If they are not, it adds all that the
+// image has: the others are asked for next, and the disk takes many at once in
+// little more time than one. indexes are what checkMerge returned. The caller
+// holds gate.
+func (s *Snapshotter) addLayers(a *archive.Archive, indexes []*layer.Index, top int, ref string) error {
 	if ref == "" {
 		ref = a.Info().StorageRef
 	}
+	m, _ := a.Manifest()
+	missing := false
 	for i, diffID := range a.DiffIDs()[:top+1] {
-		if i < top {
-			if _, err := s.layers.Layer(diffID); err == nil {
-				continue // its own snapshot brought it, with its source
-			}
-		}
-		x, err := a.Layer(i)
-		if err != nil {
-			return err
-		}
-		if err := s.layers.Add(x, ref); err != nil {
+		l, err := s.layers.Layer(diffID)
+		missing = missing || err != nil || l.Lacks(m.Layers[i].Digest, ref)
+	}
+	if !missing {
+		return nil
+	}
+	if indexes == nil {
+		var err error
+		if indexes, err = lazyLayers(a); err != nil {
 			return err
 		}
 	}
-	return nil
+	return s.layers.Add(ref, indexes...)
 }
 
 // commitLazy records the lazy snapshot and returns its id. The caller holds gate.

@@ -2,14 +2,11 @@
 package publish
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
-	"os"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -20,7 +17,6 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -42,22 +38,22 @@ func Push(ctx context.Context, path, ref string) (digest.Digest, int64, error) {
 		return "", 0, fmt.Errorf("reference %q: %w", ref, errors.Join(err, errdefs.ErrInvalidArgument))
 	}
 	repo := parsed.Context()
-	subject, recorded, compressed, err := load(path)
+	p, err := load(path)
 	if err != nil {
 		return "", 0, err
 	}
 	opts := []remote.Option{remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain)}
-	if _, err := remote.Head(repo.Digest(subject.Digest.String()), opts...); err != nil {
-		return "", 0, fmt.Errorf("image %s must be in %s before its archive; push the image first: %w", subject.Digest, repo, registryError(err))
+	if _, err := remote.Head(repo.Digest(p.subject.Digest.String()), opts...); err != nil {
+		return "", 0, fmt.Errorf("image %s must be in %s before its archive; push the image first: %w", p.subject.Digest, repo, registryError(err))
 	}
-	blob := static.NewLayer(compressed, archive.MediaType)
+	blob := static.NewLayer(p.blob, archive.MediaType)
 	config := static.NewLayer([]byte("{}"), types.MediaType(ocispec.MediaTypeEmptyJSON))
 	for _, l := range []v1.Layer{blob, config} {
 		if err := remote.WriteLayer(repo, l, opts...); err != nil {
 			return "", 0, fmt.Errorf("uploading to %s: %w", repo, registryError(err))
 		}
 	}
-	m, err := artifact(subject, recorded, compressed)
+	m, err := p.artifact()
 	if err != nil {
 		return "", 0, err
 	}
@@ -65,42 +61,34 @@ func Push(ctx context.Context, path, ref string) (digest.Digest, int64, error) {
 	if err := remote.Put(repo.Digest(id.String()), m, opts...); err != nil {
 		return "", 0, fmt.Errorf("uploading to %s: %w", repo, registryError(err))
 	}
-	return id, int64(len(compressed)), nil
+	return id, int64(len(p.blob)), nil
 }
 
-// load checks the archive at path and returns what it is of, when its prefetch
-// list was recorded (zero if it has none), and its bytes, zstd'ed.
-func load(path string) (subject ocispec.Descriptor, recorded time.Time, compressed []byte, err error) {
+// packed is an archive as it is published.
+type packed struct {
+	subject  ocispec.Descriptor // the image's manifest
+	recorded time.Time          // when its prefetch list was; zero if it has none
+	blob     []byte             // zstd'ed
+	tail     archive.Tail
+}
+
+// load checks the archive at path and packs it.
+func load(path string) (p packed, err error) {
 	a, err := archive.OpenFile(path)
 	if err != nil {
-		return subject, recorded, nil, err
+		return p, err
 	}
 	defer a.Close()
+	p.subject = a.Info().Descriptor
 	list, err := a.Prefetch()
 	if err != nil {
-		return subject, recorded, nil, err
+		return p, err
 	}
 	if list != nil {
-		recorded = list.Recorded
+		p.recorded = list.Recorded
 	}
-	f, err := os.Open(path)
-	if err != nil {
-		return subject, recorded, nil, err
-	}
-	defer f.Close()
-	// One goroutine and a fixed level: the same archive becomes the same blob.
-	var b bytes.Buffer
-	enc, err := zstd.NewWriter(&b, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedBetterCompression))
-	if err != nil {
-		return subject, recorded, nil, err
-	}
-	if _, err := io.Copy(enc, f); err != nil {
-		return subject, recorded, nil, err
-	}
-	if err := enc.Close(); err != nil {
-		return subject, recorded, nil, err
-	}
-	return a.Info().Descriptor, recorded, b.Bytes(), nil
+	p.blob, p.tail, err = a.Compress()
+	return p, err
 }
 
 // manifest is a serialized artifact manifest.
@@ -114,10 +102,14 @@ func (m manifest) MediaType() (types.MediaType, error) { return types.OCIManifes
 
 // artifact returns the manifest of an archive's artifact. An image may get
 // another archive whenever a start of it is recorded; workers take the newest.
-func artifact(subject ocispec.Descriptor, recorded time.Time, compressed []byte) (manifest, error) {
+func (p packed) artifact() (manifest, error) {
 	var annotations map[string]string
-	if !recorded.IsZero() {
-		annotations = map[string]string{ocispec.AnnotationCreated: recorded.UTC().Format(time.RFC3339)}
+	if !p.recorded.IsZero() {
+		annotations = map[string]string{ocispec.AnnotationCreated: p.recorded.UTC().Format(time.RFC3339)}
+	}
+	tail, err := json.Marshal(p.tail)
+	if err != nil {
+		return nil, err
 	}
 	return json.Marshal(ocispec.Manifest{
 		Annotations:  annotations,
@@ -127,11 +119,11 @@ func artifact(subject ocispec.Descriptor, recorded time.Time, compressed []byte)
 		Config:       ocispec.DescriptorEmptyJSON,
 		Layers: []ocispec.Descriptor{{
 			MediaType:   archive.MediaType,
-			Digest:      digest.FromBytes(compressed),
-			Size:        int64(len(compressed)),
-			Annotations: map[string]string{ocispec.AnnotationTitle: "image.clip"},
+			Digest:      digest.FromBytes(p.blob),
+			Size:        int64(len(p.blob)),
+			Annotations: map[string]string{ocispec.AnnotationTitle: "image.clip", archive.AnnotationTail: string(tail)},
 		}},
-		Subject: &ocispec.Descriptor{MediaType: subject.MediaType, Digest: subject.Digest, Size: subject.Size},
+		Subject: &ocispec.Descriptor{MediaType: p.subject.MediaType, Digest: p.subject.Digest, Size: p.subject.Size},
 	})
 }
 

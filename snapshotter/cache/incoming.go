@@ -129,6 +129,22 @@ func (s *Store) takeIncoming(dir string, x *layer.Index) (size int64) {
 	return in.size
 }
 
+// markArrived makes what takeIncoming took known. sizes are what it returned for
+// each of layers.
+func (s *Store) markArrived(layers []*layer.Index, sizes []int64) error {
+	for i, x := range layers {
+		if sizes[i] == 0 {
+			continue
+		}
+		l, err := s.Layer(x.DiffID)
+		if err != nil {
+			return err
+		}
+		l.arrived(sizes[i])
+	}
+	return nil
+}
+
 // arrived marks all spans as there: data is a stream that takeIncoming took,
 // for which size bytes are counted.
 func (l *Layer) arrived(size int64) {

@@ -48,7 +48,7 @@ func TestReceive(t *testing.T) {
 	s := openEmpty(t, Options{Dir: dir, Fetch: fetcherFunc(refusing)})
 	in := receive(t, s, stream)
 	in.Done(x.DiffID)
-	require.NoError(t, s.Add(x, "registry.example/repo:tag"))
+	require.NoError(t, s.Add("registry.example/repo:tag", x))
 	in.Close()
 	l, err := s.Layer(x.DiffID)
 	require.NoError(t, err)
@@ -67,6 +67,30 @@ func TestReceive(t *testing.T) {
 	requireStream(t, l, stream)
 }
 
+// An image may have a layer twice.
+func TestReceiveTwice(t *testing.T) {
+	stream := testTar(t, 60)
+	x := build(t, gzipped(t, stream))
+	other := testTar(t, 61)
+	y := build(t, gzipped(t, other))
+	dir := t.TempDir()
+	s := openEmpty(t, Options{Dir: dir, Fetch: fetcherFunc(refusing)})
+	for _, in := range []struct {
+		stream []byte
+		diffID digest.Digest
+	}{{stream, x.DiffID}, {other, y.DiffID}, {stream, x.DiffID}} {
+		i := receive(t, s, in.stream)
+		defer i.Close()
+		i.Done(in.diffID)
+	}
+	require.NoError(t, s.Add("registry.example/repo:tag", x, y, x))
+	for diffID, want := range map[digest.Digest][]byte{x.DiffID: stream, y.DiffID: other} {
+		l, err := s.Layer(diffID)
+		require.NoError(t, err)
+		requireStream(t, l, want)
+	}
+}
+
 // TestReceiveUnused lets go of streams that no layer came for, that came for a
 // layer that was there, and twice.
 func TestReceiveUnused(t *testing.T) {
@@ -83,7 +107,7 @@ func TestReceiveUnused(t *testing.T) {
 	second.Close()
 	second.Close()
 	require.Zero(t, s.used.Load())
-	require.NoError(t, s.Add(x, "registry.example/repo:tag"))
+	require.NoError(t, s.Add("registry.example/repo:tag", x))
 	l, err := s.Layer(x.DiffID)
 	require.NoError(t, err)
 	require.Zero(t, l.Fetched())
@@ -112,7 +136,7 @@ func TestReceiveNoRoom(t *testing.T) {
 			s := openEmpty(t, Options{Dir: dir, Fetch: src, MaxSize: Limit{Size: c.room}})
 			in := receive(t, s, c.stream)
 			in.Done(x.DiffID)
-			require.NoError(t, s.Add(x, "registry.example/repo:tag"))
+			require.NoError(t, s.Add("registry.example/repo:tag", x))
 			require.Zero(t, s.used.Load())
 			require.Zero(t, dataBlocks(t, dir))
 			l, err := s.Layer(x.DiffID)

@@ -205,6 +205,14 @@ func (l *Layer) Usage() (size, inodes int64) {
 	return size, inodes
 }
 
+// Lacks says whether source is not among the repositories that the layer is
+// fetched from, although it could be: it holds the blob d.
+func (l *Layer) Lacks(d digest.Digest, source string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.head.Digest == d && validSource(source) && !slices.Contains(l.sources, source)
+}
+
 // addSource remembers a repository that holds the layer's blob.
 func (l *Layer) addSource(source string) error {
 	l.mu.Lock()

@@ -411,20 +411,45 @@ func fetchSmall(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descr
 	return raw, nil
 }
 
-// fetchArchive downloads a compressed archive into a file without a name,
-// which is gone as soon as nobody has it open.
-func (f *Finder) fetchArchive(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, manifest digest.Digest) (_ *archive.Archive, err error) {
+// fetchArchive downloads a compressed archive: the part of it that is read here
+// if that can be had alone.
+func (f *Finder) fetchArchive(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, manifest digest.Digest) (*archive.Archive, error) {
 	if desc.Size > maxCompressed {
 		return nil, fmt.Errorf("archive of %d bytes, more than %d: %w", desc.Size, maxCompressed, errdefs.ErrInvalidArgument)
 	}
 	if err := desc.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("digest %q: %w", desc.Digest, errdefs.ErrInvalidArgument)
 	}
+	if tail, ok := archive.TailOf(desc.Annotations, desc.Size); ok && tail.Out <= maxArchive {
+		a, err := f.fetchPart(ctx, fetcher, desc, tail, archive.OpenTail, manifest)
+		if err == nil || ctx.Err() != nil {
+			return a, err
+		}
+		log.G(ctx).WithError(err).WithField("digest", desc.Digest).Info("a part of an archive cannot be fetched; fetching all of it")
+	}
+	return f.fetchPart(ctx, fetcher, desc, archive.Tail{Digest: desc.Digest}, archive.Open, manifest)
+}
+
+// fetchPart downloads a part of an archive into a file without a name, which is
+// gone as soon as nobody has it open.
+func (f *Finder) fetchPart(
+	ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, part archive.Tail,
+	open func(io.ReaderAt, int64) (*archive.Archive, error), manifest digest.Digest,
+) (_ *archive.Archive, err error) {
 	rc, err := fetcher.Fetch(ctx, desc)
 	if err != nil {
 		return nil, err
 	}
 	defer rc.Close()
+	if part.In > 0 {
+		s, ok := rc.(io.Seeker)
+		if !ok {
+			return nil, errdefs.ErrNotImplemented
+		}
+		if _, err := s.Seek(part.In, io.SeekStart); err != nil {
+			return nil, err
+		}
+	}
 	tmp, err := os.CreateTemp(f.opts.Dir, ".download-")
 	if err != nil {
 		return nil, err
@@ -437,27 +462,11 @@ func (f *Finder) fetchArchive(ctx context.Context, fetcher remotes.Fetcher, desc
 	if err := os.Remove(tmp.Name()); err != nil {
 		return nil, err
 	}
-	verifier := desc.Digest.Verifier()
-	compressed := io.TeeReader(io.LimitReader(rc, desc.Size), verifier)
-	dec, err := zstd.NewReader(compressed, zstd.WithDecoderMaxWindow(64<<20), zstd.WithDecoderConcurrency(1))
+	size, err := decompress(tmp, io.LimitReader(rc, desc.Size-part.In), part)
 	if err != nil {
 		return nil, err
 	}
-	defer dec.Close()
-	size, err := io.Copy(tmp, io.LimitReader(dec, maxArchive+1))
-	if err != nil {
-		return nil, err
-	}
-	if size > maxArchive {
-		return nil, fmt.Errorf("archive expands to more than %d bytes: %w", int64(maxArchive), errdefs.ErrInvalidArgument)
-	}
-	if _, err := io.Copy(io.Discard, compressed); err != nil {
-		return nil, err
-	}
-	if !verifier.Verified() {
-		return nil, fmt.Errorf("content does not match digest %s: %w", desc.Digest, errdefs.ErrDataLoss)
-	}
-	a, err := archive.Open(tmp, size)
+	a, err := open(tmp, size)
 	if err != nil {
 		return nil, err
 	}
@@ -465,6 +474,33 @@ func (f *Finder) fetchArchive(ctx context.Context, fetcher remotes.Fetcher, desc
 		return nil, fmt.Errorf("archive is of image %s: %w", got, errdefs.ErrInvalidArgument)
 	}
 	return a, nil
+}
+
+// decompress writes the part of an archive that rc delivers to the place in f
+// where it belongs, checks it, and returns the size of the archive.
+func decompress(f *os.File, rc io.Reader, part archive.Tail) (int64, error) {
+	verifier := part.Digest.Verifier()
+	compressed := io.TeeReader(rc, verifier)
+	dec, err := zstd.NewReader(compressed, zstd.WithDecoderMaxWindow(64<<20), zstd.WithDecoderConcurrency(1))
+	if err != nil {
+		return 0, err
+	}
+	defer dec.Close()
+	n, err := io.Copy(io.NewOffsetWriter(f, part.Out), io.LimitReader(dec, maxArchive-part.Out+1))
+	if err != nil {
+		return 0, err
+	}
+	size := part.Out + n
+	if size > maxArchive {
+		return 0, fmt.Errorf("archive expands to more than %d bytes: %w", int64(maxArchive), errdefs.ErrInvalidArgument)
+	}
+	if _, err := io.Copy(io.Discard, compressed); err != nil {
+		return 0, err
+	}
+	if !verifier.Verified() {
+		return 0, fmt.Errorf("content does not match digest %s: %w", part.Digest, errdefs.ErrDataLoss)
+	}
+	return size, nil
 }
 
 // Close ends all searches and forgets everything.

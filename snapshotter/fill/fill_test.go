@@ -69,7 +69,7 @@ func open(t testing.TB, dir string, src cache.Fetcher, x *layer.Index, size cach
 	t.Helper()
 	s, err := cache.Open(t.Context(), cache.Options{Dir: dir, Fetch: src, MaxSize: size})
 	require.NoError(t, err)
-	require.NoError(t, s.Add(x, "registry.example/repo:tag"))
+	require.NoError(t, s.Add("registry.example/repo:tag", x))
 	l, err := s.Layer(x.DiffID)
 	require.NoError(t, err)
 	return s, l

@@ -3,6 +3,7 @@ package remote
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/url"
 	"regexp"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -66,6 +68,16 @@ func (f fetched) Read(p []byte) (int, error) {
 		err = redacted(err)
 	}
 	return n, err
+}
+
+// Seek implements io.Seeker, as what containerd's fetcher returns does: what is
+// before the place is not asked for.
+func (f fetched) Seek(offset int64, whence int) (int64, error) {
+	s, ok := f.ReadCloser.(io.Seeker)
+	if !ok {
+		return 0, fmt.Errorf("reading a part: %w", errdefs.ErrNotImplemented)
+	}
+	return s.Seek(offset, whence)
 }
 
 // redacted returns err with a text in which URLs have neither queries nor
