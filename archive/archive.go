@@ -13,7 +13,10 @@
 // indexes against the manifest. Whether the manifest is the right one is for
 // the caller to decide, by its digest.
 //
-// The package does not fetch and does not mount.
+// The package does not fetch and does not mount: archive/layer reads files
+// through a function that fetches ranges, archive/tree merges layers, and
+// snapshotter/contents does all of it, lists, reads and mounts, without
+// containerd.
 package archive
 
 import (

@@ -149,7 +149,10 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 		return nil, err
 	}
 	s.filler = fill.New(ctx, opts.Fill)
-	s.finder = discover.New(discover.Options{Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher})
+	s.finder = discover.New(discover.Options{
+		Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher,
+		Receive: func() discover.Stream { return s.layers.Receive() },
+	})
 	if s.noLazy = s.probe(ctx, cmp.Or(opts.Mount, root.Auto)); s.noLazy != nil {
 		log.G(ctx).WithError(s.noLazy).Warn("this machine cannot mount lazy roots; all images are unpacked")
 	}
@@ -172,13 +175,21 @@ func (s *Snapshotter) restore(ctx context.Context) error {
 		return err
 	}
 	s.background.Go(func() {
-		s.gate.RLock()
-		defer s.gate.RUnlock()
-		for _, c := range chains {
-			s.fill(ctx, c)
+		s.fillAll(ctx, chains)
+		if err := s.finder.Sweep(ctx); err != nil {
+			log.G(ctx).WithError(err).Warn("cannot look for archives")
 		}
 	})
 	return nil
+}
+
+// fillAll has the layers of chains fetched in the background.
+func (s *Snapshotter) fillAll(ctx context.Context, chains map[string]chain) {
+	s.gate.RLock()
+	defer s.gate.RUnlock()
+	for _, c := range chains {
+		s.fill(ctx, c)
+	}
 }
 
 // Close ends the snapshotter. With Options.Keeper, roots that a snapshot of a

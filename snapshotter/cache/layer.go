@@ -95,7 +95,10 @@ func (l *Layer) BlobSize() int64 { return int64(l.head.Size) }
 const deviceBlock = 512
 
 // fileSize is the size of data: the stream, filled up to a whole block.
-func (l *Layer) fileSize() int64 { return (l.Size() + deviceBlock - 1) / deviceBlock * deviceBlock }
+func (l *Layer) fileSize() int64 { return blocksOf(l.Size()) }
+
+// blocksOf fills up a size to a whole block.
+func blocksOf(n int64) int64 { return (n + deviceBlock - 1) / deviceBlock * deviceBlock }
 
 // ReadAt reads from the uncompressed stream, fetching what is not there. It
 // returns io.EOF only beyond the last byte.

@@ -115,6 +115,8 @@ func TestValidate(t *testing.T) {
 		"empty root":       {func(c *Config) { c.Root = "" }, "root"},
 		"unknown mode":     {func(c *Config) { c.Mount.Mode = "erofs" }, "mount mode \"erofs\""},
 		"relative address": {func(c *Config) { c.Address = "clip.sock" }, "address"},
+		"relative CRI":     {func(c *Config) { c.CRI.Containerd = "containerd.sock" }, "cri.containerd"},
+		"no CRI":           {func(c *Config) { c.CRI.Containerd = "" }, ""},
 		"fill off":         {func(c *Config) { c.Fill.Mode = "off" }, ""},
 		"fill mode":        {func(c *Config) { c.Fill.Mode = "maybe" }, "maybe"},
 		"fill delay":       {func(c *Config) { c.Fill.Delay = -1 }, "negative"},

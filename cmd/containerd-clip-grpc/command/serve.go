@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter"
+	"github.com/beam-cloud/containerd-clip/snapshotter/cri"
 	"github.com/beam-cloud/containerd-clip/snapshotter/keeper"
 	"github.com/beam-cloud/containerd-clip/snapshotter/record"
 	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
@@ -129,6 +130,8 @@ func serve(ctx context.Context, c Config) (err error) {
 	}
 	defer func() { err = errors.Join(err, kept.Close()) }()
 	options := c.options()
+	keys := openKeychain(ctx, c.Address)
+	options.Registry.Logins = keys.Logins
 	options.Keeper, options.Helper = kept, root.Helper{program, helperCommand}
 	// The registries of an image must not be able to make containers wait for
 	// the daemon's end: requests are cut off, not drained.
@@ -141,12 +144,11 @@ func serve(ctx context.Context, c Config) (err error) {
 	if err != nil {
 		return err
 	}
-	server := grpc.NewServer(
-		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
-		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
-	)
-	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
-	record.Register(server, sn)
+	server, release, err := c.newServer(sn, keys)
+	if err != nil {
+		return err
+	}
+	defer release()
 	stopped := context.AfterFunc(ctx, server.Stop)
 	defer stopped()
 	if len(c.Watch.Rules) > 0 {
@@ -170,6 +172,38 @@ func serve(ctx context.Context, c Config) (err error) {
 	}
 	log.G(ctx).Info("containerd-clip-grpc ends")
 	return nil
+}
+
+// newServer returns the server of all that the daemon serves. release is called
+// when it has ended.
+func (c Config) newServer(sn *snapshotter.Snapshotter, keys *cri.Keychain) (server *grpc.Server, release func(), err error) {
+	options := []grpc.ServerOption{
+		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
+		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
+	}
+	release = func() {}
+	if c.CRI.Containerd != "" {
+		proxy, err := cri.New(c.CRI.Containerd, keys)
+		if err != nil {
+			return nil, nil, err
+		}
+		release = func() { proxy.Close() } // nothing is under way any more
+		options = append(options, grpc.UnknownServiceHandler(proxy.Handle))
+	}
+	server = grpc.NewServer(options...)
+	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
+	record.Register(server, sn)
+	return server, release, nil
+}
+
+// openKeychain opens the keychain beside the socket at address: in memory, as a
+// rule, and for root alone.
+func openKeychain(ctx context.Context, address string) *cri.Keychain {
+	keys, err := cri.OpenKeychain(filepath.Join(filepath.Dir(address), "credentials.json"))
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("going on without the credentials of earlier pulls")
+	}
+	return keys
 }
 
 // options returns what the snapshotter is to be told.
