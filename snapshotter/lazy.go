@@ -22,7 +22,6 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/tree"
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
-	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
 )
 
 // chain is what is kept of a lazy snapshot, in snapshots/<id>/chain.
@@ -89,9 +88,6 @@ func (s *Snapshotter) fill(ctx context.Context, c chain) {
 	}
 	s.filler.Add(layers...)
 }
-
-// FillState says how much of each lazy layer is on disk.
-func (s *Snapshotter) FillState() []fill.State { return s.filler.State() }
 
 // lazyName is the name of a lazy snapshot. Containerd finds it by the label
 // containerd.io/snapshot.ref and the parent, and the same chain may stand on

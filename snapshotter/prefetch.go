@@ -191,7 +191,7 @@ func (s *Snapshotter) mountOwn(ctx context.Context, id string, own *ownRoot, c c
 	if err := r.Mount(ctx, s.can.Mode); err != nil {
 		return "", fmt.Errorf("root of image %s: %w", c.Image, errors.Join(err, files.Close()))
 	}
-	st.mounted = true
+	st.mounted, st.mode = true, s.can.Mode
 	s.mounted.add(id, c.Layers)
 	s.own.mu.Lock()
 	own.rec, own.files = rec, files

@@ -48,6 +48,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
@@ -94,7 +95,8 @@ type Snapshotter struct {
 	finder   *discover.Finder
 	recorder *record.Recorder
 	noLazy   error // why this machine cannot mount lazy roots
-	prefetch bool  // Options.Prefetch
+	started  time.Time
+	prefetch bool // Options.Prefetch
 	roots    roots
 	own      ownRoots
 
@@ -104,6 +106,8 @@ type Snapshotter struct {
 	refs refs
 
 	mounted refs // the lazy snapshots whose roots are mounted, and their layers
+
+	prepared *prometheus.CounterVec
 
 	mergedMu sync.Mutex // guards merged
 	merged   map[digest.Digest]error
@@ -116,7 +120,7 @@ type Snapshotter struct {
 // New opens the snapshotter in opts.Root and removes what an earlier process
 // left half-done. It needs neither network nor containerd.
 func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
-	s := &Snapshotter{dir: opts.Root, helper: opts.Helper, prefetch: opts.Prefetch, roots: newRoots(), merged: map[digest.Digest]error{}}
+	s := &Snapshotter{started: time.Now(), dir: opts.Root, helper: opts.Helper, prefetch: opts.Prefetch, roots: newRoots(), merged: map[digest.Digest]error{}}
 	for _, sub := range []string{"snapshots", "roots", "archives"} {
 		if err := os.MkdirAll(filepath.Join(s.dir, sub), 0o700); err != nil {
 			return nil, err
@@ -126,6 +130,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if err := os.Chmod(s.dir, 0o700); err != nil {
 		return nil, err
 	}
+	s.prepared = newPrepared()
 	s.session = fuseconn.NewSession(opts.Keeper)
 	defer func() {
 		if err != nil {
@@ -335,11 +340,13 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 		err = s.prepareLazy(ctx, key, parent, target, info.Labels)
 	}
 	if err == nil {
+		s.prepared.WithLabelValues(asLazy).Inc()
 		return nil, fmt.Errorf("layer %s is read lazily: %w", target.ChainID, errdefs.ErrAlreadyExists)
 	}
 	if ctx.Err() != nil {
 		return nil, err
 	}
+	s.prepared.WithLabelValues(asOrdinary).Inc()
 	log.G(ctx).WithField("image", target.Image.Ref).WithField("chainID", target.ChainID).
 		Infof("unpacking the layer instead of reading it lazily: %v", err)
 	return s.create(ctx, snapshots.KindActive, key, parent, append(opts, snapshots.WithLabels(map[string]string{

@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/beam-cloud/containerd-clip/archive"
 )
@@ -49,6 +50,16 @@ type Image struct {
 	Ref      string        // reference it is pulled by; empty if that is not known
 	Manifest digest.Digest // of the platform
 	Link     digest.Digest // artifact that the manifest names as its archive's; empty if it names none
+}
+
+// ImageOf returns the image that is pulled by ref, whose manifest m has the
+// digest id.
+func ImageOf(ref string, id digest.Digest, m ocispec.Manifest) Image {
+	image := Image{Ref: ref, Manifest: id}
+	if len(m.Layers) > 0 {
+		image.Link = digest.Digest(m.Layers[0].Annotations[archive.AnnotationLink])
+	}
+	return image
 }
 
 // localFile is what is known of a file in Options.Dir.

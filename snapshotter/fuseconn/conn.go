@@ -269,6 +269,9 @@ func (c *Conn) end() {
 	}()
 }
 
+// Kept says that the connection outlives the process.
+func (c *Conn) Kept() bool { return c.keeps != nil }
+
 // FD is the descriptor of the mount, valid until Release.
 func (c *Conn) FD() int { return c.kept.mount }
 

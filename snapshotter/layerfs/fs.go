@@ -223,6 +223,9 @@ func Resume(ctx context.Context, session *fuseconn.Session, files map[digest.Dig
 	return &FS{table: t, conn: conn}, nil
 }
 
+// Kept says that the file system outlives the process.
+func (fs *FS) Kept() bool { return fs.conn.Kept() }
+
 // Add makes the layer readable under the path that Path returns.
 func (fs *FS) Add(diffID digest.Digest, f File) error { return fs.table.add(diffID, f) }
 

@@ -183,7 +183,7 @@ func runMount(ctx context.Context, a *contents.Archive, dir string, stdout io.Wr
 
 func (f *archiveFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.cacheDir, "cache-dir", "", "where what is fetched is kept for the next time (default: nowhere)")
-	cmd.Flags().StringSliceVar(&f.hosts, "hosts-dir", []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, "directories with <host>/hosts.toml, as containerd's config_path")
+	cmd.Flags().StringSliceVar(&f.hosts, "hosts-dir", defaultHostsDirs, "directories with <host>/hosts.toml, as containerd's config_path")
 }
 
 func (f *archiveFlags) open(path string) (*contents.Archive, error) {

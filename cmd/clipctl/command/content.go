@@ -19,7 +19,7 @@ type ensureOptions struct {
 }
 
 func newContentCommand(g *globals) *cobra.Command {
-	content := &cobra.Command{Use: "content", Short: "Look after the content of images in containerd's store"}
+	content := newGroup("content", "Look after the content of images in containerd's store")
 	var o ensureOptions
 	ensure := &cobra.Command{
 		Use:   "ensure IMAGE",
@@ -44,7 +44,7 @@ points now.`,
 // addRegistryFlags adds the flags of commands that fetch what belongs to an image.
 func addRegistryFlags(cmd *cobra.Command, from *string, hosts *[]string) {
 	cmd.Flags().StringVar(from, "from", "", "reference to fetch from (default: IMAGE)")
-	cmd.Flags().StringSliceVar(hosts, "hosts-dir", []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, "directories with containerd's <host>/hosts.toml files")
+	cmd.Flags().StringSliceVar(hosts, "hosts-dir", defaultHostsDirs, "directories with containerd's <host>/hosts.toml files")
 }
 
 func runEnsure(ctx context.Context, g *globals, image string, o ensureOptions, stdout io.Writer) error {

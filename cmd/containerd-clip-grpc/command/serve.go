@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter"
+	"github.com/beam-cloud/containerd-clip/snapshotter/control"
 	"github.com/beam-cloud/containerd-clip/snapshotter/cri"
 	"github.com/beam-cloud/containerd-clip/snapshotter/keeper"
 	"github.com/beam-cloud/containerd-clip/snapshotter/record"
@@ -112,7 +113,7 @@ func (f flags) load() (Config, error) {
 
 // serve runs the daemon until ctx ends.
 func serve(ctx context.Context, c Config) (err error) {
-	if err := log.SetLevel(c.LogLevel); err != nil {
+	if err := c.setLog(); err != nil {
 		return err
 	}
 	unlock, err := lockRoot(c.Root)
@@ -149,6 +150,11 @@ func serve(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer release()
+	unobserved, err := c.observe(ctx, c.gatherers(sn.Collectors()))
+	if err != nil {
+		return err
+	}
+	defer unobserved()
 	stopped := context.AfterFunc(ctx, server.Stop)
 	defer stopped()
 	if len(c.Watch.Rules) > 0 {
@@ -193,6 +199,7 @@ func (c Config) newServer(sn *snapshotter.Snapshotter, keys *cri.Keychain) (serv
 	server = grpc.NewServer(options...)
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
 	record.Register(server, sn)
+	control.Register(server, sn)
 	return server, release, nil
 }
 
@@ -204,6 +211,11 @@ func openKeychain(ctx context.Context, address string) *cri.Keychain {
 		log.G(ctx).WithError(err).Warn("going on without the credentials of earlier pulls")
 	}
 	return keys
+}
+
+// setLog has the log look as c says.
+func (c Config) setLog() error {
+	return errors.Join(log.SetLevel(c.LogLevel), log.SetFormat(log.OutputFormat(c.LogFormat)))
 }
 
 // options returns what the snapshotter is to be told.

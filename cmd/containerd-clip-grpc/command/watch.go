@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/log"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
@@ -102,7 +103,7 @@ func runWatch(ctx context.Context, c Config) error {
 	if len(c.Watch.Rules) == 0 {
 		return errors.New("there are no [[watch.rules]] in the configuration: nothing to watch for")
 	}
-	if err := log.SetLevel(c.LogLevel); err != nil {
+	if err := c.setLog(); err != nil {
 		return err
 	}
 	// All threads of the process group have to be named: niceness is a thread's.
@@ -119,6 +120,13 @@ func runWatch(ctx context.Context, c Config) error {
 	if err != nil {
 		return err
 	}
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(w.Collectors()...)
+	unobserved, err := c.observe(ctx, registry)
+	if err != nil {
+		return err
+	}
+	defer unobserved()
 	return w.Run(ctx)
 }
 
@@ -134,6 +142,10 @@ func keepWatch(ctx context.Context, c Config) (<-chan struct{}, error) {
 		return nil, err
 	}
 	var config bytes.Buffer
+	if c.Metrics.Address != "" {
+		c.Metrics.Address = unixScheme + c.watcherSocket()
+	}
+	c.Debug.Address = ""
 	if err := writeConfig(&config, c); err != nil {
 		return nil, err
 	}
