@@ -4,6 +4,7 @@ GO       ?= go
 PREFIX   ?= /usr/local
 DESTDIR  ?=
 FUZZTIME ?= 30s
+SOAK     ?= 10m
 BENCH    ?= .
 ROUNDS   ?=
 
@@ -13,7 +14,7 @@ PARTS  := $(CACHE)/bin
 UNIT    = $(shell $(GO) list ./... | grep -v -e /tests/e2e -e /tests/demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps parts images test unit e2e lint vuln bench bench-index bench-read fuzz demo man install clean
+.PHONY: help build deps parts images test unit e2e soak lint vuln bench bench-index bench-read fuzz demo man install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +42,9 @@ unit: deps ## unit tests, with the race detector
 
 e2e: deps parts build ## end-to-end tests on real parts (root)
 	CI=1 $(GO) test -count=1 -timeout 40m -v ./tests/e2e
+
+soak: deps parts build ## containers read for SOAK (10m) while everything around them is killed, cut or full (root)
+	CI=1 $(GO) test -count=1 -timeout 0 -v -run '^TestSoak$$' ./tests/e2e -soak $(SOAK)
 
 lint: deps parts ## gofmt, go vet, staticcheck, govulncheck
 	@unformatted=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \

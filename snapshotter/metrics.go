@@ -30,8 +30,14 @@ func (s *Snapshotter) Collectors() []prometheus.Collector {
 			Name: "clip_mounts", Help: "Lazy roots that are mounted, by mode.", ConstLabels: prometheus.Labels{"mode": string(mode)},
 		}, func() float64 { return float64(s.roots.count(mode)) })
 	}
+	inFlight := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "clip_requests_in_flight", Help: "Requests of the kernel that are being answered.",
+	}, func() float64 { n, _ := s.InFlight(); return float64(n) })
+	oldest := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "clip_oldest_request_age_seconds", Help: "How long the oldest request of the kernel has been under way.",
+	}, func() float64 { _, oldest := s.InFlight(); return oldest.Seconds() })
 	return slices.Concat(s.layers.Collectors(), s.filler.Collectors(),
-		[]prometheus.Collector{s.prepared, mounts(root.File), mounts(root.Loop), mounts(root.FUSE)})
+		[]prometheus.Collector{s.prepared, inFlight, oldest, mounts(root.File), mounts(root.Loop), mounts(root.FUSE)})
 }
 
 // count returns how many roots are mounted in a mode.

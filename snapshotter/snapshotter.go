@@ -88,8 +88,8 @@ type Snapshotter struct {
 	meta     *storage.MetaStore
 	layers   *cache.Store
 	filler   *fill.Filler
-	files    *layerfs.FS       // nil if not even that can be mounted
-	session  *fuseconn.Session // nil if nothing outlives the process
+	files    *layerfs.FS // nil if not even that can be mounted
+	session  *fuseconn.Session
 	helper   root.Helper
 	can      root.Ability
 	finder   *discover.Finder
@@ -131,9 +131,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 		return nil, err
 	}
 	s.prepared = newPrepared()
-	if opts.Keeper != nil {
-		s.session = fuseconn.NewSession(opts.Keeper)
-	}
+	s.session = fuseconn.NewSession(opts.Keeper)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
@@ -156,7 +154,10 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 		return nil, err
 	}
 	s.filler = fill.New(ctx, opts.Fill)
-	s.finder = discover.New(discover.Options{Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher})
+	s.finder = discover.New(discover.Options{
+		Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher,
+		Receive: func() discover.Stream { return s.layers.Receive() },
+	})
 	if s.noLazy = s.probe(ctx, cmp.Or(opts.Mount, root.Auto)); s.noLazy != nil {
 		log.G(ctx).WithError(s.noLazy).Warn("this machine cannot mount lazy roots; all images are unpacked")
 	}
@@ -179,13 +180,21 @@ func (s *Snapshotter) restore(ctx context.Context) error {
 		return err
 	}
 	s.background.Go(func() {
-		s.gate.RLock()
-		defer s.gate.RUnlock()
-		for _, c := range chains {
-			s.fill(ctx, c)
+		s.fillAll(ctx, chains)
+		if err := s.finder.Sweep(ctx); err != nil {
+			log.G(ctx).WithError(err).Warn("cannot look for archives")
 		}
 	})
 	return nil
+}
+
+// fillAll has the layers of chains fetched in the background.
+func (s *Snapshotter) fillAll(ctx context.Context, chains map[string]chain) {
+	s.gate.RLock()
+	defer s.gate.RUnlock()
+	for _, c := range chains {
+		s.fill(ctx, c)
+	}
 }
 
 // Close ends the snapshotter. With Options.Keeper, roots that a snapshot of a
@@ -219,6 +228,11 @@ func (s *Snapshotter) close() error {
 	}
 	return errors.Join(errs...)
 }
+
+// InFlight returns how many requests of the kernel are being answered now, and
+// the age of the oldest. A request that is older than fuseconn.AnswerTimeout is
+// stuck; its reader has an error.
+func (s *Snapshotter) InFlight() (n int, oldest time.Duration) { return s.session.InFlight() }
 
 // Stat implements snapshots.Snapshotter.
 func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info, err error) {
@@ -333,7 +347,8 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 		return nil, err
 	}
 	s.prepared.WithLabelValues(asOrdinary).Inc()
-	log.G(ctx).WithError(err).WithField("image", target.Ref).WithField("chainID", target.ChainID).Info("unpacking the layer instead of reading it lazily")
+	log.G(ctx).WithField("image", target.Image.Ref).WithField("chainID", target.ChainID).
+		Infof("unpacking the layer instead of reading it lazily: %v", err)
 	return s.create(ctx, snapshots.KindActive, key, parent, append(opts, snapshots.WithLabels(map[string]string{
 		discover.LabelNotLazy: shorten(err.Error()),
 	})))

@@ -49,7 +49,7 @@ func (s *Snapshotter) daemon() control.Daemon {
 		PID: os.Getpid(), Started: s.started, Root: s.dir, Mode: string(s.can.Mode), NotLazy: text(s.noLazy),
 		Nested: text(s.can.Nested), Remap: text(s.can.Remap), Outlived: s.files != nil && s.files.Kept(),
 	}
-	n, oldest := s.layers.InFlight()
+	n, oldest := s.InFlight()
 	d.InFlight, d.OldestSeconds = n, oldest.Seconds()
 	return d
 }

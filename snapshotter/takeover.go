@@ -151,7 +151,7 @@ func (s *Snapshotter) leaveRoots() error {
 	)
 	// Not before: who mounts holds a root's lock and waits for an answer.
 	defer s.session.HandOver()
-	if s.session != nil {
+	if s.session.Outlives() {
 		var err error
 		if used, err = s.usedRoots(); err != nil {
 			return fmt.Errorf("finding out which roots are in use; all of them stay: %w", err)

@@ -77,11 +77,6 @@ func newMetrics(s *Store) metrics {
 			}
 			return 0
 		}),
-		gauge("clip_reads_in_flight", "Reads of layers that are under way.", func() float64 { n, _ := s.InFlight(); return float64(n) }),
-		gauge("clip_oldest_read_age_seconds", "How long the oldest read of a layer has been under way.", func() float64 {
-			_, oldest := s.InFlight()
-			return oldest.Seconds()
-		}),
 	}
 	return m
 }

@@ -3,7 +3,6 @@ package cache
 import (
 	"io"
 	"slices"
-	"sync"
 	"time"
 )
 
@@ -64,41 +63,4 @@ func hostOf(r io.Reader) string {
 // and whether what is fetched is served from memory because it cannot be stored.
 func (s *Store) Space() (used, most int64, inMemory bool) {
 	return s.used.Load(), s.max, s.full.Load()
-}
-
-// InFlight returns how many reads of layers are under way, and for how long
-// the oldest of them has been.
-func (s *Store) InFlight() (n int, oldest time.Duration) { return s.reads.look() }
-
-// inFlight is what is under way. The zero value is nothing.
-type inFlight struct {
-	mu    sync.Mutex // guards the fields below
-	last  uint64
-	began map[uint64]time.Time
-}
-
-func (f *inFlight) begin() uint64 {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.began == nil {
-		f.began = map[uint64]time.Time{}
-	}
-	f.last++
-	f.began[f.last] = time.Now()
-	return f.last
-}
-
-func (f *inFlight) end(id uint64) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	delete(f.began, id)
-}
-
-func (f *inFlight) look() (n int, oldest time.Duration) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for _, began := range f.began {
-		oldest = max(oldest, time.Since(began))
-	}
-	return len(f.began), oldest
 }

@@ -1,7 +1,7 @@
 // Package remote reads ranges of registry blobs through containerd's host configuration.
 //
 // Hosts, mirrors, headers and TLS come from containerd's hosts.toml files,
-// credentials from docker's config file and its helpers, as containerd's own
+// credentials from Options.Logins, docker's config file and its helpers, as containerd's own
 // pull takes them. A registry on loopback is reached over plain HTTP.
 //
 // # Vocabulary
@@ -62,6 +62,10 @@ type Options struct {
 	SilenceTimeout time.Duration
 	// GiveUp is how long a read goes on when nothing arrives; 55 seconds.
 	GiveUp time.Duration
+	// Logins returns what is known of a repository at a host, the best first;
+	// docker's config comes after it. Nil knows nothing. It is called with
+	// nothing locked, for each new token.
+	Logins func(host, repository string) []Login
 }
 
 // Bounds on what an endpoint may cost.
@@ -222,7 +226,7 @@ func (c *Client) adoptLocked(host *docker.RegistryHost) {
 	key := host.Scheme + "://" + host.Host
 	auth := c.auths[key]
 	if auth == nil {
-		auth = newAuthorizer(host.Scheme, host.Host, Credentials, c.opts.SilenceTimeout)
+		auth = newAuthorizer(host.Scheme, host.Host, c.loginsFor, c.opts.SilenceTimeout)
 		c.auths[key] = auth
 	}
 	auth.use(transport)

@@ -152,7 +152,7 @@ func (w *world) requireMetrics() {
 	} {
 		require.NotContains(w, []string{"", "0"}, got[name], "%s in %v", name, got)
 	}
-	require.Equal(w, "0", got["clip_reads_in_flight"])
+	require.Equal(w, "0", got["clip_requests_in_flight"])
 	require.Equal(w, "0", got[`clip_verification_failures_total{what="span"}`])
 	require.Contains(w, w.ask(w.lab.Path("debug"), "/debug/pprof/goroutine?debug=1"), "goroutine profile")
 }

@@ -341,14 +341,14 @@ func TestSpanSize(t *testing.T) {
 		"32KiB":   {32 << 10, 32 << 10},
 		"300 KiB": {300 << 10, layer.DefaultSpanSize},
 	} {
-		o := indexOptions{spanSize: value, cacheDir: t.TempDir()}
+		o := indexingFlags{spanSize: value, cacheDir: t.TempDir()}
 		got, err := o.indexing(t.Context())
 		require.NoError(t, err, value)
 		require.Equal(t, want.interval, got.Layer.PointInterval, value)
 		require.Equal(t, want.span, got.Layer.SpanSize, value)
 	}
 	for _, value := range []string{"", "x", "-1", "0", "31KiB"} {
-		_, err := indexOptions{spanSize: value, cacheDir: t.TempDir()}.indexing(t.Context())
+		_, err := indexingFlags{spanSize: value, cacheDir: t.TempDir()}.indexing(t.Context())
 		require.ErrorContains(t, err, "512KiB", value)
 	}
 }

@@ -37,10 +37,15 @@ points now.`,
 		},
 	}
 	o.platforms.add(ensure, "fetch")
-	ensure.Flags().StringVar(&o.from, "from", "", "reference to fetch from (default: IMAGE)")
-	ensure.Flags().StringSliceVar(&o.hosts, "hosts-dir", defaultHostsDirs, "directories with containerd's <host>/hosts.toml files")
+	addRegistryFlags(ensure, &o.from, &o.hosts)
 	content.AddCommand(ensure)
 	return content
+}
+
+// addRegistryFlags adds the flags of commands that fetch what belongs to an image.
+func addRegistryFlags(cmd *cobra.Command, from *string, hosts *[]string) {
+	cmd.Flags().StringVar(from, "from", "", "reference to fetch from (default: IMAGE)")
+	cmd.Flags().StringSliceVar(hosts, "hosts-dir", defaultHostsDirs, "directories with containerd's <host>/hosts.toml files")
 }
 
 func runEnsure(ctx context.Context, g *globals, image string, o ensureOptions, stdout io.Writer) error {

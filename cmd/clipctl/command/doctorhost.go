@@ -20,6 +20,7 @@ import (
 
 	"github.com/beam-cloud/containerd-clip/snapshotter/control"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
+	"github.com/beam-cloud/containerd-clip/snapshotter/fuseconn"
 	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
 	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
@@ -69,10 +70,9 @@ func (d *doctor) daemon(ctx context.Context) *control.Status {
 	return &st
 }
 
-// Reads give up after a minute.
 const (
 	slowAfter  = 10 * time.Second
-	stuckAfter = 90 * time.Second
+	stuckAfter = fuseconn.AnswerTimeout
 )
 
 // kernel says what roots can be on this machine: what the daemon found out, or
@@ -199,7 +199,7 @@ func (d *doctor) registry(ctx context.Context, ref string) {
 		}
 		d.good("registry", "%s: %s delivers manifest and ranges of layers", ref, rc.(*remote.Reader).Host())
 	}
-	d.archive(ctx, ref, manifest, fetcher)
+	d.archive(ctx, discover.ImageOf(ref, manifest, m), fetcher)
 }
 
 // remoteManifest returns the manifest of an image for this machine, from its registry.
@@ -251,7 +251,7 @@ func registryRemedy(err error) string {
 }
 
 // archive looks for the image's archive as the daemon does.
-func (d *doctor) archive(ctx context.Context, ref string, manifest digest.Digest, fetcher remotes.Fetcher) {
+func (d *doctor) archive(ctx context.Context, image discover.Image, fetcher remotes.Fetcher) {
 	dir, err := os.MkdirTemp("", "clipctl-")
 	if err != nil {
 		d.add(unknown, "archive", err.Error(), "")
@@ -260,17 +260,17 @@ func (d *doctor) archive(ctx context.Context, ref string, manifest digest.Digest
 	defer os.RemoveAll(dir)
 	finder := discover.New(discover.Options{Dir: dir, Referrers: true, Fetcher: func(context.Context, string) (remotes.Fetcher, error) { return fetcher, nil }})
 	defer finder.Close()
-	a, release, err := finder.Find(ctx, ref, manifest)
+	a, release, err := finder.Find(ctx, image)
 	if err != nil {
-		d.add(failure, "archive", fmt.Sprintf("%s has none in its registry: %v", ref, err), "where the image is built: clipctl index "+ref+" --push")
+		d.add(failure, "archive", fmt.Sprintf("%s has none in its registry: %v", image.Ref, err), "where the image is built: clipctl index "+image.Ref+" --push")
 		return
 	}
 	defer release()
 	for i := range a.DiffIDs() {
 		if reason := a.NotLazy(i); reason != "" {
-			d.add(warning, "archive", fmt.Sprintf("%s: layer %d and those above it are not lazy: %s", ref, i+1, reason), "build that layer in another way, or move it to the top")
+			d.add(warning, "archive", fmt.Sprintf("%s: layer %d and those above it are not lazy: %s", image.Ref, i+1, reason), "build that layer in another way, or move it to the top")
 			return
 		}
 	}
-	d.good("archive", "%s has one for all of its %d layers", ref, len(a.DiffIDs()))
+	d.good("archive", "%s has one for all of its %d layers", image.Ref, len(a.DiffIDs()))
 }

@@ -89,8 +89,8 @@ type credentials struct{}
 
 // GetCredentials implements registry.CredentialHelper.
 func (credentials) GetCredentials(_ context.Context, _, host string) (registry.Credentials, error) {
-	user, secret, err := remote.Credentials(host)
-	return registry.Credentials{Host: host, Username: user, Secret: secret}, err
+	l, err := remote.DockerLogin(host)
+	return registry.Credentials{Host: host, Username: l.User, Secret: l.Secret}, err
 }
 
 // pullProgress shows how a pull goes: a bar for each blob on a terminal, a line

@@ -115,6 +115,8 @@ func TestValidate(t *testing.T) {
 		"empty root":       {func(c *Config) { c.Root = "" }, "root"},
 		"unknown mode":     {func(c *Config) { c.Mount.Mode = "erofs" }, "mount mode \"erofs\""},
 		"relative address": {func(c *Config) { c.Address = "clip.sock" }, "address"},
+		"relative CRI":     {func(c *Config) { c.CRI.Containerd = "containerd.sock" }, "cri.containerd"},
+		"no CRI":           {func(c *Config) { c.CRI.Containerd = "" }, ""},
 		"metrics":          {func(c *Config) { c.Metrics.Address = "127.0.0.1:9254" }, ""},
 		"metrics socket":   {func(c *Config) { c.Metrics.Address = "unix:///run/m" }, ""},
 		"public metrics":   {func(c *Config) { c.Metrics.Address = "0.0.0.0:9254" }, "metrics.address"},

@@ -37,6 +37,7 @@ type Config struct {
 	Mount     MountConfig    `toml:"mount" comment:"how the roots of lazy images are mounted"`
 	Cache     CacheConfig    `toml:"cache" comment:"what was fetched, on disk"`
 	Fill      FillConfig     `toml:"fill" comment:"fetching in the background what nobody has read yet; readers come first"`
+	CRI       CRIConfig      `toml:"cri" comment:"the image service of Kubernetes' runtime interface, which the daemon passes on to containerd"`
 	Watch     WatchConfig    `toml:"watch" comment:"images that are indexed as they come into containerd"`
 	Metrics   MetricsConfig  `toml:"metrics" comment:"figures for Prometheus"`
 	Debug     DebugConfig    `toml:"debug" comment:"profiles of the daemon itself"`
@@ -62,6 +63,11 @@ type RegistryConfig struct {
 	ConfigPath []string `toml:"config_path" comment:"directories with containerd's <host>/hosts.toml files"`
 	// GiveUp is how long a read tries to get an answer.
 	GiveUp Duration `toml:"give_up" comment:"how long a read goes on when nothing arrives before it is an input/output error; at most 60s"`
+}
+
+// CRIConfig says where the kubelet's calls go.
+type CRIConfig struct {
+	Containerd string `toml:"containerd" comment:"containerd's socket; empty serves no image service"`
 }
 
 // Duration is written as Go writes durations: "1m30s".
@@ -130,6 +136,7 @@ func DefaultConfig() Config {
 		Mount:    MountConfig{Mode: string(root.Auto)},
 		Cache:    CacheConfig{MaxSize: cache.Limit{Percent: cache.DefaultPercent}},
 		Fill:     FillConfig{Mode: fillOn, Prefetch: true, Delay: Duration(30 * time.Second), Workers: 4},
+		CRI:      CRIConfig{Containerd: "/run/containerd/containerd.sock"},
 		Watch:    defaultWatchConfig(),
 	}
 }
@@ -176,6 +183,9 @@ func (c Config) Validate() error {
 	}
 	if _, err := root.ParseMode(c.Mount.Mode); err != nil {
 		return err
+	}
+	if c.CRI.Containerd != "" && !filepath.IsAbs(c.CRI.Containerd) {
+		return fmt.Errorf("cri.containerd %q must be an absolute path or empty", c.CRI.Containerd)
 	}
 	if err := c.validateObserved(); err != nil {
 		return err

@@ -45,7 +45,7 @@ func TestObserved(t *testing.T) {
 		require.Zero(t, st.Mode().Perm()&0o007, "for root only")
 	}
 	text := get(t, metrics, "/metrics")
-	for _, line := range []string{"clip_cache_bytes 0", "clip_reads_in_flight 0", `clip_mounts{mode="file"} 0`, "go_goroutines "} {
+	for _, line := range []string{"clip_cache_bytes 0", "clip_requests_in_flight 0", `clip_mounts{mode="file"} 0`, "go_goroutines "} {
 		require.Contains(t, text, "\n"+line)
 	}
 	require.NotContains(t, text, "clip_index_", "nothing is watched")
