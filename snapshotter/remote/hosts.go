@@ -283,6 +283,7 @@ func (t redirecting) RoundTrip(req *http.Request) (*http.Response, error) {
 			if resp.Request.URL.Scheme != first.URL.Scheme || resp.Request.URL.Host != first.URL.Host {
 				resp.Header.Del("WWW-Authenticate")
 			}
+			resp.Header.Del("Set-Cookie") // nobody here keeps any
 			resp.Request = first
 			return resp, nil
 		}
