@@ -161,7 +161,6 @@ func streamLayer(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Desc
 	defer cancel(nil)
 	watch := time.AfterFunc(stallTimeout, func() { cancel(errStalled) })
 	defer watch.Stop()
-	desc.URLs = nil // an image does not decide whom the node asks
 	rc, err := fetcher.Fetch(ctx, desc)
 	if err != nil {
 		return nil, err

@@ -211,3 +211,19 @@ func TestStorageAsksForCredentials(t *testing.T) {
 		require.Empty(t, r.Header.Get("Authorization"))
 	}
 }
+
+// TestForeignAddresses has a descriptor that names an address: it is not asked.
+func TestForeignAddresses(t *testing.T) {
+	foreign, h := start(t, serveBlob), start(t, status(http.StatusNotFound))
+	f, err := newClient(t).Fetcher(t.Context(), h.ref())
+	require.NoError(t, err)
+	for _, mediaType := range []string{ocispec.MediaTypeImageLayer, ocispec.MediaTypeImageManifest} {
+		rc, err := f.Fetch(t.Context(), ocispec.Descriptor{MediaType: mediaType, Digest: testDigest, Size: 1, URLs: []string{"http://" + foreign.name + "/blob"}})
+		if err == nil {
+			_, err = rc.Read(make([]byte, 10))
+		}
+		require.Error(t, err)
+	}
+	require.NotEmpty(t, h.seen())
+	require.Empty(t, foreign.seen())
+}
