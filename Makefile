@@ -3,17 +3,21 @@
 GO       ?= go
 PREFIX   ?= /usr/local
 DESTDIR  ?=
+VERSION  ?= 0.0~git$(shell git log -1 --format=%cd.%h --date=format:%Y%m%d 2>/dev/null || echo 0)
+ARCH     ?= $(shell $(GO) env GOARCH)
 FUZZTIME ?= 30s
 BENCH    ?= .
 ROUNDS   ?=
 
 BIN    := bin
+BUILT  ?= $(BIN)
 CACHE  := .cache
 PARTS  := $(CACHE)/bin
+PRODUCT = ./archive/... ./plugin/... ./snapshotter/... ./cmd/...
 UNIT    = $(shell $(GO) list ./... | grep -v -e /tests/e2e -e /tests/demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps parts images test unit e2e lint vuln bench bench-index bench-read fuzz demo install clean
+.PHONY: help build deps parts images test unit e2e lint vuln bench bench-index bench-read fuzz demo install install-files deb clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,10 +46,11 @@ unit: deps ## unit tests, with the race detector
 e2e: deps parts build ## end-to-end tests on real parts (root)
 	CI=1 $(GO) test -count=1 -timeout 40m -v ./tests/e2e
 
-lint: deps parts ## gofmt, go vet, staticcheck, govulncheck
+lint: deps parts ## gofmt, go vet (arm64 too), staticcheck, govulncheck
 	@unformatted=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \
 		[ -z "$$unformatted" ] || { echo "gofmt would change: $$unformatted"; exit 1; }
 	$(GO) vet ./...
+	CGO_ENABLED=0 GOARCH=arm64 $(GO) vet $(PRODUCT)
 	$(PARTS)/staticcheck ./...
 	cd examples/containerd && $(GO) vet ./...
 	cd tests/bench && $(GO) vet ./... && ../../$(PARTS)/staticcheck ./...
@@ -77,11 +82,17 @@ fuzz: ## every fuzz target for FUZZTIME (30s)
 demo: deps parts build ## an image indexed, pushed and run lazily, next to a full pull (root)
 	@$(GO) run ./tests/demo
 
-install: build ## binaries, systemd's unit, containerd's settings, below $(DESTDIR)$(PREFIX)
+install: build install-files ## binaries, systemd's unit, containerd's settings, below $(DESTDIR)$(PREFIX)
+
+install-files:
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/containerd-clip
 	sed 's|/usr/local|$(PREFIX)|' containerd-clip-grpc.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/containerd-clip-grpc.service
-	install -m 755 $(BIN)/clipctl $(BIN)/containerd-clip-grpc $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(BUILT)/clipctl $(BUILT)/containerd-clip-grpc $(DESTDIR)$(PREFIX)/bin
 	install -m 644 config.toml.example $(DESTDIR)$(PREFIX)/share/containerd-clip
+
+deb: ## a Debian package for ARCH (this machine's; amd64 or arm64) in bin/
+	CGO_ENABLED=0 GOOS=linux GOARCH=$(ARCH) $(GO) build -trimpath -ldflags='-s -w' -o $(BIN)/linux-$(ARCH)/ ./cmd/clipctl ./cmd/containerd-clip-grpc
+	@packaging/deb $(BIN)/linux-$(ARCH) $(ARCH) $(VERSION) $(BIN)/containerd-clip_$(VERSION)_$(ARCH).deb
 
 clean: ## what was built; .cache/images stays
 	rm -rf $(BIN) $(PARTS)

@@ -34,7 +34,7 @@ func New() *cobra.Command {
 	f.StringVarP(&g.address, "address", "a", env("CONTAINERD_ADDRESS", defaults.DefaultAddress), "containerd's socket [$CONTAINERD_ADDRESS]")
 	f.StringVarP(&g.namespace, "namespace", "n", env("CONTAINERD_NAMESPACE", namespaces.Default), "containerd namespace [$CONTAINERD_NAMESPACE]")
 	f.StringVar(&g.clipAddress, "clip-address", env("CLIP_ADDRESS", "/run/containerd-clip-grpc/containerd-clip-grpc.sock"), "the snapshotter daemon's socket [$CLIP_ADDRESS]")
-	cmd.AddCommand(newIndexCommand(g), newExportCommand(g), newContentCommand(g), newLoadCommand(g), newPushCommand(), newRecordCommand(g), newStatusCommand(g),
+	cmd.AddCommand(newIndexCommand(g), newExportCommand(g), newContentCommand(g), newLoadCommand(g), newPushCommand(), newRecordCommand(g), newStatusCommand(g), newSetupCommand(g),
 		newInspectCommand(), newListCommand(), newCatCommand(), newMountCommand())
 	return cmd
 }
