@@ -3,6 +3,7 @@
 GO       ?= go
 PREFIX   ?= /usr/local
 DESTDIR  ?=
+DOCKER   ?= docker
 VERSION  ?= 0.0~git$(shell git log -1 --format=%cd.%h --date=format:%Y%m%d 2>/dev/null || echo 0)
 ARCH     ?= $(shell $(GO) env GOARCH)
 FUZZTIME ?= 30s
@@ -17,7 +18,7 @@ PRODUCT = ./archive/... ./plugin/... ./snapshotter/... ./cmd/...
 UNIT    = $(shell $(GO) list ./... | grep -v -e /tests/e2e -e /tests/demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps parts images test unit e2e lint vuln bench bench-index bench-read fuzz demo install install-files deb clean
+.PHONY: help build deps parts images test unit e2e lint vuln bench bench-index bench-read fuzz demo install install-files deb image clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,7 @@ INFLATE = %/archive/inflate
 unit: deps ## unit tests, with the race detector
 	$(GO) test -timeout 15m $(filter $(INFLATE),$(UNIT))
 	CI=1 $(GO) test -race -timeout 15m $(filter-out $(INFLATE),$(UNIT))
+	cd tests/kubernetes && $(GO) test .
 
 e2e: deps parts build ## end-to-end tests on real parts (root)
 	CI=1 $(GO) test -count=1 -timeout 40m -v ./tests/e2e
@@ -53,6 +55,7 @@ lint: deps parts ## gofmt, go vet (arm64 too), staticcheck, govulncheck
 	CGO_ENABLED=0 GOARCH=arm64 $(GO) vet $(PRODUCT)
 	$(PARTS)/staticcheck ./...
 	cd examples/containerd && $(GO) vet ./...
+	cd tests/kubernetes && $(GO) vet ./...
 	cd tests/bench && $(GO) vet ./... && ../../$(PARTS)/staticcheck ./...
 	@$(MAKE) --no-print-directory vuln
 
@@ -93,6 +96,13 @@ install-files:
 deb: ## a Debian package for ARCH (this machine's; amd64 or arm64) in bin/
 	CGO_ENABLED=0 GOOS=linux GOARCH=$(ARCH) $(GO) build -trimpath -ldflags='-s -w' -o $(BIN)/linux-$(ARCH)/ ./cmd/clipctl ./cmd/containerd-clip-grpc
 	@packaging/deb $(BIN)/linux-$(ARCH) $(ARCH) $(VERSION) $(BIN)/containerd-clip_$(VERSION)_$(ARCH).deb
+
+image: build ## the installer of deploy/daemonset.yaml, with $(DOCKER) build
+	rm -rf $(BIN)/image
+	$(MAKE) --no-print-directory -s install-files DESTDIR=$(BIN)/image/payload PREFIX=/usr/local
+	install -D -m 755 packaging/node-uninstall $(BIN)/image/payload/usr/local/sbin/containerd-clip-uninstall
+	install -D -m 755 packaging/node-install $(BIN)/image/usr/local/bin/node-install
+	$(DOCKER) build -t containerd-clip-installer:dev -f packaging/Dockerfile $(BIN)/image
 
 clean: ## what was built; .cache/images stays
 	rm -rf $(BIN) $(PARTS)

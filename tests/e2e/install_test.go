@@ -160,3 +160,44 @@ func TestPackage(t *testing.T) {
 	m.dpkg("-P", "containerd-clip")
 	require.Empty(t, m.clipFiles())
 }
+
+// TestNodeInstall has the DaemonSet's installer work on a node, whose systemd is one that notes what it is told.
+func TestNodeInstall(t *testing.T) {
+	installed, err := harness.Installed()
+	require.NoError(t, err)
+	top, err := harness.Top()
+	require.NoError(t, err)
+	m := newMachine(t, "version = 3\n")
+	said := m.path("said")
+	systemctl := "#!/bin/sh\necho \"$*\" >>/said\n"
+	require.NoError(t, os.WriteFile(m.path("bin/systemctl"), []byte(systemctl), 0o755))
+	payload := t.TempDir()
+	m.command("make", "-s", "-C", top, "install-files", "BUILT="+installed.Product, "DESTDIR="+payload, "PREFIX=/usr/local")
+	m.command("install", "-D", filepath.Join(top, "packaging/node-uninstall"), filepath.Join(payload, "usr/local/sbin/containerd-clip-uninstall"))
+	install := func() string {
+		t.Helper()
+		require.NoError(t, os.RemoveAll(said))
+		m.command("env", "HOST="+m.root, "PAYLOAD="+payload, "ON_HOST=chroot "+m.root, filepath.Join(top, "packaging/node-install"))
+		told, err := os.ReadFile(said)
+		require.NoError(t, err)
+		return string(told)
+	}
+	const clip = "containerd-clip-grpc.service\n"
+	all := "daemon-reload\nenable " + clip + "restart " + clip
+	require.Equal(t, all+"restart containerd.service\n", install())
+	dump := m.inside("containerd", "config", "dump")
+	require.Contains(t, dump, "proxy_plugins.clip")
+	require.Regexp(t, `(?s)cri.v1.images'\]\s+snapshotter = 'clip'`, dump)
+	require.Equal(t, "start "+clip, install(), "nothing has changed")
+	require.NoError(t, os.WriteFile(m.path("usr/local/bin/clipctl.new"), nil, 0o644)) // an earlier one that was killed
+	require.NoError(t, os.Truncate(m.path("usr/local/bin/containerd-clip-grpc"), 0))
+	require.Equal(t, all, install(), "a new version: containerd goes on")
+
+	require.NoError(t, os.RemoveAll(said))
+	m.inside("sh", "/usr/local/sbin/containerd-clip-uninstall")
+	told, err := os.ReadFile(said)
+	require.NoError(t, err)
+	require.Equal(t, "stop "+clip+"disable "+clip+"restart containerd.service\ndaemon-reload\n", string(told))
+	require.Empty(t, m.clipFiles())
+	require.NotContains(t, m.inside("containerd", "config", "dump"), "clip")
+}

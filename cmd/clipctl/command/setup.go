@@ -98,7 +98,7 @@ func (o setupOptions) run(ctx context.Context, stdout io.Writer) (err error) {
 	if err := o.askContainerd(ctx); err != nil {
 		return err
 	}
-	if now, err := os.ReadFile(o.dropIn()); err == nil && bytes.Equal(now, before[o.dropIn()]) {
+	if before.same() {
 		fmt.Fprintf(stdout, "%s is as it should be\n", o.dropIn())
 		return nil
 	}
@@ -200,6 +200,17 @@ func snapshotFiles(paths ...string) (files, error) {
 		found[path] = b
 	}
 	return found, nil
+}
+
+// same says whether the files are as they were.
+func (f files) same() bool {
+	for path, b := range f {
+		now, err := os.ReadFile(path)
+		if err == nil && !bytes.Equal(now, b) || err != nil && b != nil {
+			return false
+		}
+	}
+	return true
 }
 
 func (f files) restore() error {

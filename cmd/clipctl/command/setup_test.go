@@ -85,6 +85,17 @@ func TestSetup(t *testing.T) {
 	}
 }
 
+// That the import alone was missing is a change, too.
+func TestSetupImportLater(t *testing.T) {
+	main := filepath.Join(t.TempDir(), "config.toml")
+	require.NoError(t, os.WriteFile(main, []byte("version = 3\n"), 0o600))
+	_, err := setup(t, main)
+	require.True(t, errdefs.IsFailedPrecondition(err), err)
+	out, err := setup(t, main, "--add-import")
+	require.NoError(t, err)
+	require.Contains(t, out, "restart containerd")
+}
+
 func TestSetupPaths(t *testing.T) {
 	dir := t.TempDir()
 	_, err := setup(t, filepath.Join(dir, "config.toml"), "--add-import", "--pods", "--clip-root", "/r", "--clip-address", "/s")
