@@ -7,6 +7,7 @@ DOCKER   ?= docker
 VERSION  ?= 0.0~git$(shell git log -1 --format=%cd.%h --date=format:%Y%m%d 2>/dev/null || echo 0)
 ARCH     ?= $(shell $(GO) env GOARCH)
 FUZZTIME ?= 30s
+SOAK     ?= 10m
 BENCH    ?= .
 ROUNDS   ?=
 
@@ -14,11 +15,10 @@ BIN    := bin
 BUILT  ?= $(BIN)
 CACHE  := .cache
 PARTS  := $(CACHE)/bin
-PRODUCT = ./archive/... ./plugin/... ./snapshotter/... ./cmd/...
 UNIT    = $(shell $(GO) list ./... | grep -v -e /tests/e2e -e /tests/demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps parts images test unit e2e lint vuln bench bench-index bench-read fuzz demo install install-files deb image clean
+.PHONY: help build deps parts images test unit e2e soak lint vuln bench bench-index bench-read fuzz demo man install install-files deb image clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,11 +48,14 @@ unit: deps ## unit tests, with the race detector
 e2e: deps parts build ## end-to-end tests on real parts (root)
 	CI=1 $(GO) test -count=1 -timeout 40m -v ./tests/e2e
 
+soak: deps parts build ## containers read for SOAK (10m) while everything around them is killed, cut or full (root)
+	CI=1 $(GO) test -count=1 -timeout 0 -v -run '^TestSoak$$' ./tests/e2e -soak $(SOAK)
+
 lint: deps parts ## gofmt, go vet (arm64 too), staticcheck, govulncheck
 	@unformatted=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \
 		[ -z "$$unformatted" ] || { echo "gofmt would change: $$unformatted"; exit 1; }
 	$(GO) vet ./...
-	CGO_ENABLED=0 GOARCH=arm64 $(GO) vet $(PRODUCT)
+	CGO_ENABLED=0 GOARCH=arm64 $(GO) vet ./cmd/...
 	$(PARTS)/staticcheck ./...
 	cd examples/containerd && $(GO) vet ./...
 	cd tests/kubernetes && $(GO) vet ./...
@@ -85,15 +88,24 @@ fuzz: ## every fuzz target for FUZZTIME (30s)
 demo: deps parts build ## an image indexed, pushed and run lazily, next to a full pull (root)
 	@$(GO) run ./tests/demo
 
-install: build install-files ## binaries, systemd's unit, containerd's settings, below $(DESTDIR)$(PREFIX)
+man: ## manual pages in bin/man
+	rm -rf $(BIN)/man
+	$(GO) run ./internal/man $(BIN)/man
 
-install-files:
+install: build install-files ## binaries, manual pages, completion, systemd's unit, containerd's settings, below $(DESTDIR)$(PREFIX)
+
+# The programs are those in BUILT, which may be for another architecture.
+install-files: man
+	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/man/man8 $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	install -m 644 $(BIN)/man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1
+	install -m 644 $(BIN)/man/*.8 $(DESTDIR)$(PREFIX)/share/man/man8
+	$(BIN)/clipctl completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/clipctl
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/containerd-clip
 	sed 's|/usr/local|$(PREFIX)|' containerd-clip-grpc.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/containerd-clip-grpc.service
 	install -m 755 $(BUILT)/clipctl $(BUILT)/containerd-clip-grpc $(DESTDIR)$(PREFIX)/bin
 	install -m 644 config.toml.example $(DESTDIR)$(PREFIX)/share/containerd-clip
 
-deb: ## a Debian package for ARCH (this machine's; amd64 or arm64) in bin/
+deb: build ## a Debian package for ARCH (this machine's; amd64 or arm64) in bin/
 	CGO_ENABLED=0 GOOS=linux GOARCH=$(ARCH) $(GO) build -trimpath -ldflags='-s -w' -o $(BIN)/linux-$(ARCH)/ ./cmd/clipctl ./cmd/containerd-clip-grpc
 	@packaging/deb $(BIN)/linux-$(ARCH) $(ARCH) $(VERSION) $(BIN)/containerd-clip_$(VERSION)_$(ARCH).deb
 

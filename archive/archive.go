@@ -40,6 +40,12 @@ const (
 	MediaType    = "application/vnd.beam.clip.archive.v2+zstd"
 )
 
+// AnnotationLink is an annotation of the layers in an image's manifest: the
+// digest of the artifact that holds the image's archive. "clipctl convert"
+// writes it. containerd's unpacker hands annotations with this prefix on, as
+// labels of the snapshot that it prepares for the layer.
+const AnnotationLink = "containerd.io/snapshot/clip.archive"
+
 // Image is what an archive is made from.
 type Image struct {
 	// StorageRef is the remote reference: where a worker finds the layers.

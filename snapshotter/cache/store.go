@@ -63,7 +63,8 @@ import (
 
 // Fetcher reads ranges of compressed blobs. Sources are image references whose
 // repositories should hold the blob. A reader that has a method Blame() is told
-// when what it delivered was not the blob.
+// when what it delivered was not the blob; one that has a method Host() string
+// says who delivers.
 type Fetcher interface {
 	Open(ctx context.Context, sources []string, d digest.Digest, off, n int64) (io.ReadCloser, error)
 }
@@ -92,10 +93,11 @@ type Store struct {
 	work sync.WaitGroup // the goroutines of the store and its layers
 	wake chan struct{}  // tells the upkeep that a layer may be complete
 
-	gate   gate
-	memory memory
-	used   atomic.Int64 // bytes of disk that data files take, about
-	full   atomic.Bool  // spans are being served from memory
+	gate    gate
+	memory  memory
+	metrics metrics
+	used    atomic.Int64 // bytes of disk that data files take, about
+	full    atomic.Bool  // spans are being served from memory
 
 	adding sync.Mutex // serialises Add
 
@@ -135,6 +137,7 @@ func Open(ctx context.Context, opts Options) (*Store, error) {
 		s.inUse = func(digest.Digest) bool { return false }
 	}
 	s.used.Store(held)
+	s.metrics = newMetrics(s)
 	s.life, s.stop = context.WithCancel(context.WithoutCancel(ctx))
 	s.work.Go(s.upkeep)
 	return s, nil

@@ -52,7 +52,7 @@ func TestAdopt(t *testing.T) {
 		path := upstreamArchive(t, f, s.ref(), storageRef)
 
 		before := s.gets()
-		a, release, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+		a, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 		require.NoError(t, err)
 		require.Equal(t, img.DiffIDs, a.DiffIDs())
 		require.Equal(t, s.ref(), a.Info().StorageRef, "where containerd pulls it from")
@@ -67,7 +67,7 @@ func TestAdopt(t *testing.T) {
 
 		require.FileExists(t, f.indexedPath(img.Descriptor.Digest))
 		again := New(f.opts)
-		_, release, err = again.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+		_, release, err = again.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 		require.NoError(t, err)
 		release()
 		again.Close()
@@ -107,14 +107,14 @@ func TestAdoptKeepsStreams(t *testing.T) {
 	}
 	img := s.pushed(t)
 	upstreamArchive(t, f, s.ref(), "")
-	_, release, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.NoError(t, err)
 	require.Len(t, streams, len(img.DiffIDs))
 	for _, k := range streams {
 		require.Equal(t, k.of, digest.FromBytes(k.Bytes()))
 		require.Contains(t, img.DiffIDs, k.of)
 	}
-	f.Forget(img.Descriptor.Digest)
+	f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.False(t, streams[0].closed, "it is still in use")
 	release()
 	for _, k := range streams {
@@ -128,7 +128,7 @@ func TestAdoptReplaced(t *testing.T) {
 	f := s.finder(t)
 	img := s.pushed(t)
 	upstreamArchive(t, f, s.ref(), "")
-	_, release, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.NoError(t, err)
 	release()
 	other := testutil.NewImage(t, testutil.Tar(t, testutil.File{Name: "c", Data: "third"}))
@@ -136,7 +136,7 @@ func TestAdoptReplaced(t *testing.T) {
 	testutil.PutManifest(t, s.host, repo, "2", other.Descriptor.MediaType, other.Manifest)
 	ref := s.host + "/" + repo + ":2"
 	upstreamArchive(t, f, ref, "")
-	a, release, err := f.Find(t.Context(), ref, other.Descriptor.Digest)
+	a, release, err := f.Find(t.Context(), Image{Ref: ref, Manifest: other.Descriptor.Digest})
 	require.NoError(t, err)
 	require.Equal(t, other.DiffIDs, a.DiffIDs())
 	release()
@@ -170,11 +170,11 @@ func TestNewerVersion(t *testing.T) {
 			require.NoError(t, err)
 			b[c.at(len(b))]++
 			require.NoError(t, os.WriteFile(path, b, 0o600))
-			_, _, err = f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+			_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 			require.ErrorIs(t, err, errdefs.ErrNotFound)
 			require.ErrorContains(t, err, path)
 			require.ErrorContains(t, err, "newer version: upgrade containerd-clip")
-			_, _, err = f.Find(t.Context(), s.ref(), other)
+			_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: other})
 			if c.image == "" {
 				require.NotContains(t, err.Error(), "newer version", "it is of another image")
 			} else {
@@ -183,8 +183,8 @@ func TestNewerVersion(t *testing.T) {
 
 			// Another one that can be used goes first.
 			require.NoError(t, os.WriteFile(filepath.Join(f.opts.Dir, "zz.clip"), archiveOf(t, img), 0o600))
-			f.Forget(img.Descriptor.Digest)
-			_, release, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+			f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+			_, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 			require.NoError(t, err)
 			release()
 		})
@@ -198,7 +198,7 @@ func TestAdoptLast(t *testing.T) {
 	img := s.pushed(t)
 	upstreamArchive(t, f, s.ref(), "")
 	s.refer(s.put(t, artifact{subject: img.Descriptor.Digest, mediaType: archive.MediaType, blob: compress(t, archiveOf(t, img))}))
-	_, release, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.NoError(t, err)
 	release()
 	require.NoFileExists(t, f.indexedPath(img.Descriptor.Digest))
@@ -216,17 +216,17 @@ func TestAdoptByReference(t *testing.T) {
 	info := m.StorageInfo.(common.OCIStorageInfo)
 	info.ImageMetadata = nil
 	require.NoError(t, clip.NewClipArchiver().CreateRemoteArchive(info, m, path))
-	_, _, err = f.Find(t.Context(), s.host+"/"+repo+":2", img.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.host + "/" + repo + ":2", Manifest: img.Descriptor.Digest})
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
-	f.Forget(img.Descriptor.Digest)
-	a, release, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	a, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.NoError(t, err)
 	require.Equal(t, img.DiffIDs, a.DiffIDs())
 	release()
 
 	moved := testutil.NewImage(t, testutil.Tar(t, testutil.File{Name: "c", Data: "third"}))
 	moved.Push(t, s.host, repo)
-	_, _, err = f.Find(t.Context(), s.ref(), moved.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: moved.Descriptor.Digest})
 	require.ErrorContains(t, err, "other layers")
 }
 
@@ -245,7 +245,7 @@ func TestAdoptFails(t *testing.T) {
 	info := m.StorageInfo.(common.OCIStorageInfo)
 	info.ImageMetadata.Digest = img.Descriptor.Digest.String()
 	require.NoError(t, clip.NewClipArchiver().CreateRemoteArchive(info, m, path))
-	_, _, err = f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.ErrorContains(t, err, "other layers")
 	require.ErrorContains(t, err, path)
 
@@ -257,10 +257,10 @@ func TestAdoptFails(t *testing.T) {
 		inner, err := fetcher(ctx, ref)
 		return swapped{inner, img.Layers[1].Digest, img.Layers[0].Digest}, err
 	}
-	_, _, err = f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.ErrorIs(t, err, errAdopting)
 	gets := s.gets()
-	_, _, err = f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.ErrorIs(t, err, errAdopting)
 	require.Equal(t, gets, s.gets(), "it is not tried again for the next layer")
 
@@ -276,7 +276,7 @@ func TestAdoptFails(t *testing.T) {
 	f.opts.Referrers = false
 	failed := make(chan error, 1)
 	go func() {
-		_, _, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+		_, _, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 		failed <- err
 	}()
 	<-arrived
@@ -307,7 +307,7 @@ func TestNotOfAnImage(t *testing.T) {
 	require.NoError(t, clip.CreateArchive(clip.CreateOptions{InputPath: dir, OutputPath: filepath.Join(f.opts.Dir, "data.clip")}))
 	_, err := imageOf(filepath.Join(f.opts.Dir, "data.clip"))
 	require.ErrorContains(t, err, "holds data instead of an image")
-	_, _, err = f.Find(t.Context(), s.ref(), digest.FromString("x"))
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: digest.FromString("x")})
 	require.Error(t, err)
 }
 

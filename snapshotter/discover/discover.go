@@ -3,10 +3,8 @@ package discover
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -17,7 +15,6 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -45,7 +42,24 @@ type Finder struct {
 
 	mu    sync.Mutex // guards the fields below
 	local map[string]localFile
-	known map[digest.Digest]*result
+	known map[Image]*result
+}
+
+// Image is what an archive is searched for.
+type Image struct {
+	Ref      string        // reference it is pulled by; empty if that is not known
+	Manifest digest.Digest // of the platform
+	Link     digest.Digest // artifact that the manifest names as its archive's; empty if it names none
+}
+
+// ImageOf returns the image that is pulled by ref, whose manifest m has the
+// digest id.
+func ImageOf(ref string, id digest.Digest, m ocispec.Manifest) Image {
+	image := Image{Ref: ref, Manifest: id}
+	if len(m.Layers) > 0 {
+		image.Link = digest.Digest(m.Layers[0].Annotations[archive.AnnotationLink])
+	}
+	return image
 }
 
 // localFile is what is known of a file in Options.Dir.
@@ -94,25 +108,26 @@ const (
 
 // New returns a finder. The caller closes it.
 func New(opts Options) *Finder {
-	return &Finder{opts: opts, local: map[string]localFile{}, known: map[digest.Digest]*result{}}
+	return &Finder{opts: opts, local: map[string]localFile{}, known: map[Image]*result{}}
 }
 
-// Find returns the archive of the image manifest, of which ref is the
-// reference that it is pulled by. The caller calls release when it has done
-// with the archive, and does not close it. The error is errdefs.ErrNotFound if
-// there is none.
-func (f *Finder) Find(ctx context.Context, ref string, manifest digest.Digest) (a *archive.Archive, release func(), err error) {
-	if err := manifest.Validate(); err != nil {
-		return nil, nil, fmt.Errorf("manifest digest %q: %w", manifest, errdefs.ErrInvalidArgument)
+// Find returns the archive of an image. One that the image links to is of
+// another manifest with the same layers, the one that was converted; any other
+// is of the image's own. The caller calls release when it has done with the
+// archive, and does not close it. The error is errdefs.ErrNotFound if there is
+// none.
+func (f *Finder) Find(ctx context.Context, image Image) (a *archive.Archive, release func(), err error) {
+	if err := image.Manifest.Validate(); err != nil {
+		return nil, nil, fmt.Errorf("manifest digest %q: %w", image.Manifest, errdefs.ErrInvalidArgument)
 	}
 	f.mu.Lock()
-	r := f.known[manifest]
+	r := f.known[image]
 	if r == nil {
 		// The search serves all who ask meanwhile: it outlives the first.
 		searching, cancel := context.WithCancel(context.WithoutCancel(ctx))
 		r = &result{cancel: cancel, done: make(chan struct{}), users: 1}
-		f.known[manifest] = r
-		go f.run(searching, r, ref, manifest)
+		f.known[image] = r
+		go f.run(searching, r, image)
 	}
 	r.users++
 	f.mu.Unlock()
@@ -131,33 +146,33 @@ func (f *Finder) Find(ctx context.Context, ref string, manifest digest.Digest) (
 }
 
 // run searches and sees to it that the outcome is forgotten in time.
-func (f *Finder) run(ctx context.Context, r *result, ref string, manifest digest.Digest) {
+func (f *Finder) run(ctx context.Context, r *result, image Image) {
 	defer r.cancel()
-	r.archive, r.err = f.search(ctx, r, ref, manifest)
+	r.archive, r.err = f.search(ctx, r, image)
 	close(r.done)
 	keep := keepFound
 	if r.err != nil && !errors.Is(r.err, errAdopting) {
 		keep = keepMissing
 	}
-	time.AfterFunc(keep, func() { f.forget(manifest, r) })
+	time.AfterFunc(keep, func() { f.forget(image, r) })
 }
 
-// Forget drops what is known of the manifest's archive: it is not needed again
+// Forget drops what is known of the image's archive: it is not needed again
 // soon, or must be searched anew.
-func (f *Finder) Forget(manifest digest.Digest) {
+func (f *Finder) Forget(image Image) {
 	f.mu.Lock()
-	r := f.known[manifest]
+	r := f.known[image]
 	f.mu.Unlock()
 	if r != nil {
-		f.forget(manifest, r)
+		f.forget(image, r)
 	}
 }
 
-func (f *Finder) forget(manifest digest.Digest, r *result) {
+func (f *Finder) forget(image Image, r *result) {
 	f.mu.Lock()
-	known := f.known[manifest] == r
+	known := f.known[image] == r
 	if known {
-		delete(f.known, manifest)
+		delete(f.known, image)
 	}
 	f.mu.Unlock()
 	if known {
@@ -183,8 +198,17 @@ func (f *Finder) release(r *result) {
 	}
 }
 
-func (f *Finder) search(ctx context.Context, r *result, ref string, manifest digest.Digest) (*archive.Archive, error) {
-	local, err := f.findLocal(ctx, ref, manifest)
+// search looks for the archive of an image in all places, in the order that
+// docs/operating.md lists.
+func (f *Finder) search(ctx context.Context, r *result, image Image) (*archive.Archive, error) {
+	if image.Link != "" && image.Ref != "" {
+		a, err := f.findLinked(ctx, image)
+		if err == nil {
+			return a, nil
+		}
+		log.G(ctx).WithError(err).WithField("image", image.Ref).Warn("the archive that the image links to cannot be used; looking for another")
+	}
+	local, err := f.findLocal(ctx, image.Ref, image.Manifest)
 	if err != nil {
 		return nil, err
 	}
@@ -192,19 +216,19 @@ func (f *Finder) search(ctx context.Context, r *result, ref string, manifest dig
 		return archive.OpenFile(local.ours)
 	}
 	if local.upstream != "" {
-		if a, err := archive.OpenFile(f.indexedPath(manifest)); err == nil {
+		if a, err := archive.OpenFile(f.indexedPath(image.Manifest)); err == nil {
 			return a, nil // made earlier; if it is damaged it is made again
 		}
 	}
-	err = fmt.Errorf("archive of %s: %w", manifest, errdefs.ErrNotFound)
-	if f.opts.Referrers && ref != "" {
+	err = fmt.Errorf("archive of %s: %w", image.Manifest, errdefs.ErrNotFound)
+	if f.opts.Referrers && image.Ref != "" {
 		var a *archive.Archive
-		if a, err = f.findReferrer(ctx, ref, manifest); err == nil {
+		if a, err = f.findReferrer(ctx, image.Ref, image.Manifest); err == nil {
 			return a, nil
 		}
 	}
 	if local.upstream != "" {
-		return f.adopt(ctx, r, ref, manifest, local.upstream)
+		return f.adopt(ctx, r, image.Ref, image.Manifest, local.upstream)
 	}
 	if local.unusable != nil {
 		err = fmt.Errorf("%w; %w", local.unusable, err)
@@ -315,202 +339,14 @@ func imageOf(path string) (localFile, error) {
 	return localFile{image: img.Manifest, upstream: img.Ref}, nil
 }
 
-// findReferrer asks the registry which archives refer to the manifest and
-// takes the newest that is usable.
-func (f *Finder) findReferrer(ctx context.Context, ref string, manifest digest.Digest) (*archive.Archive, error) {
-	ctx, cancel := context.WithTimeout(ctx, searchTimeout)
-	defer cancel()
-	fetcher, err := f.opts.Fetcher(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
-	lister, ok := fetcher.(remotes.ReferrersFetcher)
-	if !ok {
-		return nil, fmt.Errorf("referrers of %s: %w", ref, errdefs.ErrNotImplemented)
-	}
-	found, err := lister.FetchReferrers(ctx, manifest, remotes.WithReferrerArtifactTypes(archive.ArtifactType))
-	if err != nil {
-		return nil, fmt.Errorf("asking for archives that refer to %s: %w", manifest, err)
-	}
-	failed := fmt.Errorf("the registry has no archive that refers to %s: %w", manifest, errdefs.ErrNotFound)
-	ignore := func(id digest.Digest, err error) {
-		failed = fmt.Errorf("archive %s: %w", id, err)
-		log.G(ctx).WithError(err).WithField("digest", id).Warn("ignoring an archive that refers to the image")
-	}
-	var referrers []referrer
-	for _, desc := range found[:min(len(found), maxReferrers)] {
-		a, err := readReferrer(ctx, fetcher, desc, manifest)
-		if err != nil {
-			ignore(desc.Digest, err)
-			continue
-		}
-		referrers = append(referrers, a)
-	}
-	// The order in a registry means nothing.
-	slices.SortStableFunc(referrers, func(a, b referrer) int { return b.created.Compare(a.created) })
-	for _, a := range referrers {
-		opened, err := f.fetchArchive(ctx, fetcher, a.blob, manifest)
-		if err == nil {
-			return opened, nil
-		}
-		ignore(a.id, err)
-	}
-	return nil, failed
-}
-
-// referrer is an artifact that holds an archive.
-type referrer struct {
-	id      digest.Digest
-	created time.Time // zero if it does not say; archives with a prefetch list do
-	blob    ocispec.Descriptor
-}
-
-// readReferrer fetches the manifest of the artifact desc, which should refer to
-// the image manifest.
-func readReferrer(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, manifest digest.Digest) (a referrer, err error) {
-	raw, err := fetchSmall(ctx, fetcher, desc)
-	if err != nil {
-		return a, err
-	}
-	var m ocispec.Manifest
-	if err := json.Unmarshal(raw, &m); err != nil {
-		return a, fmt.Errorf("manifest: %w", err)
-	}
-	if m.Subject == nil || m.Subject.Digest != manifest {
-		return a, fmt.Errorf("it does not refer to %s: %w", manifest, errdefs.ErrInvalidArgument)
-	}
-	a.id = desc.Digest
-	if created, err := time.Parse(time.RFC3339, m.Annotations[ocispec.AnnotationCreated]); err == nil {
-		a.created = created
-	}
-	for _, l := range m.Layers {
-		if l.MediaType == archive.MediaType {
-			a.blob = l
-			return a, nil
-		}
-	}
-	return a, fmt.Errorf("it has no layer of type %s: %w", archive.MediaType, errdefs.ErrNotFound)
-}
-
-func fetchSmall(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor) ([]byte, error) {
-	if desc.Size > maxManifest {
-		return nil, fmt.Errorf("manifest of %d bytes: %w", desc.Size, errdefs.ErrInvalidArgument)
-	}
-	rc, err := fetcher.Fetch(ctx, desc)
-	if err != nil {
-		return nil, err
-	}
-	defer rc.Close()
-	raw, err := io.ReadAll(io.LimitReader(rc, maxManifest+1))
-	if err != nil {
-		return nil, err
-	}
-	if desc.Digest.Validate() != nil || desc.Digest.Algorithm().FromBytes(raw) != desc.Digest {
-		return nil, fmt.Errorf("content does not match digest %q: %w", desc.Digest, errdefs.ErrDataLoss)
-	}
-	return raw, nil
-}
-
-// fetchArchive downloads a compressed archive: the part of it that is read here
-// if that can be had alone.
-func (f *Finder) fetchArchive(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, manifest digest.Digest) (*archive.Archive, error) {
-	if desc.Size > maxCompressed {
-		return nil, fmt.Errorf("archive of %d bytes, more than %d: %w", desc.Size, maxCompressed, errdefs.ErrInvalidArgument)
-	}
-	if err := desc.Digest.Validate(); err != nil {
-		return nil, fmt.Errorf("digest %q: %w", desc.Digest, errdefs.ErrInvalidArgument)
-	}
-	if tail, ok := archive.TailOf(desc.Annotations, desc.Size); ok && tail.Out <= maxArchive {
-		a, err := f.fetchPart(ctx, fetcher, desc, tail, archive.OpenTail, manifest)
-		if err == nil || ctx.Err() != nil {
-			return a, err
-		}
-		log.G(ctx).WithError(err).WithField("digest", desc.Digest).Info("a part of an archive cannot be fetched; fetching all of it")
-	}
-	return f.fetchPart(ctx, fetcher, desc, archive.Tail{Digest: desc.Digest}, archive.Open, manifest)
-}
-
-// fetchPart downloads a part of an archive into a file without a name, which is
-// gone as soon as nobody has it open.
-func (f *Finder) fetchPart(
-	ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, part archive.Tail,
-	open func(io.ReaderAt, int64) (*archive.Archive, error), manifest digest.Digest,
-) (_ *archive.Archive, err error) {
-	rc, err := fetcher.Fetch(ctx, desc)
-	if err != nil {
-		return nil, err
-	}
-	defer rc.Close()
-	if part.In > 0 {
-		s, ok := rc.(io.Seeker)
-		if !ok {
-			return nil, errdefs.ErrNotImplemented
-		}
-		if _, err := s.Seek(part.In, io.SeekStart); err != nil {
-			return nil, err
-		}
-	}
-	tmp, err := os.CreateTemp(f.opts.Dir, ".download-")
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			tmp.Close()
-		}
-	}()
-	if err := os.Remove(tmp.Name()); err != nil {
-		return nil, err
-	}
-	size, err := decompress(tmp, io.LimitReader(rc, desc.Size-part.In), part)
-	if err != nil {
-		return nil, err
-	}
-	a, err := open(tmp, size)
-	if err != nil {
-		return nil, err
-	}
-	if got := a.Info().Descriptor.Digest; got != manifest {
-		return nil, fmt.Errorf("archive is of image %s: %w", got, errdefs.ErrInvalidArgument)
-	}
-	return a, nil
-}
-
-// decompress writes the part of an archive that rc delivers to the place in f
-// where it belongs, checks it, and returns the size of the archive.
-func decompress(f *os.File, rc io.Reader, part archive.Tail) (int64, error) {
-	verifier := part.Digest.Verifier()
-	compressed := io.TeeReader(rc, verifier)
-	dec, err := zstd.NewReader(compressed, zstd.WithDecoderMaxWindow(64<<20), zstd.WithDecoderConcurrency(1))
-	if err != nil {
-		return 0, err
-	}
-	defer dec.Close()
-	n, err := io.Copy(io.NewOffsetWriter(f, part.Out), io.LimitReader(dec, maxArchive-part.Out+1))
-	if err != nil {
-		return 0, err
-	}
-	size := part.Out + n
-	if size > maxArchive {
-		return 0, fmt.Errorf("archive expands to more than %d bytes: %w", int64(maxArchive), errdefs.ErrInvalidArgument)
-	}
-	if _, err := io.Copy(io.Discard, compressed); err != nil {
-		return 0, err
-	}
-	if !verifier.Verified() {
-		return 0, fmt.Errorf("content does not match digest %s: %w", part.Digest, errdefs.ErrDataLoss)
-	}
-	return size, nil
-}
-
 // Close ends all searches and forgets everything.
 func (f *Finder) Close() {
 	f.mu.Lock()
 	known := maps.Clone(f.known)
 	f.mu.Unlock()
-	for manifest, r := range known {
+	for image, r := range known {
 		r.cancel()
 		<-r.done
-		f.forget(manifest, r)
+		f.forget(image, r)
 	}
 }

@@ -349,9 +349,10 @@ func refused(err error) bool {
 // dockerHub is the key under which docker's config keeps docker.io's credentials.
 const dockerHub = "https://index.docker.io/v1/"
 
-// dockerLogin reads docker's config anew each time: a helper's answer or a new
-// login takes effect without a restart. It is empty if there is none.
-func dockerLogin(host string) (Login, error) {
+// DockerLogin returns what docker's config file and its helpers have for a
+// registry host; it is empty if there is nothing. The file is read anew each
+// time: a helper's answer or a new login takes effect without a restart.
+func DockerLogin(host string) (Login, error) {
 	config, err := cliconfig.Load(cliconfig.Dir())
 	if err != nil {
 		return Login{}, err
@@ -375,7 +376,7 @@ func (c *Client) loginsFor(host, repository string) (logins []Login, err error) 
 	if c.opts.Logins != nil {
 		logins = c.opts.Logins(host, repository)
 	}
-	l, err := dockerLogin(host)
+	l, err := DockerLogin(host)
 	if err != nil && len(logins) == 0 {
 		return nil, err
 	}

@@ -150,7 +150,7 @@ func inSnapshotter(t *testing.T, w written, layout string) string {
 	t.Helper()
 	f := discover.New(discover.Options{Dir: filepath.Dir(w.path), Fetcher: func(context.Context, string) (remotes.Fetcher, error) { return registry(layout), nil }})
 	defer f.Close()
-	a, release, err := f.Find(t.Context(), ref, w.image)
+	a, release, err := f.Find(t.Context(), discover.Image{Ref: ref, Manifest: w.image})
 	if errors.Is(err, archive.ErrVersion) {
 		return "unpacks the image, and says: " + strings.TrimPrefix(strings.Split(err.Error(), ";")[0], "archive "+w.path+": ")
 	}

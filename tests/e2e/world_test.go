@@ -83,8 +83,10 @@ func newDemoWorld(t *testing.T) *world {
 	return w
 }
 
-func emptyWorld(t *testing.T, config string) *world {
-	w := workerlessWorld(t, config)
+func emptyWorld(t *testing.T, config string) *world { return worldIn(t, harness.ForTest(t), config) }
+
+func worldIn(t *testing.T, lab *harness.Lab, config string) *world {
+	w := workerlessWorldIn(t, lab, config)
 	var err error
 	w.worker, err = w.lab.StartContainerd(w.ctx, "worker", w.daemon)
 	require.NoError(t, err)
@@ -93,7 +95,11 @@ func emptyWorld(t *testing.T, config string) *world {
 
 // workerlessWorld has no containerd beside the daemon yet.
 func workerlessWorld(t *testing.T, config string) *world {
-	w := &world{T: t, ctx: t.Context(), lab: harness.ForTest(t)}
+	return workerlessWorldIn(t, harness.ForTest(t), config)
+}
+
+func workerlessWorldIn(t *testing.T, lab *harness.Lab, config string) *world {
+	w := &world{T: t, ctx: t.Context(), lab: lab}
 	var err error
 	w.registry, err = w.lab.StartRegistry(w.ctx)
 	require.NoError(t, err)

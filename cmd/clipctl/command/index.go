@@ -23,14 +23,26 @@ import (
 )
 
 type indexOptions struct {
+	indexingFlags
 	platforms  platformFlags
 	storageRef string
 	output     string
 	push       bool
-	cacheDir   string
-	force      bool
-	spanSize   string
 	engine     string
+}
+
+// indexingFlags say how layers are to be indexed.
+type indexingFlags struct {
+	cacheDir string
+	force    bool
+	spanSize string
+}
+
+func (o *indexingFlags) add(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&o.cacheDir, "cache-dir", os.Getenv("CLIPCTL_CACHE_DIR"), "where indexes of layers are kept, for other images with the same layers (default: "+systemCacheDir+" for root, else containerd-clip in the user's cache directory) [$CLIPCTL_CACHE_DIR]")
+	f.BoolVar(&o.force, "force", false, "index every layer, also those whose index is in the cache")
+	f.StringVar(&o.spanSize, "span-size", units.BytesSize(float64(layer.DefaultPointInterval)), "distance of the places in a layer where reading can start: less fetches less per read, more makes a smaller archive")
 }
 
 func newIndexCommand(g *globals) *cobra.Command {
@@ -59,9 +71,7 @@ runs the image; --push checks it.`,
 	o.platforms.add(cmd, "index")
 	f.StringVarP(&o.output, "output", "o", "", "archive to write (default: IMAGE's last part + .clip, in the current directory)")
 	f.BoolVar(&o.push, "push", false, "push the archive to the image's repository, as an artifact that refers to the image; without -o no file is kept")
-	f.StringVar(&o.cacheDir, "cache-dir", os.Getenv("CLIPCTL_CACHE_DIR"), "where indexes of layers are kept, for other images with the same layers (default: "+systemCacheDir+" for root, else containerd-clip in the user's cache directory) [$CLIPCTL_CACHE_DIR]")
-	f.BoolVar(&o.force, "force", false, "index every layer, also those whose index is in the cache")
-	f.StringVar(&o.spanSize, "span-size", units.BytesSize(float64(layer.DefaultPointInterval)), "distance of the places in a layer where reading can start: less fetches less per read, more makes a smaller archive")
+	o.indexingFlags.add(cmd)
 	f.StringVar(&o.engine, "engine", engineOurs, "who indexes: "+engineOurs+", or "+engineCLIP+" for upstream CLIP's own indexer, whose archives have no layer indexes")
 	return cmd
 }
@@ -115,7 +125,7 @@ func runIndex(ctx context.Context, g *globals, image string, o indexOptions, std
 const systemCacheDir = "/var/cache/containerd-clip"
 
 // indexing returns how layers are to be indexed.
-func (o indexOptions) indexing(ctx context.Context) (index.Options, error) {
+func (o indexingFlags) indexing(ctx context.Context) (index.Options, error) {
 	opts := index.Options{Force: o.force}
 	size, err := units.RAMInBytes(o.spanSize)
 	if err != nil || size < int64(inflate.WindowSize) {
@@ -131,7 +141,7 @@ func (o indexOptions) indexing(ctx context.Context) (index.Options, error) {
 }
 
 // openCache opens the layer-index cache. One that nobody asked for may be missing.
-func (o indexOptions) openCache(ctx context.Context) (*index.Cache, error) {
+func (o indexingFlags) openCache(ctx context.Context) (*index.Cache, error) {
 	if o.cacheDir != "" {
 		return index.OpenCache(o.cacheDir, index.DefaultCacheSize)
 	}

@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter"
+	"github.com/beam-cloud/containerd-clip/snapshotter/control"
 	"github.com/beam-cloud/containerd-clip/snapshotter/cri"
 	"github.com/beam-cloud/containerd-clip/snapshotter/keeper"
 	"github.com/beam-cloud/containerd-clip/snapshotter/record"
@@ -37,11 +38,15 @@ type flags struct {
 func New() *cobra.Command {
 	var f flags
 	cmd := &cobra.Command{
-		Use:           "containerd-clip-grpc",
-		Short:         "containerd snapshotter that leaves image layers in the registry and fetches what is read",
+		Use:   "containerd-clip-grpc",
+		Short: "containerd snapshotter that leaves image layers in the registry and fetches what is read",
+		Example: `  containerd-clip-grpc
+  containerd-clip-grpc --root /srv/clip --log-level debug`,
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		// It is not a command for shells.
+		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := f.load()
 			if err != nil {
@@ -112,7 +117,7 @@ func (f flags) load() (Config, error) {
 
 // serve runs the daemon until ctx ends.
 func serve(ctx context.Context, c Config) (err error) {
-	if err := log.SetLevel(c.LogLevel); err != nil {
+	if err := c.setLog(); err != nil {
 		return err
 	}
 	unlock, err := lockRoot(c.Root)
@@ -149,6 +154,11 @@ func serve(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer release()
+	unobserved, err := c.observe(ctx, c.gatherers(sn.Collectors()))
+	if err != nil {
+		return err
+	}
+	defer unobserved()
 	stopped := context.AfterFunc(ctx, server.Stop)
 	defer stopped()
 	if len(c.Watch.Rules) > 0 {
@@ -163,6 +173,9 @@ func serve(ctx context.Context, c Config) (err error) {
 	log.G(ctx).WithField("address", c.Address).WithField("root", c.Root).Info("containerd-clip-grpc is ready")
 	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 		log.G(ctx).WithError(err).Warn("cannot tell systemd that the daemon is ready")
+	}
+	if err := feedWatchdog(ctx, sn.InFlight); err != nil {
+		log.G(ctx).WithError(err).Warn("systemd's watchdog will end the daemon: what it says cannot be read")
 	}
 	if err := server.Serve(l); err != nil && ctx.Err() == nil {
 		return err
@@ -190,6 +203,7 @@ func (c Config) newServer(sn *snapshotter.Snapshotter, keys *cri.Keychain) (serv
 	server = grpc.NewServer(options...)
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
 	record.Register(server, sn)
+	control.Register(server, sn)
 	return server, release, nil
 }
 
@@ -201,6 +215,11 @@ func openKeychain(ctx context.Context, address string) *cri.Keychain {
 		log.G(ctx).WithError(err).Warn("going on without the credentials of earlier pulls")
 	}
 	return keys
+}
+
+// setLog has the log look as c says.
+func (c Config) setLog() error {
+	return errors.Join(log.SetLevel(c.LogLevel), log.SetFormat(log.OutputFormat(c.LogFormat)))
 }
 
 // options returns what the snapshotter is to be told.
