@@ -7,11 +7,13 @@
 //	                       sources   repositories that hold the blob, JSON
 //	                       data      the uncompressed stream, sparse
 //	                       have      which spans of data are durable
-//	                       complete  there if data was checked against the diff ID
+//	                       complete  what data looked like when it was checked against the diff ID
 //
 // A span counts as there only after its digest was checked, and after a crash
 // only if it was recorded in have, which happens after data was synced. What
-// is not recorded is fetched again. A layer of which everything is recorded is
+// is not recorded is fetched again. What an earlier process fetched is checked
+// once more when it is first read, unless all of data was checked and nobody
+// has written to it since. A layer of which everything is recorded is
 // read back and checked as a whole; then it is complete, and its file can serve
 // as a device in the kernel (see Store.Device).
 //
@@ -204,6 +206,12 @@ func (s *Store) Add(x *layer.Index, source string) error {
 		return fmt.Errorf("diff ID %q: %w", x.DiffID, errdefs.ErrInvalidArgument)
 	}
 	l, err := s.Layer(x.DiffID)
+	if errdefs.IsDataLoss(err) {
+		log.G(s.life).WithError(err).Warn("a layer's index was damaged on disk and is replaced")
+		if err = s.mend(x); err == nil {
+			l, err = s.Layer(x.DiffID)
+		}
+	}
 	if errdefs.IsNotFound(err) {
 		err = s.create(x)
 		if isFull(err) && s.evict(int64(x.OutSize)) > 0 {
@@ -240,14 +248,7 @@ func (s *Store) create(x *layer.Index) (err error) {
 		return err
 	}
 	defer dir.Close()
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
-	if err != nil {
-		return err
-	}
-	if err := writeFile(dir, spansFile, x.AppendSpans(nil)); err != nil {
-		return err
-	}
-	if err := writeFile(dir, entriesFile, enc.EncodeAll(x.AppendEntries(nil), nil)); err != nil {
+	if err := writeIndex(dir, x); err != nil {
 		return err
 	}
 	if err := os.Rename(tmp, filepath.Join(s.dir, x.DiffID.Encoded())); err != nil {
@@ -260,7 +261,45 @@ func (s *Store) create(x *layer.Index) (err error) {
 	return errors.Join(syncDir(all), all.Close())
 }
 
-// Layer returns the layer with this diff ID, or errdefs.ErrNotFound.
+func writeIndex(dir *os.Root, x *layer.Index) error {
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
+	if err != nil {
+		return err
+	}
+	if err := writeFile(dir, spansFile, x.AppendSpans(nil)); err != nil {
+		return err
+	}
+	return writeFile(dir, entriesFile, enc.EncodeAll(x.AppendEntries(nil), nil))
+}
+
+// Mend is Add for a layer whose index on disk may be damaged: it is written
+// anew. What was fetched stays.
+func (s *Store) Mend(x *layer.Index, source string) error {
+	s.adding.Lock()
+	err := s.mend(x)
+	s.adding.Unlock()
+	if err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("layer %s: %w", x.DiffID, err)
+	}
+	return s.Add(x, source)
+}
+
+func (s *Store) mend(x *layer.Index) error {
+	if err := x.DiffID.Validate(); err != nil {
+		return err
+	}
+	dir, err := os.OpenRoot(filepath.Join(s.dir, x.DiffID.Encoded()))
+	if os.IsNotExist(err) {
+		return errdefs.ErrNotFound
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(writeIndex(dir, x), dir.Close())
+}
+
+// Layer returns the layer with this diff ID, or errdefs.ErrNotFound, or
+// errdefs.ErrDataLoss if it is damaged on disk.
 func (s *Store) Layer(diffID digest.Digest) (*Layer, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -314,6 +353,9 @@ func (s *Store) load(diffID digest.Digest) (_ *Layer, err error) {
 // readIndex reads the span part of a layer's index.
 func readIndex(dir *os.Root, diffID digest.Digest) (*layer.Index, error) {
 	raw, err := dir.ReadFile(spansFile)
+	if os.IsNotExist(err) {
+		err = errors.Join(err, errdefs.ErrDataLoss)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -339,6 +381,9 @@ func (s *Store) Entries(diffID digest.Digest) (*layer.Index, error) {
 		return nil, fmt.Errorf("layer %s: %w", diffID, err)
 	}
 	raw, err := l.dir.ReadFile(entriesFile)
+	if os.IsNotExist(err) {
+		err = errors.Join(err, errdefs.ErrDataLoss)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -347,11 +392,11 @@ func (s *Store) Entries(diffID digest.Digest) (*layer.Index, error) {
 		return nil, err
 	}
 	defer dec.Close()
-	if raw, err = dec.DecodeAll(raw, nil); err != nil {
-		return nil, fmt.Errorf("entries of layer %s: %w", diffID, err)
+	if raw, err = dec.DecodeAll(raw, nil); err == nil {
+		err = x.DecodeEntries(raw)
 	}
-	if err := x.DecodeEntries(raw); err != nil {
-		return nil, fmt.Errorf("entries of layer %s: %w", diffID, err)
+	if err != nil {
+		return nil, fmt.Errorf("entries of layer %s on disk: %w: %w", diffID, err, errdefs.ErrDataLoss)
 	}
 	return x, nil
 }
