@@ -29,6 +29,9 @@ type chain struct {
 	ChainID digest.Digest   `json:"chainID"`
 	Layers  []digest.Digest `json:"layers"` // diff IDs, lowest first
 	Image   string          `json:"image"`  // reference it was pulled by
+	// Manifest is the image's; empty if an earlier version wrote this.
+	Manifest digest.Digest `json:"manifest,omitempty"`
+	Link     digest.Digest `json:"link,omitempty"` // see discover.Image
 }
 
 // prepareLazy commits a lazy snapshot for target, or says why it cannot.
@@ -57,7 +60,7 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, targe
 	if err := s.addLayers(a, top, target.Image.Ref); err != nil {
 		return err
 	}
-	c := chain{ChainID: target.ChainID, Layers: a.DiffIDs()[:top+1], Image: target.Image.Ref}
+	c := chain{ChainID: target.ChainID, Layers: a.DiffIDs()[:top+1], Image: target.Image.Ref, Manifest: target.Image.Manifest, Link: target.Image.Link}
 	id, err := s.commitLazy(ctx, key, name, parent, c, labels)
 	if errdefs.IsAlreadyExists(err) {
 		return nil // another pull was quicker
@@ -277,13 +280,16 @@ func (s *Snapshotter) chain(id string) (c chain, err error) {
 		return c, err
 	}
 	if err := json.Unmarshal(raw, &c); err != nil {
-		return c, fmt.Errorf("snapshot %s: %w", id, err)
+		return c, fmt.Errorf("what is kept of snapshot %s: %w: %w", id, err, errdefs.ErrDataLoss)
+	}
+	if len(c.Layers) == 0 {
+		return c, fmt.Errorf("what is kept of snapshot %s names no layers: %w", id, errdefs.ErrDataLoss)
 	}
 	return c, nil
 }
 
-// chains returns all lazy snapshots by id.
-func (s *Snapshotter) chains() (map[string]chain, error) {
+// chains returns all lazy snapshots by id, but for those that are damaged.
+func (s *Snapshotter) chains(ctx context.Context) (map[string]chain, error) {
 	dirs, err := os.ReadDir(filepath.Join(s.dir, "snapshots"))
 	if err != nil {
 		return nil, err
@@ -292,6 +298,10 @@ func (s *Snapshotter) chains() (map[string]chain, error) {
 	for _, dir := range dirs {
 		c, err := s.chain(dir.Name())
 		if errdefs.IsNotFound(err) {
+			continue
+		}
+		if errdefs.IsDataLoss(err) {
+			log.G(ctx).WithError(err).Error("a lazy snapshot is damaged on disk; end its containers, and remove and pull its image again")
 			continue
 		}
 		if err != nil {

@@ -68,11 +68,21 @@ func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (string
 	if s.noLazy != nil {
 		return "", fmt.Errorf("image %s was pulled lazily, but this machine can no longer mount it: %w", c.Image, s.noLazy)
 	}
+	if err := s.repaired(ctx, c, func() error { return s.mountShared(ctx, r, c) }); err != nil {
+		return "", fmt.Errorf("root of image %s: %w", c.Image, err)
+	}
+	st.mounted, st.mode = true, s.can.Mode
+	s.mounted.add(id, c.Layers)
+	return r.Path(), nil
+}
+
+// mountShared mounts the root r that all containers of an image share.
+func (s *Snapshotter) mountShared(ctx context.Context, r root.Root, c chain) error {
 	start := record.Document{Image: c.Image, ChainID: c.ChainID, Layers: c.Layers}
 	for i, diffID := range c.Layers {
 		l, seen, release, err := s.layerOf(diffID)
 		if err != nil {
-			return "", fmt.Errorf("root of image %s: %w", c.Image, err)
+			return err
 		}
 		defer release() // once it is mounted, the kernel has the file open
 		r.Layers = append(r.Layers, l)
@@ -82,12 +92,7 @@ func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (string
 		}
 	}
 	s.recorder.Start(start)
-	if err := r.Mount(ctx, s.can.Mode); err != nil {
-		return "", fmt.Errorf("root of image %s: %w", c.Image, err)
-	}
-	st.mounted, st.mode = true, s.can.Mode
-	s.mounted.add(id, c.Layers)
-	return r.Path(), nil
+	return r.Mount(ctx, s.can.Mode)
 }
 
 // layerOf decides where a root that is about to be mounted reads a layer: from
@@ -120,7 +125,7 @@ func (s *Snapshotter) buildAhead(ctx context.Context, id string, c chain) {
 		if _, err := s.chain(id); err != nil {
 			return // removed meanwhile
 		}
-		if err := s.root(id, c).Build(s.can.Mode); err != nil {
+		if err := s.root(id, c).Build(ctx, s.can.Mode); err != nil {
 			log.G(ctx).WithError(err).WithField("image", c.Image).Warn("building the root ahead failed; it is tried again when a container needs it")
 		}
 	})

@@ -87,7 +87,7 @@ type Options struct {
 // Snapshotter implements snapshots.Snapshotter and snapshots.Cleaner.
 type Snapshotter struct {
 	dir      string
-	meta     *storage.MetaStore
+	meta     *metadata
 	layers   *cache.Store
 	filler   *fill.Filler
 	files    *layerfs.FS // nil if not even that can be mounted
@@ -115,6 +115,7 @@ type Snapshotter struct {
 	merged   map[digest.Digest]error
 
 	background sync.WaitGroup
+	stop       context.CancelFunc // ends what waits for the network there; nil if nothing does
 	closing    sync.Once
 	closeErr   error // of the first Close
 }
@@ -139,7 +140,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 			err = errors.Join(err, s.Close())
 		}
 	}()
-	if s.meta, err = storage.NewMetaStore(filepath.Join(s.dir, "metadata.db")); err != nil {
+	if s.meta, err = openMetadata(s.dir); err != nil {
 		return nil, err
 	}
 	client := remote.New(opts.Registry)
@@ -168,10 +169,14 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 
 // restore learns which layers are in use and removes what is not.
 func (s *Snapshotter) restore(ctx context.Context) error {
+	if s.meta.damage != nil {
+		log.G(ctx).WithError(s.meta.damage).Error("the snapshotter works in part")
+		return nil // nothing is garbage that nobody can tell from what is not
+	}
 	if err := s.Cleanup(ctx); err != nil {
 		return err
 	}
-	chains, err := s.chains()
+	chains, err := s.chains(ctx)
 	if err != nil {
 		return err
 	}
@@ -181,7 +186,12 @@ func (s *Snapshotter) restore(ctx context.Context) error {
 	if err := s.layers.Keep(s.refs.used); err != nil {
 		return err
 	}
+	repairing, stop := context.WithCancel(ctx)
+	s.stop = stop
 	s.background.Go(func() {
+		for _, c := range chains {
+			s.repairMounted(repairing, c)
+		}
 		s.fillAll(ctx, chains)
 		if err := s.finder.Sweep(ctx); err != nil {
 			log.G(ctx).WithError(err).Warn("cannot look for archives")
@@ -210,6 +220,9 @@ func (s *Snapshotter) Close() error {
 }
 
 func (s *Snapshotter) close() error {
+	if s.stop != nil {
+		s.stop()
+	}
 	s.background.Wait()
 	if s.filler != nil {
 		s.filler.Close()

@@ -6,7 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"path/filepath"
+	"slices"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -40,12 +43,21 @@ func (s *Store) Device(diffID digest.Digest) (path string, release func(), err e
 // finish makes the layer complete if all of it is recorded and matches the
 // diff ID.
 func (l *Layer) finish() error {
-	l.mu.Lock()
-	punches := l.punches
-	ready := !l.complete && !l.distrusted && !l.removed && l.recorded.count() == l.spans && l.allHereLocked()
-	l.mu.Unlock()
+	if ready, _ := l.readyToFinish(); !ready {
+		return nil
+	}
+	for span := range l.spans { // a part that is damaged need not cost the whole
+		if err := l.prove(span); err != nil || l.store.life.Err() != nil {
+			return err
+		}
+	}
+	ready, punches := l.readyToFinish()
 	if !ready {
 		return nil
+	}
+	proof, err := l.settled()
+	if err != nil {
+		return err
 	}
 	sum, err := l.readBack(l.store.life)
 	if err != nil {
@@ -65,12 +77,12 @@ func (l *Layer) finish() error {
 	if sum != l.head.DiffID {
 		return l.distrust(sum)
 	}
-	if err := writeFile(l.dir, completeFile, nil); err != nil {
+	if err := writeFile(l.dir, completeFile, []byte(proof)); err != nil {
 		return err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.complete = true
+	l.complete, l.unproven = true, nil
 	log.G(l.store.life).WithField("diffID", l.head.DiffID).Debug("the layer is complete")
 	return nil
 }
@@ -93,6 +105,78 @@ func (l *Layer) readBack(ctx context.Context) (digest.Digest, error) {
 			return "", context.Cause(ctx)
 		}
 	}
+}
+
+// readyToFinish says whether all of a layer is here that is not complete, and
+// how often spans were given up before.
+func (l *Layer) readyToFinish() (ready bool, punches int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return !l.complete && !l.distrusted && !l.removed && l.recorded.count() == l.spans && l.allHereLocked(), l.punches
+}
+
+// settled makes data durable with its times and returns its fingerprint.
+func (l *Layer) settled() (string, error) {
+	if err := control(l.data, unix.Fsync); err != nil {
+		return "", err
+	}
+	info, err := l.data.Stat()
+	if err != nil {
+		return "", err
+	}
+	return fingerprint(info), nil
+}
+
+// fingerprint is what changes when a file is written to, whoever does it.
+func fingerprint(info fs.FileInfo) string {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return ""
+	}
+	return fmt.Sprintf("%d %d.%09d\n", st.Size, st.Ctim.Sec, st.Ctim.Nsec)
+}
+
+// unprovenLocked says whether data holds a span that an earlier process fetched
+// and nobody checked since. The caller holds l.mu.
+func (l *Layer) unprovenLocked(span int) bool { return l.unproven != nil && l.unproven.get(span) }
+
+// prove checks a span that an earlier process fetched before it is read for the
+// first time. One that is damaged counts as missing from then on.
+func (l *Layer) prove(span int) error {
+	l.punching.RLock()
+	defer l.punching.RUnlock()
+	l.mu.Lock()
+	if !l.unprovenLocked(span) || !l.have.get(span) {
+		l.mu.Unlock()
+		return nil
+	}
+	x, err := l.indexLocked()
+	l.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	pooled := spanBuffers.Get().(*[]byte)
+	defer spanBuffers.Put(pooled)
+	start, end := l.spanRange(span)
+	*pooled = slices.Grow((*pooled)[:0], int(x.SpanSize))
+	buf := (*pooled)[:end-start]
+	if _, err = l.data.ReadAt(buf, int64(start)); err == nil {
+		err = x.VerifySpan(span, buf)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.unprovenLocked(span) {
+		return nil // somebody else was quicker
+	}
+	l.unproven.clear(span)
+	if err != nil {
+		log.G(l.store.life).WithError(err).WithField("diffID", l.head.DiffID).WithField("span", span).
+			Error("a part of a layer was damaged on disk and is fetched again; see whether the disk fails or somebody writes below layers")
+		l.have.clear(span)
+		l.recorded.clear(span)
+		l.punches++
+	}
+	return nil
 }
 
 // distrust forgets everything that data holds: it was right when it was

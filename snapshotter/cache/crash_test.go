@@ -274,6 +274,53 @@ func TestDamagedFiles(t *testing.T) {
 	}
 }
 
+// TestAlteredData changes bytes below a store that is closed: they are never returned, and only the spans that they are
+// in are fetched again.
+func TestAlteredData(t *testing.T) {
+	stream := testTar(t, crashFiles)
+	src := &blobs{blob: gzipped(t, stream)}
+	x := build(t, src.blob)
+	for _, whole := range []bool{true, false} {
+		t.Run(fmt.Sprintf("complete %v", whole), func(t *testing.T) {
+			dir := t.TempDir()
+			s, l := open(t, dir, src, x)
+			if whole {
+				requireStream(t, l, stream)
+				_, release := completed(t, s, l)
+				release()
+			} else {
+				_, err := l.ReadAt(t.Context(), make([]byte, len(stream)/2), 0)
+				require.NoError(t, err)
+			}
+			require.NoError(t, s.Close())
+			f, err := os.OpenFile(filepath.Join(dir, x.DiffID.Encoded(), dataFile), os.O_RDWR, 0)
+			require.NoError(t, err)
+			_, err = f.WriteAt([]byte{^stream[70000], ^stream[70001]}, 70000)
+			require.NoError(t, err)
+			require.NoError(t, f.Close())
+
+			ctx, log := logged(t)
+			s, err = Open(ctx, Options{Dir: dir, Fetch: src})
+			require.NoError(t, err)
+			defer s.Close()
+			l, err = s.Layer(x.DiffID)
+			require.NoError(t, err)
+			require.Positive(t, l.Fetched())
+			p := make([]byte, 10)
+			_, err = l.ReadAt(t.Context(), p, 69995)
+			require.NoError(t, err)
+			require.Equal(t, stream[69995:70005], p)
+			requireStream(t, l, stream)
+			log.mu.Lock()
+			require.Len(t, log.lines, 1)
+			require.Contains(t, log.lines[0], "damaged on disk")
+			log.mu.Unlock()
+			_, release := completed(t, s, l)
+			release()
+		})
+	}
+}
+
 // TestShortDataIsForgotten crashes after the file got its size back.
 func TestShortDataIsForgotten(t *testing.T) {
 	stream := testTar(t, crashFiles)

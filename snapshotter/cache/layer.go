@@ -38,6 +38,7 @@ type Layer struct {
 	sources    []string
 	have       bitmap // spans that data holds
 	recorded   bitmap // those that the file have says are there
+	unproven   bitmap // those that an earlier process fetched and nobody checked since; nil if none
 	touched    bitmap // those that were read since the last sweep
 	expected   bitmap // those that readers were said to ask for; nil if none
 	runs       map[*run]struct{}
@@ -114,7 +115,11 @@ func (l *Layer) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	deadline := began.Add(readTimeout)
 	for n := 0; n < len(p); {
 		at := inflate.Out(off) + inflate.Out(n)
-		c, err := l.readHere(p[n:], at)
+		err := l.prove(l.head.SpanAt(at))
+		c := 0
+		if err == nil {
+			c, err = l.readHere(p[n:], at)
+		}
 		if err == nil && c == 0 {
 			outcome = readFetched
 			c, err = l.readComing(ctx, p[n:], at, deadline)
@@ -128,14 +133,15 @@ func (l *Layer) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-// readHere reads what data holds at off: nothing if off's span is missing.
+// readHere reads what data holds at off: nothing if off's span is missing or
+// unproven.
 func (l *Layer) readHere(p []byte, off inflate.Out) (int, error) {
 	l.punching.RLock()
 	defer l.punching.RUnlock()
 	last := l.head.SpanAt(off + inflate.Out(len(p)) - 1)
 	end := off
 	l.mu.Lock()
-	for span := l.head.SpanAt(off); span <= last && l.have.get(span); span++ {
+	for span := l.head.SpanAt(off); span <= last && l.have.get(span) && !l.unprovenLocked(span); span++ {
 		l.touched.set(span)
 		_, end = l.spanRange(span)
 	}
@@ -154,7 +160,7 @@ func (l *Layer) readComing(ctx context.Context, p []byte, off inflate.Out, deadl
 	l.mu.Lock()
 	if l.have.get(span) {
 		l.mu.Unlock()
-		return 0, nil
+		return 0, nil // by now
 	}
 	start, _ := l.spanRange(span)
 	if b := l.store.memory.get(l, span); b != nil {
@@ -317,15 +323,15 @@ func (l *Layer) restore() error {
 	if whole {
 		if raw, err := l.dir.ReadFile(haveFile); err == nil {
 			if have, ok := decodeBitmap(raw, l.spans); ok {
-				l.have, l.recorded = have, slices.Clone(have)
+				l.have, l.recorded, l.unproven = have, slices.Clone(have), slices.Clone(have)
 			}
 		}
 		if info, err := l.dir.Stat(haveFile); err == nil {
 			l.used = info.ModTime()
 		}
 	}
-	if _, err := l.dir.Stat(completeFile); err == nil && l.allHereLocked() {
-		l.complete = true
+	if proof, err := l.dir.ReadFile(completeFile); err == nil && l.allHereLocked() && string(proof) == fingerprint(st) {
+		l.complete, l.unproven = true, nil
 		return nil
 	}
 	if err := removeFile(l.dir, completeFile); err != nil {
@@ -335,6 +341,7 @@ func (l *Layer) restore() error {
 		l.store.nudge() // it may be all there
 		return nil
 	}
+	l.unproven = nil
 	// The marks go before the file has a size that they would fit to.
 	if err := removeFile(l.dir, haveFile); err != nil {
 		return err

@@ -107,6 +107,9 @@ func (l *Layer) writeData(span int, b []byte) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.have.set(span)
+	if l.unproven != nil {
+		l.unproven.clear(span)
+	}
 	l.counted += int64(len(b))
 	if l.allHereLocked() {
 		l.store.nudge()

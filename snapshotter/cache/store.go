@@ -7,11 +7,13 @@
 //	                       sources   repositories that hold the blob, JSON
 //	                       data      the uncompressed stream, sparse
 //	                       have      which spans of data are durable
-//	                       complete  there if data was checked against the diff ID
+//	                       complete  what data looked like when it was checked against the diff ID
 //
 // A span counts as there only after its digest was checked, and after a crash
 // only if it was recorded in have, which happens after data was synced. What
-// is not recorded is fetched again. A layer of which everything is recorded is
+// is not recorded is fetched again. What an earlier process fetched is checked
+// once more when it is first read, unless all of data was checked and nobody
+// has written to it since. A layer of which everything is recorded is
 // read back and checked as a whole; then it is complete, and its file can serve
 // as a device in the kernel (see Store.Device).
 //
@@ -244,6 +246,10 @@ func (s *Store) missing(layers []*layer.Index) (missing []*layer.Index, size int
 			return nil, 0, fmt.Errorf("diff ID %q: %w", x.DiffID, errdefs.ErrInvalidArgument)
 		}
 		_, err := s.Layer(x.DiffID)
+		if errdefs.IsDataLoss(err) {
+			log.G(s.life).WithError(err).Warn("a layer's index was damaged on disk and is replaced")
+			err = s.mend(x)
+		}
 		if err != nil && !errdefs.IsNotFound(err) {
 			return nil, 0, err
 		}
@@ -337,7 +343,42 @@ func writeLayer(dir string, x *layer.Index, source string, enc *zstd.Encoder) er
 	return syncDir(root)
 }
 
-// Layer returns the layer with this diff ID, or errdefs.ErrNotFound.
+// Mend is Add for a layer whose index on disk may be damaged: it is written
+// anew. What was fetched stays.
+func (s *Store) Mend(x *layer.Index, source string) error {
+	s.adding.Lock()
+	err := s.mend(x)
+	s.adding.Unlock()
+	if err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("layer %s: %w", x.DiffID, err)
+	}
+	return s.Add(source, x)
+}
+
+func (s *Store) mend(x *layer.Index) error {
+	if err := x.DiffID.Validate(); err != nil {
+		return err
+	}
+	dir, err := os.OpenRoot(filepath.Join(s.dir, x.DiffID.Encoded()))
+	if os.IsNotExist(err) {
+		return errdefs.ErrNotFound
+	}
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
+	if err != nil {
+		return err
+	}
+	if err := writeFile(dir, spansFile, x.AppendSpans(nil)); err != nil {
+		return err
+	}
+	return writeFile(dir, entriesFile, enc.EncodeAll(x.AppendEntries(nil), nil))
+}
+
+// Layer returns the layer with this diff ID, or errdefs.ErrNotFound, or
+// errdefs.ErrDataLoss if it is damaged on disk.
 func (s *Store) Layer(diffID digest.Digest) (*Layer, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -391,6 +432,9 @@ func (s *Store) load(diffID digest.Digest) (_ *Layer, err error) {
 // readIndex reads the span part of a layer's index.
 func readIndex(dir *os.Root, diffID digest.Digest) (*layer.Index, error) {
 	raw, err := dir.ReadFile(spansFile)
+	if os.IsNotExist(err) {
+		err = errors.Join(err, errdefs.ErrDataLoss)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -416,6 +460,9 @@ func (s *Store) Entries(diffID digest.Digest) (*layer.Index, error) {
 		return nil, fmt.Errorf("layer %s: %w", diffID, err)
 	}
 	raw, err := l.dir.ReadFile(entriesFile)
+	if os.IsNotExist(err) {
+		err = errors.Join(err, errdefs.ErrDataLoss)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -424,11 +471,11 @@ func (s *Store) Entries(diffID digest.Digest) (*layer.Index, error) {
 		return nil, err
 	}
 	defer dec.Close()
-	if raw, err = dec.DecodeAll(raw, nil); err != nil {
-		return nil, fmt.Errorf("entries of layer %s: %w", diffID, err)
+	if raw, err = dec.DecodeAll(raw, nil); err == nil {
+		err = x.DecodeEntries(raw)
 	}
-	if err := x.DecodeEntries(raw); err != nil {
-		return nil, fmt.Errorf("entries of layer %s: %w", diffID, err)
+	if err != nil {
+		return nil, fmt.Errorf("entries of layer %s on disk: %w: %w", diffID, err, errdefs.ErrDataLoss)
 	}
 	return x, nil
 }

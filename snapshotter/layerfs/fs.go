@@ -103,9 +103,15 @@ func (t *table) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse
 	if in.Flags&unix.O_ACCMODE != unix.O_RDONLY {
 		return fuse.EROFS
 	}
-	out.OpenFlags = t.openFlags
+	out.OpenFlags = t.openFlags | fuse.FOPEN_NOFLUSH
 	return fuse.OK
 }
+
+// Flush is said not to exist. Nothing is to be flushed, and who closes a file
+// while it ends would wait for the answer even if nobody is there to give it:
+// a child that this process has just forked would then hold the connection
+// beyond the end of both.
+func (t *table) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.ENOSYS }
 
 // Read ignores interrupts: EROFS turns an interrupted read into a failed one.
 func (t *table) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {

@@ -20,14 +20,15 @@
 package root
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
 
+	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/beam-cloud/containerd-clip/archive/erofs"
@@ -82,8 +83,9 @@ func (r Root) Path() string { return filepath.Join(r.target(), erofs.RootDir) }
 func (r Root) Image() string  { return filepath.Join(r.Dir, "image") }
 func (r Root) target() string { return filepath.Join(r.Dir, "mnt") }
 
-// Build does what can be done before Mount, unless it is done.
-func (r Root) Build(m Mode) error {
+// Build does what can be done before Mount, unless it is done. ctx carries the
+// logger and nothing else.
+func (r Root) Build(ctx context.Context, m Mode) error {
 	for _, dir := range []string{r.Dir, r.target()} {
 		if err := os.Mkdir(dir, 0o700); err != nil && !os.IsExist(err) {
 			return err
@@ -92,8 +94,12 @@ func (r Root) Build(m Mode) error {
 	if m == FUSE {
 		return nil
 	}
-	if _, err := os.Stat(r.Image()); err == nil {
+	err := proven(r.Image())
+	if err == nil {
 		return nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		log.G(ctx).WithError(err).WithField("path", r.Image()).Error("a metadata image was damaged on disk and is built again; see whether the disk fails or somebody writes below roots")
 	}
 	layers, err := r.Indexes()
 	if err != nil {
@@ -104,7 +110,7 @@ func (r Root) Build(m Mode) error {
 
 // Mount builds and mounts r. Nothing is left mounted if it fails.
 func (r Root) Mount(ctx context.Context, m Mode) error {
-	if err := r.Build(m); err != nil {
+	if err := r.Build(ctx, m); err != nil {
 		return err
 	}
 	if m == FUSE {
@@ -197,37 +203,4 @@ func unmount(target string) (busy bool, err error) {
 		return busy, nil
 	}
 	return busy, err
-}
-
-// Build merges layers, lowest first, and writes their metadata image to path.
-func Build(path string, layers []*layer.Index) (err error) {
-	merged, err := tree.Merge(layers)
-	if err != nil {
-		return err
-	}
-	devices := make([]erofs.Device, len(layers))
-	for i, x := range layers {
-		devices[i] = erofs.Device{Tag: x.DiffID.Encoded(), Size: x.OutSize}
-	}
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		err = errors.Join(err, f.Close())
-		if err != nil {
-			os.Remove(f.Name())
-		}
-	}()
-	w := bufio.NewWriterSize(f, 1<<20)
-	if err := erofs.Write(w, merged, devices); err != nil {
-		return err
-	}
-	if err := w.Flush(); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
 }

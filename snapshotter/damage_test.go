@@ -1,0 +1,233 @@
+package snapshotter
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/sirupsen/logrus"
+	"github.com/stretchr/testify/require"
+)
+
+// logbook is what was logged.
+type logbook struct {
+	mu   sync.Mutex // guards text
+	text bytes.Buffer
+}
+
+func (l *logbook) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(b)
+}
+
+func (l *logbook) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+// openLogged is open with a log to look into.
+func openLogged(t *testing.T, dir string) (context.Context, *Snapshotter, *logbook) {
+	t.Helper()
+	book := &logbook{}
+	logger := logrus.New()
+	logger.SetOutput(book)
+	ctx := log.WithLogger(t.Context(), logrus.NewEntry(logger))
+	sn, err := New(ctx, Options{Root: dir})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, sn.Close()) })
+	return ctx, sn, book
+}
+
+// TestDamage alters the files of a snapshotter that does not run: what is wrong is named with what to do, nothing wrong
+// is served, and what can be fetched again is.
+func TestDamage(t *testing.T) {
+	cut := func(path string) error {
+		st, err := os.Stat(path)
+		if err != nil {
+			return err
+		}
+		return os.Truncate(path, st.Size()/2)
+	}
+	alter := func(path string) error {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		for i := range b {
+			b[i] ^= byte(i%7 + 1)
+		}
+		return os.WriteFile(path, b, 0o600)
+	}
+	for name, c := range map[string]struct {
+		files  string // a pattern
+		damage func(string) error
+		says   []string
+	}{
+		"image cut":         {"roots/*/image", cut, []string{"metadata image", "built again"}},
+		"image altered":     {"roots/*/image", alter, []string{"metadata image", "built again"}},
+		"image removed":     {"roots/*/image", os.Remove, nil},
+		"digest removed":    {"roots/*/image.sha256", os.Remove, nil},
+		"digest altered":    {"roots/*/image.sha256", alter, []string{"metadata image", "built again"}},
+		"spans cut":         {"layers/*/spans", cut, []string{"damaged on disk", "replaced from the image's archive"}},
+		"spans altered":     {"layers/*/spans", alter, []string{"damaged on disk", "replaced from the image's archive"}},
+		"spans removed":     {"layers/*/spans", os.Remove, []string{"damaged on disk", "replaced from the image's archive"}},
+		"data cut":          {"layers/*/data", cut, nil},
+		"data altered":      {"layers/*/data", alter, []string{"damaged on disk", "fetched again"}},
+		"data removed":      {"layers/*/data", os.Remove, nil},
+		"marks altered":     {"layers/*/have", alter, nil},
+		"sources and layer": {"layers/*", os.RemoveAll, []string{"damaged on disk", "replaced from the image's archive"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			img, ref := lazyImage(t, dir)
+			sn := open(t, dir)
+			mounts, err := sn.Prepare(t.Context(), "container", pull(t, sn, img, ref))
+			require.NoError(t, err)
+			requireRead(t, mounts)
+			require.NoError(t, sn.Close())
+			damageFiles(t, filepath.Join(dir, c.files), c.damage)
+
+			ctx, sn, book := openLogged(t, dir)
+			mounts, err = sn.Mounts(ctx, "container")
+			require.NoError(t, err)
+			requireRead(t, mounts)
+			for _, says := range c.says {
+				require.Contains(t, book.String(), says)
+			}
+			require.NoError(t, sn.Close())
+			ctx, sn, book = openLogged(t, dir)
+			mounts, err = sn.Mounts(ctx, "container")
+			require.NoError(t, err)
+			requireRead(t, mounts)
+			require.NotContains(t, book.String(), "level=error", "it is as if nothing had been")
+			require.NoError(t, sn.Remove(t.Context(), "container"))
+		})
+	}
+}
+
+// TestEntriesDamaged is about what is needed only to build a root.
+func TestEntriesDamaged(t *testing.T) {
+	dir := t.TempDir()
+	img, ref := lazyImage(t, dir)
+	sn := open(t, dir)
+	top := pull(t, sn, img, ref)
+	require.NoError(t, sn.Close())
+	damageFiles(t, filepath.Join(dir, "layers/*/entries"), func(path string) error { return os.WriteFile(path, []byte("entries"), 0o600) })
+	require.NoError(t, os.RemoveAll(filepath.Join(dir, "roots")))
+
+	ctx, sn, book := openLogged(t, dir)
+	mounts, err := sn.Prepare(ctx, "container", top)
+	require.NoError(t, err)
+	requireRead(t, mounts)
+	require.Contains(t, book.String(), "replaced from the image's archive")
+	require.NoError(t, sn.Close())
+
+	// Without the archive there is no repair: an error says so.
+	damageFiles(t, filepath.Join(dir, "layers/*/entries"), os.Remove)
+	damageFiles(t, filepath.Join(dir, "roots/*/image"), os.Remove)
+	damageFiles(t, filepath.Join(dir, "archives/*"), os.Remove)
+	_, sn, _ = openLogged(t, dir)
+	_, err = sn.Mounts(t.Context(), "container")
+	require.ErrorIs(t, err, errdefs.ErrDataLoss)
+	require.ErrorContains(t, err, "archive cannot be fetched again")
+}
+
+func damageFiles(t *testing.T, pattern string, damage func(string) error) {
+	t.Helper()
+	files, err := filepath.Glob(pattern)
+	require.NoError(t, err)
+	require.NotEmpty(t, files)
+	for _, f := range files {
+		require.NoError(t, damage(f))
+	}
+}
+
+// TestChainDamaged has a lazy snapshot that no longer knows its layers. The others work.
+func TestChainDamaged(t *testing.T) {
+	dir := t.TempDir()
+	img, ref := lazyImage(t, dir)
+	sn := open(t, dir)
+	top := pull(t, sn, img, ref)
+	ordinary, err := sn.Prepare(t.Context(), "ordinary", "")
+	require.NoError(t, err)
+	require.NoError(t, sn.Close())
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "snapshots", "2", "chain"), []byte("{"), 0o600))
+
+	_, sn, book := openLogged(t, dir)
+	require.Contains(t, book.String(), "remove and pull its image again")
+	_, err = sn.Prepare(t.Context(), "container", top)
+	require.ErrorIs(t, err, errdefs.ErrDataLoss)
+	again, err := sn.Mounts(t.Context(), "ordinary")
+	require.NoError(t, err)
+	require.Equal(t, ordinary, again)
+	require.NoError(t, sn.Remove(t.Context(), top))
+	mounts, err := sn.Prepare(t.Context(), "container", pull(t, sn, img, ref))
+	require.NoError(t, err)
+	requireRead(t, mounts)
+}
+
+// TestMetadataDamaged has no snapshot be made or removed when nobody knows which there are; nothing is taken for
+// garbage.
+func TestMetadataDamaged(t *testing.T) {
+	for name, damage := range map[string]func(path string, size int64) error{
+		"removed": func(path string, _ int64) error { return os.Remove(path) },
+		"empty":   func(path string, _ int64) error { return os.Truncate(path, 0) },
+		"half":    func(path string, size int64) error { return os.Truncate(path, size/2) },
+		"a page":  func(path string, _ int64) error { return os.Truncate(path, 4096) },
+		"two":     func(path string, _ int64) error { return os.Truncate(path, 8192) },
+		"garbage": func(path string, size int64) error {
+			return os.WriteFile(path, bytes.Repeat([]byte("clip"), int(size/4)), 0o600)
+		},
+		"pages": func(path string, size int64) error {
+			b, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			for i := 8192; i < len(b); i++ {
+				b[i] ^= 0x5a
+			}
+			return os.WriteFile(path, b, 0o600)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			img, ref := lazyImage(t, dir)
+			sn := open(t, dir)
+			top := pull(t, sn, img, ref)
+			mounts, err := sn.Prepare(t.Context(), "container", top)
+			require.NoError(t, err)
+			require.NoError(t, mount.WithTempMount(t.Context(), mounts, func(root string) error {
+				return os.WriteFile(filepath.Join(root, "precious"), nil, 0o600)
+			}))
+			require.NoError(t, sn.Close())
+			db := filepath.Join(dir, "metadata.db")
+			pristine, err := os.ReadFile(db)
+			require.NoError(t, err)
+			require.NoError(t, damage(db, int64(len(pristine))))
+
+			_, sn, book := openLogged(t, dir)
+			require.Contains(t, book.String(), "metadata.db is damaged")
+			require.Contains(t, book.String(), "put a copy")
+			_, err = sn.Prepare(t.Context(), "another", top)
+			require.ErrorIs(t, err, errdefs.ErrDataLoss)
+			require.ErrorIs(t, sn.Remove(t.Context(), "container"), errdefs.ErrDataLoss)
+			require.ErrorIs(t, sn.Cleanup(t.Context()), errdefs.ErrDataLoss)
+			require.NoError(t, sn.Close())
+			require.FileExists(t, filepath.Join(dir, "snapshots/3/fs/precious"))
+
+			require.NoError(t, os.WriteFile(db, pristine, 0o600))
+			sn = open(t, dir)
+			mounts, err = sn.Mounts(t.Context(), "container")
+			require.NoError(t, err)
+			requireRead(t, mounts)
+		})
+	}
+}
