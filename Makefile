@@ -4,6 +4,7 @@ GO       ?= go
 PREFIX   ?= /usr/local
 DESTDIR  ?=
 FUZZTIME ?= 30s
+SOAK     ?= 10m
 BENCH    ?= .
 ROUNDS   ?=
 
@@ -13,7 +14,7 @@ PARTS  := $(CACHE)/bin
 UNIT    = $(shell $(GO) list ./... | grep -v -e /tests/e2e -e /tests/demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps parts images test unit e2e lint vuln bench bench-index bench-read bench-build fuzz demo install clean
+.PHONY: help build deps parts images test unit e2e soak lint vuln bench bench-index bench-read bench-build fuzz demo man install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,9 @@ unit: deps ## unit tests, with the race detector
 
 e2e: deps parts build ## end-to-end tests on real parts (root)
 	CI=1 $(GO) test -count=1 -timeout 40m -v ./tests/e2e
+
+soak: deps parts build ## containers read for SOAK (10m) while everything around them is killed, cut or full (root)
+	CI=1 $(GO) test -count=1 -timeout 0 -v -run '^TestSoak$$' ./tests/e2e -soak $(SOAK)
 
 lint: deps parts ## gofmt, go vet, staticcheck, govulncheck
 	@unformatted=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \
@@ -81,7 +85,15 @@ fuzz: ## every fuzz target for FUZZTIME (30s)
 demo: deps parts build ## an image indexed, pushed and run lazily, next to a full pull (root)
 	@$(GO) run ./tests/demo
 
-install: build ## binaries, systemd's unit, containerd's settings, below $(DESTDIR)$(PREFIX)
+man: ## manual pages in bin/man
+	rm -rf $(BIN)/man
+	$(GO) run ./internal/man $(BIN)/man
+
+install: build man ## binaries, manual pages, completion, systemd's unit, containerd's settings, below $(DESTDIR)$(PREFIX)
+	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/man/man8 $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	install -m 644 $(BIN)/man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1
+	install -m 644 $(BIN)/man/*.8 $(DESTDIR)$(PREFIX)/share/man/man8
+	$(BIN)/clipctl completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/clipctl
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/containerd-clip
 	sed 's|/usr/local|$(PREFIX)|' containerd-clip-grpc.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/containerd-clip-grpc.service
 	install -m 755 $(BIN)/clipctl $(BIN)/containerd-clip-grpc $(DESTDIR)$(PREFIX)/bin

@@ -13,7 +13,10 @@
 // indexes against the manifest. Whether the manifest is the right one is for
 // the caller to decide, by its digest.
 //
-// The package does not fetch and does not mount.
+// The package does not fetch and does not mount: archive/layer reads files
+// through a function that fetches ranges, archive/tree merges layers, and
+// snapshotter/contents does all of it, lists, reads and mounts, without
+// containerd.
 package archive
 
 import (
@@ -103,8 +106,14 @@ func openPath[A any](path string, open func(io.ReaderAt, int64) (A, error)) (a A
 // Open opens the archive in the first size bytes of r and checks that its
 // manifest, config and description belong together. If r is an io.Closer,
 // Close closes it.
-func Open(r io.ReaderAt, size int64) (*Archive, error) {
-	s, err := readSections(r, size)
+func Open(r io.ReaderAt, size int64) (*Archive, error) { return openSections(r, size, true) }
+
+// OpenTail is Open for an archive of which only the sections, see Tail, are
+// there. Only what this package reads can be read from it.
+func OpenTail(r io.ReaderAt, size int64) (*Archive, error) { return openSections(r, size, false) }
+
+func openSections(r io.ReaderAt, size int64, front bool) (*Archive, error) {
+	s, err := readSections(r, size, front)
 	if err != nil {
 		return nil, err
 	}

@@ -137,10 +137,14 @@ func (s *sections) at(off, n uint64) ([]byte, error) {
 	return nil, err
 }
 
-func readSections(r io.ReaderAt, size int64) (*sections, error) {
+// readSections reads the section table of an archive; front says whether the
+// part before the sections is there as well.
+func readSections(r io.ReaderAt, size int64, front bool) (*sections, error) {
 	s := &sections{r: r, size: size}
-	if err := checkMagic(s); err != nil {
-		return nil, err
+	if front {
+		if err := checkMagic(s); err != nil {
+			return nil, err
+		}
 	}
 	if size < clipHeaderSize+footerSize {
 		return nil, fmt.Errorf("%w: %d bytes are too few", ErrCorrupt, size)
@@ -152,6 +156,9 @@ func readSections(r io.ReaderAt, size int64) (*sections, error) {
 	var f footer
 	if err := binary.Read(bytes.NewReader(b), binary.LittleEndian, &f); err != nil {
 		return nil, err
+	}
+	if f.Magic != footerMagic && !front {
+		return nil, fmt.Errorf("%w: its footer is missing", ErrCorrupt)
 	}
 	if f.Magic != footerMagic {
 		return nil, missingFooter(s)
@@ -197,6 +204,15 @@ func missingFooter(s *sections) error {
 		return ErrNoSections
 	}
 	return fmt.Errorf("%w: its footer is missing", ErrCorrupt)
+}
+
+// start returns where the sections start in the file.
+func (s *sections) start() int64 {
+	start := uint64(s.size)
+	for _, rec := range s.table {
+		start = min(start, rec.Offset)
+	}
+	return int64(start)
 }
 
 // has says whether there is a section of a kind.

@@ -135,6 +135,10 @@ func readAll(b []byte) (*contents, error) {
 	if err != nil {
 		return nil, err
 	}
+	return contentsOf(a)
+}
+
+func contentsOf(a *Archive) (_ *contents, err error) {
 	m, raw := a.Manifest()
 	c := &contents{Info: a.Info(), Manifest: raw, Config: a.Config(), DiffIDs: a.DiffIDs()}
 	if c.Prefetch, err = a.Prefetch(); err != nil {

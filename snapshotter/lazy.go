@@ -22,7 +22,6 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/tree"
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
-	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
 )
 
 // chain is what is kept of a lazy snapshot, in snapshots/<id>/chain.
@@ -90,9 +89,6 @@ func (s *Snapshotter) fill(ctx context.Context, c chain) {
 	s.filler.Add(layers...)
 }
 
-// FillState says how much of each lazy layer is on disk.
-func (s *Snapshotter) FillState() []fill.State { return s.filler.State() }
-
 // lazyName is the name of a lazy snapshot. Containerd finds it by the label
 // containerd.io/snapshot.ref and the parent, and the same chain may stand on
 // different parents: lazy or ordinary ones.
@@ -144,7 +140,50 @@ func (s *Snapshotter) checkMerge(a *archive.Archive) error {
 }
 
 func merge(a *archive.Archive) error {
-	var layers []*layer.Index
+	var (
+		layers []*layer.Index
+		total  tree.Total
+	)
+	for i := range a.DiffIDs() {
+		if a.NotLazy(i) != "" {
+			break
+		}
+		x, err := a.Layer(i)
+		if err == nil {
+			err = total.Add(x)
+		}
+		if err != nil {
+			return err
+		}
+		x.Spans, x.Points = nil, nil // a hostile image has many, and nothing here needs them
+		layers = append(layers, x)
+	}
+	_, err := tree.Merge(layers)
+	return err
+}
+
+// addLayers makes sure that the layers up to top are in the store, to be
+// fetched from ref's repository as well. If they are not, it adds all that the
+// image has: the others are asked for next, and the disk takes many at once in
+// little more time than one. The caller holds gate.
+func (s *Snapshotter) addLayers(a *archive.Archive, top int, ref string) error {
+	if ref == "" {
+		ref = a.Info().StorageRef
+	}
+	m, _ := a.Manifest()
+	missing := false
+	for i, diffID := range a.DiffIDs()[:top+1] {
+		l, err := s.layers.Layer(diffID)
+		missing = missing || err != nil || l.Lacks(m.Layers[i].Digest, ref)
+	}
+	if !missing {
+		return nil
+	}
+	const most = 64 << 20 // bytes of indexes in memory, or one layer's
+	var (
+		batch []*layer.Index
+		held  int
+	)
 	for i := range a.DiffIDs() {
 		if a.NotLazy(i) != "" {
 			break
@@ -153,32 +192,16 @@ func merge(a *archive.Archive) error {
 		if err != nil {
 			return err
 		}
-		layers = append(layers, x)
-	}
-	_, err := tree.Merge(layers)
-	return err
-}
-
-// addLayers puts the layers up to top into the store. The caller holds gate.
-func (s *Snapshotter) addLayers(a *archive.Archive, top int, ref string) error {
-	if ref == "" {
-		ref = a.Info().StorageRef
-	}
-	for i, diffID := range a.DiffIDs()[:top+1] {
-		if i < top {
-			if _, err := s.layers.Layer(diffID); err == nil {
-				continue // its own snapshot brought it, with its source
+		size := x.MemorySize()
+		if held+size > most {
+			if err := s.layers.Add(ref, batch...); err != nil {
+				return err
 			}
+			batch, held = nil, 0
 		}
-		x, err := a.Layer(i)
-		if err != nil {
-			return err
-		}
-		if err := s.layers.Add(x, ref); err != nil {
-			return err
-		}
+		batch, held = append(batch, x), held+size
 	}
-	return nil
+	return s.layers.Add(ref, batch...)
 }
 
 // commitLazy records the lazy snapshot and returns its id. The caller holds gate.

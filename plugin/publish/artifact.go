@@ -1,13 +1,9 @@
 package publish
 
 import (
-	"bytes"
 	"encoding/json"
-	"io"
-	"os"
 	"time"
 
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -46,10 +42,11 @@ func NewArtifact(path string) (*Artifact, error) {
 	image, _ := opened.Manifest()
 	desc := opened.Info().Descriptor
 	a := &Artifact{layers: image.Layers, Subject: ocispec.Descriptor{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size}}
-	if a.blob, err = compressed(path); err != nil {
+	var tail archive.Tail
+	if a.blob, tail, err = opened.Compress(); err != nil {
 		return nil, err
 	}
-	if a.manifest, err = json.Marshal(artifactManifest(a.Subject, recorded, a.blob)); err != nil {
+	if a.manifest, err = artifactManifest(a.Subject, recorded, a.blob, tail); err != nil {
 		return nil, err
 	}
 	a.Descriptor = ocispec.Descriptor{
@@ -62,36 +59,18 @@ func NewArtifact(path string) (*Artifact, error) {
 // Size returns the bytes of the compressed archive.
 func (a *Artifact) Size() int64 { return int64(len(a.blob)) }
 
-// compressed returns the file at path, zstd'ed.
-func compressed(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	// One goroutine and a fixed level: the same archive becomes the same blob.
-	var b bytes.Buffer
-	enc, err := zstd.NewWriter(&b, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedBetterCompression))
-	if err != nil {
-		return nil, err
-	}
-	if _, err := io.Copy(enc, f); err != nil {
-		return nil, err
-	}
-	if err := enc.Close(); err != nil {
-		return nil, err
-	}
-	return b.Bytes(), nil
-}
-
 // artifactManifest returns the manifest of an archive's artifact. An image may
 // get another archive whenever a start of it is recorded; workers take the newest.
-func artifactManifest(subject ocispec.Descriptor, recorded time.Time, blob []byte) ocispec.Manifest {
+func artifactManifest(subject ocispec.Descriptor, recorded time.Time, blob []byte, tail archive.Tail) ([]byte, error) {
 	var annotations map[string]string
 	if !recorded.IsZero() {
 		annotations = map[string]string{ocispec.AnnotationCreated: recorded.UTC().Format(time.RFC3339)}
 	}
-	return ocispec.Manifest{
+	where, err := json.Marshal(tail)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(ocispec.Manifest{
 		Annotations:  annotations,
 		Versioned:    specs.Versioned{SchemaVersion: 2},
 		MediaType:    ocispec.MediaTypeImageManifest,
@@ -101,8 +80,8 @@ func artifactManifest(subject ocispec.Descriptor, recorded time.Time, blob []byt
 			MediaType:   archive.MediaType,
 			Digest:      digest.FromBytes(blob),
 			Size:        int64(len(blob)),
-			Annotations: map[string]string{ocispec.AnnotationTitle: "image.clip"},
+			Annotations: map[string]string{ocispec.AnnotationTitle: "image.clip", archive.AnnotationTail: string(where)},
 		}},
 		Subject: &subject,
-	}
+	})
 }

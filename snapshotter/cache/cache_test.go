@@ -118,7 +118,7 @@ func openWith(t testing.TB, opts Options, x *layer.Index) (*Store, *Layer) {
 	s, err := Open(t.Context(), opts)
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = s.Close() })
-	require.NoError(t, s.Add(x, "registry.example/repo:tag"))
+	require.NoError(t, s.Add("registry.example/repo:tag", x))
 	l, err := s.Layer(x.DiffID)
 	require.NoError(t, err)
 	return s, l

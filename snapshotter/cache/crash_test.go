@@ -202,7 +202,7 @@ func TestPowerCut(t *testing.T) {
 		quiet, _ := logged(t)
 		s, err := Open(quiet, Options{Dir: layers, Fetch: src, MaxSize: Limit{Size: crashLimit}, InUse: func(digest.Digest) bool { return true }})
 		require.NoError(t, err)
-		require.NoError(t, s.Add(x, "registry.example/repo:tag"))
+		require.NoError(t, s.Add("registry.example/repo:tag", x))
 		l, err := s.Layer(x.DiffID)
 		require.NoError(t, err)
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond+rand.N(600*time.Millisecond))

@@ -25,26 +25,31 @@ const (
 // writeFile replaces a file of dir, durably and in one step.
 func writeFile(dir *os.Root, name string, b []byte) (err error) {
 	tmp := "." + name + "." + rand.Text()
-	f, err := dir.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, dir.Remove(tmp))
+			err = errors.Join(err, removeIfThere(dir, tmp))
 		}
 	}()
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
+	if err := newFile(dir, tmp, b); err != nil {
 		return err
 	}
 	if err := dir.Rename(tmp, name); err != nil {
 		return err
 	}
 	return syncDir(dir)
+}
+
+// newFile writes a new file of dir. It is durable once dir is.
+func newFile(dir *os.Root, name string, b []byte) error {
+	f, err := dir.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
 }
 
 // removeFile removes a file of dir durably, if it is there.
@@ -55,6 +60,13 @@ func removeFile(dir *os.Root, name string) error {
 		return err
 	}
 	return syncDir(dir)
+}
+
+func removeIfThere(dir *os.Root, name string) error {
+	if err := dir.Remove(name); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // syncDir makes what was renamed, made and removed in dir durable.

@@ -168,8 +168,8 @@ func TestFillStandsStillForReaders(t *testing.T) {
 	s, err := Open(t.Context(), Options{Dir: t.TempDir(), Fetch: byDigest{x.Digest: src, y.Digest: other}})
 	require.NoError(t, err)
 	defer s.Close()
-	require.NoError(t, s.Add(x, "registry.example/repo:tag"))
-	require.NoError(t, s.Add(y, "registry.example/repo:tag"))
+	require.NoError(t, s.Add("registry.example/repo:tag", x))
+	require.NoError(t, s.Add("registry.example/repo:tag", y))
 	l, err := s.Layer(x.DiffID)
 	require.NoError(t, err)
 	m, err := s.Layer(y.DiffID)
@@ -383,7 +383,7 @@ func TestNothingIsLeft(t *testing.T) {
 		src := &blobs{blob: blob}
 		s, err := Open(t.Context(), Options{Dir: filepath.Join(t.TempDir(), "layers"), Fetch: src})
 		require.NoError(t, err)
-		require.NoError(t, s.Add(x, "registry.example/repo:tag"))
+		require.NoError(t, s.Add("registry.example/repo:tag", x))
 		l, err := s.Layer(x.DiffID)
 		require.NoError(t, err)
 		var wg sync.WaitGroup

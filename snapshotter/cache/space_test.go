@@ -58,7 +58,7 @@ func (c *corpus) open(t testing.TB, opts Options) (*Store, []*Layer) {
 	t.Cleanup(func() { _ = s.Close() })
 	var layers []*Layer
 	for _, x := range c.indexes {
-		require.NoError(t, s.Add(x, "registry.example/repo:tag"))
+		require.NoError(t, s.Add("registry.example/repo:tag", x))
 		l, err := s.Layer(x.DiffID)
 		require.NoError(t, err)
 		layers = append(layers, l)
@@ -238,7 +238,7 @@ func TestFullDisk(t *testing.T) {
 	s, err := Open(ctx, Options{Dir: filepath.Join(dir, "layers"), Fetch: src, MaxSize: Limit{Size: 1 << 30}})
 	require.NoError(t, err)
 	defer s.Close()
-	require.NoError(t, s.Add(x, "registry.example/repo:tag"))
+	require.NoError(t, s.Add("registry.example/repo:tag", x))
 	l, err := s.Layer(x.DiffID)
 	require.NoError(t, err)
 	ballast := filepath.Join(dir, "ballast")
@@ -395,7 +395,7 @@ func TestDamagedDisk(t *testing.T) {
 	s, err := Open(ctx, Options{Dir: dir, Fetch: src})
 	require.NoError(t, err)
 	defer s.Close()
-	require.NoError(t, s.Add(x, "registry.example/repo:tag"))
+	require.NoError(t, s.Add("registry.example/repo:tag", x))
 	l, err := s.Layer(x.DiffID)
 	require.NoError(t, err)
 	_, err = l.ReadAt(t.Context(), make([]byte, 1), 0)

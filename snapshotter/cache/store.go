@@ -22,6 +22,9 @@
 // waits for something else, but those that bring what readers are expected to
 // ask for next go on while one waits for another of them.
 //
+// A layer that was read in order to be indexed brings its stream along: see
+// Store.Receive.
+//
 // Space. The data files together take at most Options.MaxSize. When it is
 // used up, holes are punched: for layers of which no root is mounted, least
 // recently read first, then for spans that were not read lately. A hole is
@@ -38,11 +41,13 @@ package cache
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -51,13 +56,15 @@ import (
 	"github.com/containerd/log"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
 
 // Fetcher reads ranges of compressed blobs. Sources are image references whose
 // repositories should hold the blob. A reader that has a method Blame() is told
-// when what it delivered was not the blob.
+// when what it delivered was not the blob; one that has a method Host() string
+// says who delivers.
 type Fetcher interface {
 	Open(ctx context.Context, sources []string, d digest.Digest, off, n int64) (io.ReadCloser, error)
 }
@@ -86,10 +93,11 @@ type Store struct {
 	work sync.WaitGroup // the goroutines of the store and its layers
 	wake chan struct{}  // tells the upkeep that a layer may be complete
 
-	gate   gate
-	memory memory
-	used   atomic.Int64 // bytes of disk that data files take, about
-	full   atomic.Bool  // spans are being served from memory
+	gate    gate
+	memory  memory
+	metrics metrics
+	used    atomic.Int64 // bytes of disk that data files take, about
+	full    atomic.Bool  // spans are being served from memory
 
 	adding sync.Mutex // serialises Add
 
@@ -97,8 +105,9 @@ type Store struct {
 	allLoaded bool       // all layers on disk are in layers
 	futile    time.Time  // when eviction last found nothing
 
-	mu     sync.Mutex // guards layers
-	layers map[digest.Digest]*Layer
+	mu       sync.Mutex // guards the fields below, and Incoming.file once it is among them
+	layers   map[digest.Digest]*Layer
+	incoming map[digest.Digest]*Incoming // streams that wait for their layer to be added
 }
 
 // upkeepPeriod is how long a fetched span may go unrecorded: a crash within it
@@ -122,11 +131,13 @@ func Open(ctx context.Context, opts Options) (*Store, error) {
 	s := &Store{
 		dir: opts.Dir, fetch: opts.Fetch, inUse: opts.InUse, max: limit,
 		wake: make(chan struct{}, 1), layers: map[digest.Digest]*Layer{},
+		incoming: map[digest.Digest]*Incoming{},
 	}
 	if s.inUse == nil {
 		s.inUse = func(digest.Digest) bool { return false }
 	}
 	s.used.Store(held)
+	s.metrics = newMetrics(s)
 	s.life, s.stop = context.WithCancel(context.WithoutCancel(ctx))
 	s.work.Go(s.upkeep)
 	return s, nil
@@ -195,69 +206,135 @@ func (s *Store) loaded() []*Layer {
 	return all
 }
 
-// Add makes sure that the layer that x describes is in the store and that
-// source is among those it is fetched from. x is complete, entries included.
-func (s *Store) Add(x *layer.Index, source string) error {
+// Add makes sure that the layers are in the store and that source is among
+// those that they are fetched from. The indexes are complete, with entries.
+func (s *Store) Add(source string, layers ...*layer.Index) error {
 	s.adding.Lock()
 	defer s.adding.Unlock()
-	if err := x.DiffID.Validate(); err != nil {
-		return fmt.Errorf("diff ID %q: %w", x.DiffID, errdefs.ErrInvalidArgument)
+	missing, size, err := s.missing(layers)
+	if err != nil {
+		return err
 	}
-	l, err := s.Layer(x.DiffID)
-	if errdefs.IsNotFound(err) {
-		err = s.create(x)
-		if isFull(err) && s.evict(int64(x.OutSize)) > 0 {
-			err = s.create(x)
-		}
+	if err = s.create(missing, source); isFull(err) && s.evict(size) > 0 {
+		err = s.create(missing, source)
+	}
+	if err != nil {
+		return err
+	}
+	for _, x := range layers {
+		l, err := s.Layer(x.DiffID)
 		if err != nil {
+			return err
+		}
+		if l.head.Digest != x.Digest {
+			continue // the same stream, compressed anew: what we have does
+		}
+		if err := l.addSource(source); err != nil {
 			return fmt.Errorf("layer %s: %w", x.DiffID, err)
 		}
-		l, err = s.Layer(x.DiffID)
 	}
-	if err != nil {
-		return err
-	}
-	if l.head.Digest != x.Digest {
-		return nil // the same stream, compressed anew: what we have does
-	}
-	return l.addSource(source)
+	return nil
 }
 
-// create writes the directory of a new layer; it appears whole or not at all,
-// and stays.
-func (s *Store) create(x *layer.Index) (err error) {
-	tmp, err := os.MkdirTemp(s.dir, ".new-")
+// missing returns the layers that are not in the store, each once, and the sum of
+// their sizes.
+func (s *Store) missing(layers []*layer.Index) (missing []*layer.Index, size int64, err error) {
+	for _, x := range layers {
+		if err := x.DiffID.Validate(); err != nil {
+			return nil, 0, fmt.Errorf("diff ID %q: %w", x.DiffID, errdefs.ErrInvalidArgument)
+		}
+		_, err := s.Layer(x.DiffID)
+		if err != nil && !errdefs.IsNotFound(err) {
+			return nil, 0, err
+		}
+		if err != nil && !slices.ContainsFunc(missing, func(m *layer.Index) bool { return m.DiffID == x.DiffID }) {
+			missing = append(missing, x)
+			size += int64(x.OutSize)
+		}
+	}
+	return missing, size, nil
+}
+
+// createWorkers is how many layers are written at once. They wait for the
+// disk, and those that wait together wait for the same write of its journal.
+const createWorkers = 16
+
+// create writes the directories of new layers; each appears whole or not at
+// all, and when create returns nil, they stay.
+func (s *Store) create(layers []*layer.Index, source string) (err error) {
+	if len(layers) == 0 {
+		return nil
+	}
+	enc, err := zstd.NewWriter(nil)
 	if err != nil {
 		return err
 	}
+	var g errgroup.Group
+	g.SetLimit(createWorkers)
+	made := make([]string, len(layers))
 	defer func() {
-		if err != nil {
-			os.RemoveAll(tmp)
+		for _, dir := range made {
+			if err != nil && dir != "" {
+				os.RemoveAll(dir)
+			}
 		}
 	}()
-	dir, err := os.OpenRoot(tmp)
-	if err != nil {
+	for i, x := range layers {
+		g.Go(func() (err error) {
+			if made[i], err = os.MkdirTemp(s.dir, ".new-"); err == nil {
+				err = writeLayer(made[i], x, source, enc)
+			}
+			if err != nil {
+				return fmt.Errorf("layer %s: %w", x.DiffID, err)
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
 		return err
 	}
-	defer dir.Close()
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
-	if err != nil {
-		return err
-	}
-	if err := writeFile(dir, spansFile, x.AppendSpans(nil)); err != nil {
-		return err
-	}
-	if err := writeFile(dir, entriesFile, enc.EncodeAll(x.AppendEntries(nil), nil)); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, filepath.Join(s.dir, x.DiffID.Encoded())); err != nil {
-		return err
+	arrived := make([]int64, len(layers))
+	for i, x := range layers {
+		arrived[i] = s.takeIncoming(made[i], x)
+		if err := os.Rename(made[i], filepath.Join(s.dir, x.DiffID.Encoded())); err != nil {
+			s.used.Add(-arrived[i])
+			return err
+		}
+		made[i] = ""
 	}
 	all, err := os.OpenRoot(s.dir)
 	if err != nil {
 		return err
 	}
-	return errors.Join(syncDir(all), all.Close())
+	if err := errors.Join(syncDir(all), all.Close()); err != nil {
+		return err
+	}
+	return s.markArrived(layers, arrived)
+}
+
+// writeLayer writes the files of a new layer into dir, durably.
+func writeLayer(dir string, x *layer.Index, source string, enc *zstd.Encoder) error {
+	files := map[string][]byte{spansFile: x.AppendSpans(nil), entriesFile: enc.EncodeAll(x.AppendEntries(nil), nil)}
+	if validSource(source) {
+		raw, err := json.Marshal([]string{source})
+		if err != nil {
+			return err
+		}
+		files[sourcesFile] = raw
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	var g errgroup.Group
+	for name, b := range files {
+		g.Go(func() error { return newFile(root, name, b) })
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return syncDir(root)
 }
 
 // Layer returns the layer with this diff ID, or errdefs.ErrNotFound.

@@ -178,10 +178,10 @@ func (a *Archive) rootOf(work string, store *cache.Store, layers []*layer.Index)
 		return r, err
 	}
 	r.Indexes = func() ([]*layer.Index, error) { return layers, nil }
+	if err := store.Add(a.indexed.Info().StorageRef, layers...); err != nil {
+		return r, err
+	}
 	for _, x := range layers {
-		if err := store.Add(x, a.indexed.Info().StorageRef); err != nil {
-			return r, err
-		}
 		l, err := store.Layer(x.DiffID)
 		if err != nil {
 			return r, err

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/beam-cloud/containerd-clip/archive"
 )
@@ -23,8 +25,11 @@ import (
 // Options configures New.
 type Options struct {
 	// Dir holds archives as files named *.clip. Downloads pass through it, in
-	// files without a name.
+	// files without a name, and its directory .indexed is the finder's own.
 	Dir string
+	// Receive returns what is given the uncompressed stream of a layer that is
+	// read to be indexed: it is worth keeping. Nil keeps nothing.
+	Receive func() Stream
 	// Referrers asks the image's registry for archives.
 	Referrers bool
 	// Fetcher returns a fetcher for the repository of an image reference.
@@ -60,12 +65,31 @@ type Image struct {
 	Link     digest.Digest // artifact that the manifest names as its archive's; empty if it names none
 }
 
+// ImageOf returns the image that is pulled by ref, whose manifest m has the
+// digest id.
+func ImageOf(ref string, id digest.Digest, m ocispec.Manifest) Image {
+	image := Image{Ref: ref, Manifest: id}
+	if len(m.Layers) > 0 {
+		image.Link = digest.Digest(m.Layers[0].Annotations[archive.AnnotationLink])
+	}
+	return image
+}
+
 // localFile is what is known of a file in Options.Dir.
 type localFile struct {
+	path     string
 	size     int64
 	modTime  time.Time
 	image    digest.Digest // manifest that the archive is of; empty if it does not say
 	upstream string        // storage reference of one that CLIP wrote: it has no layer indexes
+	unusable error         // why it cannot be used though it is an archive
+}
+
+func (l localFile) isUpstream() bool { return l.upstream != "" && l.unusable == nil }
+
+// isOf says whether the archive is of the image manifest that ref names.
+func (l localFile) isOf(ref string, manifest digest.Digest) bool {
+	return l.image == manifest || l.image == "" && l.upstream != "" && archive.SameRef(l.upstream, ref)
 }
 
 // result is the outcome of a search for a manifest's archive.
@@ -75,6 +99,7 @@ type result struct {
 	archive *archive.Archive // valid after done
 	err     error            // valid after done
 	users   int              // guarded by Finder.mu: callers that use it, and the map
+	streams []Stream         // guarded by Finder.mu: those that were read on the way
 }
 
 // How long outcomes are remembered. A pull asks for its layers within seconds;
@@ -136,7 +161,7 @@ func (f *Finder) Find(ctx context.Context, image Image) (a *archive.Archive, rel
 // run searches and sees to it that the outcome is forgotten in time.
 func (f *Finder) run(ctx context.Context, r *result, image Image) {
 	defer r.cancel()
-	r.archive, r.err = f.search(ctx, image)
+	r.archive, r.err = f.search(ctx, r, image)
 	close(r.done)
 	keep := keepFound
 	if r.err != nil && !errors.Is(r.err, errAdopting) {
@@ -178,6 +203,9 @@ func (f *Finder) release(r *result) {
 		return
 	}
 	<-r.done
+	for _, s := range r.streams { // nobody else has r any more
+		s.Close()
+	}
 	if r.archive != nil {
 		r.archive.Close() // it was only read from
 	}
@@ -185,7 +213,7 @@ func (f *Finder) release(r *result) {
 
 // search looks for the archive of an image in all places, in the order that
 // docs/operating.md lists.
-func (f *Finder) search(ctx context.Context, image Image) (*archive.Archive, error) {
+func (f *Finder) search(ctx context.Context, r *result, image Image) (*archive.Archive, error) {
 	if image.Link != "" && image.Ref != "" {
 		a, err := f.findLinked(ctx, image)
 		if err == nil {
@@ -193,12 +221,17 @@ func (f *Finder) search(ctx context.Context, image Image) (*archive.Archive, err
 		}
 		log.G(ctx).WithError(err).WithField("image", image.Ref).Warn("the archive that the image links to cannot be used; looking for another")
 	}
-	local, upstream, err := f.findLocal(ctx, image.Ref, image.Manifest)
+	local, err := f.findLocal(ctx, image.Ref, image.Manifest)
 	if err != nil {
 		return nil, err
 	}
-	if local != "" {
-		return archive.OpenFile(local)
+	if local.ours != "" {
+		return archive.OpenFile(local.ours)
+	}
+	if local.upstream != "" {
+		if a, err := archive.OpenFile(f.indexedPath(image.Manifest)); err == nil {
+			return a, nil // made earlier; if it is damaged it is made again
+		}
 	}
 	err = fmt.Errorf("archive of %s: %w", image.Manifest, errdefs.ErrNotFound)
 	if f.opts.Referrers && image.Ref != "" {
@@ -217,8 +250,11 @@ func (f *Finder) search(ctx context.Context, image Image) (*archive.Archive, err
 		}
 		err = fmt.Errorf("%w; %w", err, failed)
 	}
-	if upstream != "" {
-		return f.adopt(ctx, image.Ref, image.Manifest, upstream)
+	if local.upstream != "" {
+		return f.adopt(ctx, r, image.Ref, image.Manifest, local.upstream)
+	}
+	if local.unusable != nil {
+		err = fmt.Errorf("%w; %w", local.unusable, err)
 	}
 	return nil, err
 }
@@ -236,37 +272,63 @@ func (f *Finder) findIn(ctx context.Context, source Source, image Image) (*archi
 	if err != nil {
 		return nil, err
 	}
-	size, err := copyBounded(tmp, rc)
+	size, err := copyBounded(tmp, 0, rc)
 	if err != nil {
 		tmp.Close()
 		return nil, fmt.Errorf("%s: %w", source, err)
 	}
-	a, err := openOf(tmp, size, image.Manifest)
+	a, err := openOf(tmp, size, image.Manifest, archive.Open)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", source, err)
 	}
 	return a, nil
 }
 
+// found are the paths of what is in Options.Dir for an image.
+type found struct {
+	ours, upstream string
+	unusable       error // why others there are of no use
+}
+
 // findLocal looks into Options.Dir for a file of ours and for one that CLIP
 // wrote, which may name its image by reference only. A file that is no usable
 // archive is reported once and passed over.
-func (f *Finder) findLocal(ctx context.Context, ref string, manifest digest.Digest) (ours, upstream string, err error) {
-	paths, err := filepath.Glob(filepath.Join(f.opts.Dir, "*.clip"))
+func (f *Finder) findLocal(ctx context.Context, ref string, manifest digest.Digest) (is found, err error) {
+	files, err := f.inspectAll(ctx)
 	if err != nil {
-		return "", "", err
+		return is, err
 	}
-	for _, path := range paths {
-		file := f.inspect(ctx, path)
+	f.sweep(ctx, files)
+	for _, file := range files {
 		switch {
-		case file.upstream == "" && file.image == manifest:
-			return path, "", nil
-		case file.upstream == "":
-		case file.image == manifest, file.image == "" && archive.SameRef(file.upstream, ref):
-			upstream = path
+		case file.unusable != nil:
+			// One that does not tell its image may be of this one.
+			if file.image == manifest || file.image == "" && is.unusable == nil {
+				is.unusable = file.unusable
+			}
+		case file.upstream == "" && file.image == manifest && is.ours == "":
+			is.ours = file.path
+		case file.upstream != "" && file.isOf(ref, manifest):
+			is.upstream = file.path
 		}
 	}
-	return "", upstream, nil
+	return is, nil
+}
+
+// inspectAll returns what is known of the files in Options.Dir.
+func (f *Finder) inspectAll(ctx context.Context) ([]localFile, error) {
+	paths, err := filepath.Glob(filepath.Join(f.opts.Dir, "*.clip"))
+	if err != nil {
+		return nil, err
+	}
+	files := make([]localFile, 0, len(paths))
+	for _, path := range paths {
+		files = append(files, f.inspect(ctx, path))
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	maps.DeleteFunc(f.local, func(path string, _ localFile) bool { return !slices.Contains(paths, path) })
+	return files, nil
 }
 
 // inspect returns what is known of the file at path.
@@ -281,8 +343,9 @@ func (f *Finder) inspect(ctx context.Context, path string) localFile {
 	if ok && file.size == st.Size() && file.modTime.Equal(st.ModTime()) {
 		return file
 	}
-	file = localFile{size: st.Size(), modTime: st.ModTime()}
-	if file.image, file.upstream, err = imageOf(path); err != nil {
+	file, err = imageOf(path)
+	file.path, file.size, file.modTime = path, st.Size(), st.ModTime()
+	if err != nil {
 		log.G(ctx).WithError(err).WithField("path", path).Warn("ignoring a file that is no usable archive")
 	}
 	f.mu.Lock()
@@ -291,27 +354,37 @@ func (f *Finder) inspect(ctx context.Context, path string) localFile {
 	return file
 }
 
-// imageOf returns the manifest that the archive at path is of and, if CLIP
-// wrote it, its storage reference. Only such a one may not know its manifest.
-func imageOf(path string) (manifest digest.Digest, upstream string, err error) {
+// imageOf returns what the archive at path says it is of. Only one that CLIP
+// wrote may not know its manifest, or one from a newer program, which is told
+// by unusable beside the error.
+func imageOf(path string) (localFile, error) {
 	a, err := archive.OpenFile(path)
 	if err == nil {
 		defer a.Close()
-		return a.Info().Descriptor.Digest, "", nil
+		return localFile{image: a.Info().Descriptor.Digest}, nil
 	}
-	if !errors.Is(err, archive.ErrNoSections) {
-		return "", "", err
+	newer := errors.Is(err, archive.ErrVersion)
+	if !newer && !errors.Is(err, archive.ErrNoSections) {
+		return localFile{}, err
 	}
-	u, err := archive.OpenUpstreamFile(path)
-	if err != nil {
-		return "", "", err
+	u, upstream := archive.OpenUpstreamFile(path)
+	switch {
+	case newer && upstream != nil:
+		return localFile{unusable: err}, err
+	case errors.Is(upstream, archive.ErrVersion):
+		return localFile{unusable: upstream}, upstream
+	case upstream != nil:
+		return localFile{}, upstream
 	}
 	defer u.Close()
 	img, ok := u.Image()
 	if !ok {
-		return "", "", fmt.Errorf("archive %s holds data instead of an image; clipctl mount shows it: %w", path, errdefs.ErrInvalidArgument)
+		return localFile{}, fmt.Errorf("archive %s holds data instead of an image; clipctl mount shows it: %w", path, errdefs.ErrInvalidArgument)
 	}
-	return img.Manifest, img.Ref, nil
+	if newer {
+		return localFile{image: img.Manifest, unusable: err}, err
+	}
+	return localFile{image: img.Manifest, upstream: img.Ref}, nil
 }
 
 // Close ends all searches and forgets everything.

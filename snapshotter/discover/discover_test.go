@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"log"
 	"math/rand/v2"
@@ -40,6 +41,8 @@ type server struct {
 	host string
 	api  bool // it has the referrers API, else only the fallback tag
 
+	rangeless bool // it refuses ranges without an end
+
 	mu        sync.Mutex // guards the fields below
 	referrers []ocispec.Descriptor
 	requests  []string
@@ -52,7 +55,7 @@ func startServer(t *testing.T, api bool) *server {
 	h := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s.mu.Lock()
-		s.requests = append(s.requests, r.Method+" "+r.URL.Path)
+		s.requests = append(s.requests, r.Method+" "+r.URL.Path+" "+r.Header.Get("Range"))
 		list, broken := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: s.referrers}, s.broken
 		s.mu.Unlock()
 		switch {
@@ -61,6 +64,13 @@ func startServer(t *testing.T, api bool) *server {
 		case strings.Contains(r.URL.Path, "/referrers/") && s.api, strings.Contains(r.URL.Path, "/manifests/sha256-") && !s.api:
 			w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
 			_ = json.NewEncoder(w).Encode(list)
+		case strings.HasSuffix(r.Header.Get("Range"), "-") && !s.rangeless: // one without an end is beyond the registry
+			rec := httptest.NewRecorder()
+			ranges := r.Header.Get("Range")
+			r.Header.Del("Range")
+			h.ServeHTTP(rec, r)
+			r.Header.Set("Range", ranges)
+			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(rec.Body.Bytes()))
 		default:
 			h.ServeHTTP(w, r)
 		}
@@ -420,6 +430,58 @@ func TestRefusals(t *testing.T) {
 			s.refer(s.put(t, good(t, img)))
 			f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 			find(ctx, t, f, s.ref(), img)
+		})
+	}
+}
+
+// tailed is an archive as publish.Push stores it since workers read a part of it.
+func tailed(t *testing.T, img *testutil.Image) (artifact, *archive.Tail) {
+	t.Helper()
+	raw := archiveOf(t, img)
+	opened, err := archive.Open(bytes.NewReader(raw), int64(len(raw)))
+	require.NoError(t, err)
+	a := artifact{subject: img.Descriptor.Digest, mediaType: archive.MediaType}
+	var tail archive.Tail
+	a.blob, tail, err = opened.Compress()
+	require.NoError(t, err)
+	a.declare = func(d *ocispec.Descriptor) {
+		d.Annotations = map[string]string{archive.AnnotationTail: string(testutil.JSON(t, tail))}
+	}
+	return a, &tail
+}
+
+// TestTail downloads the sections and nothing else.
+func TestTail(t *testing.T) {
+	img := testImage(t, "one")
+	s := startServer(t, true)
+	f := s.finder(t)
+	a, tail := tailed(t, img)
+	s.refer(s.put(t, a))
+	before := s.gets()
+	find(t.Context(), t, f, s.ref(), img)
+	require.Equal(t, before+1, s.gets())
+	last := s.requests[len(s.requests)-1]
+	require.Equal(t, fmt.Sprintf("GET /v2/%s/blobs/%s bytes=%d-", repo, digest.FromBytes(a.blob), tail.In), last)
+}
+
+// TestBadTail takes the whole archive where the part is of no use.
+func TestBadTail(t *testing.T) {
+	img := testImage(t, "one")
+	for name, bad := range map[string]func(*server, *archive.Tail){
+		"digest":              func(_ *server, t *archive.Tail) { t.Digest = digest.FromString("x") },
+		"inside a frame":      func(_ *server, t *archive.Tail) { t.In++ },
+		"place":               func(_ *server, t *archive.Tail) { t.Out++ },
+		"beyond all archives": func(_ *server, t *archive.Tail) { t.Out = maxArchive + 1 },
+		"no ranges":           func(s *server, _ *archive.Tail) { s.rangeless = true },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := startServer(t, true)
+			f := s.finder(t)
+			a, tail := tailed(t, img)
+			bad(s, tail)
+			s.refer(s.put(t, a))
+			find(t.Context(), t, f, s.ref(), img)
+			require.Equal(t, fmt.Sprintf("GET /v2/%s/blobs/%s ", repo, digest.FromBytes(a.blob)), s.requests[len(s.requests)-1])
 		})
 	}
 }

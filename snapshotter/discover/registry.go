@@ -65,12 +65,25 @@ func (f *Finder) findReferrer(ctx context.Context, ref string, manifest digest.D
 	return nil, err
 }
 
+// download fetches an archive: the part of it that is read here if that can be
+// had alone.
 func (f *Finder) download(ctx context.Context, fetcher remotes.Fetcher, a Artifact) (*archive.Archive, error) {
+	if tail, ok := archive.TailOf(a.Blob.Annotations, a.Blob.Size); ok {
+		opened, err := f.fetch(ctx, fetcher, a, tail, archive.OpenTail)
+		if err == nil || ctx.Err() != nil {
+			return opened, err
+		}
+		log.G(ctx).WithError(err).WithField("digest", a.Blob.Digest).Info("a part of an archive cannot be fetched; fetching all of it")
+	}
+	return f.fetch(ctx, fetcher, a, whole(a.Blob), archive.Open)
+}
+
+func (f *Finder) fetch(ctx context.Context, fetcher remotes.Fetcher, a Artifact, part archive.Tail, open opener) (*archive.Archive, error) {
 	tmp, err := f.nameless()
 	if err != nil {
 		return nil, err
 	}
-	return Download(ctx, fetcher, a, tmp)
+	return fetchPart(ctx, fetcher, a, part, tmp, open)
 }
 
 // nameless makes a file that is gone as soon as nobody has it open.
@@ -175,17 +188,27 @@ func fetchSmall(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descr
 // Download writes an archive to the empty file dst and opens it. It takes dst
 // over: Close of the archive, or an error, closes it.
 func Download(ctx context.Context, fetcher remotes.Fetcher, a Artifact, dst *os.File) (*archive.Archive, error) {
-	size, err := fetchBlob(ctx, fetcher, a.Blob, dst)
+	return fetchPart(ctx, fetcher, a, whole(a.Blob), dst, archive.Open)
+}
+
+// opener opens an archive in the first bytes of a file.
+type opener func(io.ReaderAt, int64) (*archive.Archive, error)
+
+// whole is all of a compressed archive.
+func whole(blob ocispec.Descriptor) archive.Tail { return archive.Tail{Digest: blob.Digest} }
+
+func fetchPart(ctx context.Context, fetcher remotes.Fetcher, a Artifact, part archive.Tail, dst *os.File, open opener) (*archive.Archive, error) {
+	size, err := fetchBlob(ctx, fetcher, a.Blob, part, dst)
 	if err != nil {
 		dst.Close()
 		return nil, err
 	}
-	return openOf(dst, size, a.Subject)
+	return openOf(dst, size, a.Subject, open)
 }
 
 // openOf opens the archive in f, which must be of manifest. It takes f over.
-func openOf(f *os.File, size int64, manifest digest.Digest) (*archive.Archive, error) {
-	a, err := archive.Open(f, size)
+func openOf(f *os.File, size int64, manifest digest.Digest, open opener) (*archive.Archive, error) {
+	a, err := open(f, size)
 	if err != nil {
 		f.Close()
 		return nil, err
@@ -197,8 +220,9 @@ func openOf(f *os.File, size int64, manifest digest.Digest) (*archive.Archive, e
 	return a, nil
 }
 
-// fetchBlob downloads a compressed archive and returns its size uncompressed.
-func fetchBlob(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, dst io.Writer) (int64, error) {
+// fetchBlob downloads a part of a compressed archive to where it belongs in dst
+// and returns the size of the archive.
+func fetchBlob(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, part archive.Tail, dst *os.File) (int64, error) {
 	if desc.Size > maxCompressed {
 		return 0, fmt.Errorf("archive of %d bytes, more than %d: %w", desc.Size, maxCompressed, errdefs.ErrInvalidArgument)
 	}
@@ -210,14 +234,23 @@ func fetchBlob(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descri
 		return 0, err
 	}
 	defer rc.Close()
-	verifier := desc.Digest.Verifier()
-	compressed := io.TeeReader(io.LimitReader(rc, desc.Size), verifier)
+	if part.In > 0 {
+		s, ok := rc.(io.Seeker)
+		if !ok {
+			return 0, fmt.Errorf("a fetcher that cannot seek: %w", errdefs.ErrNotImplemented)
+		}
+		if _, err := s.Seek(part.In, io.SeekStart); err != nil {
+			return 0, err
+		}
+	}
+	verifier := part.Digest.Verifier()
+	compressed := io.TeeReader(io.LimitReader(rc, desc.Size-part.In), verifier)
 	dec, err := zstd.NewReader(compressed, zstd.WithDecoderMaxWindow(64<<20), zstd.WithDecoderConcurrency(1))
 	if err != nil {
 		return 0, err
 	}
 	defer dec.Close()
-	size, err := copyBounded(dst, dec)
+	size, err := copyBounded(dst, part.Out, dec)
 	if err != nil {
 		return 0, err
 	}
@@ -225,16 +258,22 @@ func fetchBlob(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descri
 		return 0, err
 	}
 	if !verifier.Verified() {
-		return 0, fmt.Errorf("content does not match digest %s: %w", desc.Digest, errdefs.ErrDataLoss)
+		return 0, fmt.Errorf("content does not match digest %s: %w", part.Digest, errdefs.ErrDataLoss)
 	}
 	return size, nil
 }
 
-// copyBounded copies an archive, up to the largest that is read.
-func copyBounded(dst io.Writer, src io.Reader) (int64, error) {
-	size, err := io.Copy(dst, io.LimitReader(src, maxArchive+1))
-	if err == nil && size > maxArchive {
-		err = fmt.Errorf("archive has more than %d bytes: %w", int64(maxArchive), errdefs.ErrInvalidArgument)
+// copyBounded copies the end of an archive to where it belongs in dst, up to the
+// largest archive that is read, and returns the archive's size.
+func copyBounded(dst io.WriterAt, at int64, src io.Reader) (int64, error) {
+	if at > maxArchive {
+		return 0, errTooLarge
 	}
-	return size, err
+	n, err := io.Copy(io.NewOffsetWriter(dst, at), io.LimitReader(src, maxArchive-at+1))
+	if err == nil && at+n > maxArchive {
+		err = errTooLarge
+	}
+	return at + n, err
 }
+
+var errTooLarge = fmt.Errorf("archive has more than %d bytes: %w", int64(maxArchive), errdefs.ErrInvalidArgument)

@@ -3,6 +3,7 @@ package remote
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/url"
 	"regexp"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -18,6 +20,21 @@ import (
 // reads manifests and lists referrers. It shares connections and tokens with
 // the client's reads.
 func (c *Client) Fetcher(ctx context.Context, ref string) (remotes.Fetcher, error) {
+	f, err := c.resolver().Fetcher(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	return fetcher{f}, nil
+}
+
+// Resolve returns what the reference ref names in its registry now.
+func (c *Client) Resolve(ctx context.Context, ref string) (ocispec.Descriptor, error) {
+	_, desc, err := c.resolver().Resolve(ctx, ref)
+	return desc, redacted(err)
+}
+
+// resolver is containerd's, with the hosts first that do not fail.
+func (c *Client) resolver() remotes.Resolver {
 	hosts := func(registry string) ([]docker.RegistryHost, error) {
 		all, err := c.hostsOf(registry)
 		var good, open []docker.RegistryHost
@@ -30,11 +47,7 @@ func (c *Client) Fetcher(ctx context.Context, ref string) (remotes.Fetcher, erro
 		}
 		return append(good, open...), err
 	}
-	f, err := docker.NewResolver(docker.ResolverOptions{Hosts: hosts}).Fetcher(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
-	return fetcher{f}, nil
+	return docker.NewResolver(docker.ResolverOptions{Hosts: hosts})
 }
 
 // fetcher is containerd's, with errors that hold no secrets.
@@ -42,6 +55,7 @@ type fetcher struct{ remotes.Fetcher }
 
 // Fetch implements remotes.Fetcher.
 func (f fetcher) Fetch(ctx context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {
+	desc.URLs = nil // what a registry holds does not decide whom the node asks
 	rc, err := f.Fetcher.Fetch(ctx, desc)
 	if err != nil {
 		return nil, redacted(err)
@@ -66,6 +80,16 @@ func (f fetched) Read(p []byte) (int, error) {
 		err = redacted(err)
 	}
 	return n, err
+}
+
+// Seek implements io.Seeker, as what containerd's fetcher returns does: what is
+// before the place is not asked for.
+func (f fetched) Seek(offset int64, whence int) (int64, error) {
+	s, ok := f.ReadCloser.(io.Seeker)
+	if !ok {
+		return 0, fmt.Errorf("reading a part: %w", errdefs.ErrNotImplemented)
+	}
+	return s.Seek(offset, whence)
 }
 
 // redacted returns err with a text in which URLs have neither queries nor

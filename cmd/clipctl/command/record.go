@@ -143,7 +143,7 @@ func findArchive(ctx context.Context, image containerd.Image, path string) (a *a
 			return nil, nil, err
 		}
 		defer os.RemoveAll(dir) // downloads have no name
-		registry := remote.New(remote.Options{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}})
+		registry := remote.New(remote.Options{ConfigPath: defaultHostsDirs})
 		finder := discover.New(discover.Options{Dir: dir, Referrers: true, Fetcher: func(ctx context.Context, ref string) (remotes.Fetcher, error) {
 			return registry.Fetcher(ctx, ref)
 		}})
@@ -166,49 +166,52 @@ func findArchive(ctx context.Context, image containerd.Image, path string) (a *a
 
 // searched is what the image's archive is searched for by, on this machine.
 func searched(ctx context.Context, image containerd.Image) (discover.Image, error) {
-	wanted := discover.Image{Ref: image.Name()}
 	desc, err := platformManifest(ctx, image)
 	if err != nil {
-		return wanted, err
+		return discover.Image{}, err
 	}
 	raw, err := content.ReadBlob(ctx, image.ContentStore(), desc)
 	if err != nil {
-		return wanted, fmt.Errorf("image %s: manifest: %w", image.Name(), err)
+		return discover.Image{}, fmt.Errorf("image %s: manifest: %w", image.Name(), err)
 	}
 	var m ocispec.Manifest
 	if err := json.Unmarshal(raw, &m); err != nil {
-		return wanted, fmt.Errorf("image %s: manifest %s: %w", image.Name(), desc.Digest, err)
+		return discover.Image{}, fmt.Errorf("image %s: manifest %s: %w", image.Name(), desc.Digest, err)
 	}
-	wanted.Manifest = desc.Digest
-	if len(m.Layers) > 0 {
-		wanted.Link = digest.Digest(m.Layers[0].Annotations[archive.AnnotationLink])
-	}
-	return wanted, nil
+	return discover.ImageOf(image.Name(), desc.Digest, m), nil
 }
 
 // platformManifest describes the image's manifest for this machine.
 func platformManifest(ctx context.Context, image containerd.Image) (ocispec.Descriptor, error) {
+	if images.IsManifestType(image.Target().MediaType) {
+		return image.Target(), nil
+	}
+	children, err := images.Children(ctx, image.ContentStore(), image.Target())
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	best, err := bestManifest(children)
+	if err != nil {
+		return best, fmt.Errorf("image %s: %w", image.Name(), err)
+	}
+	return best, nil
+}
+
+// bestManifest returns the one of an index's manifests that is for this machine.
+func bestManifest(all []ocispec.Descriptor) (ocispec.Descriptor, error) {
 	match := platforms.Default()
-	found := []ocispec.Descriptor{image.Target()}
-	if !images.IsManifestType(image.Target().MediaType) {
-		children, err := images.Children(ctx, image.ContentStore(), image.Target())
-		if err != nil {
-			return ocispec.Descriptor{}, err
-		}
-		found = slices.DeleteFunc(children, func(d ocispec.Descriptor) bool {
-			return !images.IsManifestType(d.MediaType) || d.Platform == nil || !match.Match(*d.Platform)
-		})
-		slices.SortStableFunc(found, func(a, b ocispec.Descriptor) int {
-			if match.Less(*a.Platform, *b.Platform) {
-				return -1
-			}
-			return 1
-		})
-	}
+	found := slices.DeleteFunc(slices.Clone(all), func(d ocispec.Descriptor) bool {
+		return !images.IsManifestType(d.MediaType) || d.Platform == nil || !match.Match(*d.Platform)
+	})
 	if len(found) == 0 {
-		return ocispec.Descriptor{}, fmt.Errorf("image %s has no manifest for %s: %w", image.Name(), platforms.DefaultString(), errdefs.ErrNotFound)
+		return ocispec.Descriptor{}, fmt.Errorf("it has no manifest for %s: %w", platforms.DefaultString(), errdefs.ErrNotFound)
 	}
-	return found[0], nil
+	return slices.MinFunc(found, func(a, b ocispec.Descriptor) int {
+		if match.Less(*a.Platform, *b.Platform) {
+			return -1
+		}
+		return 1
+	}), nil
 }
 
 // prefetchList turns touches into spans, each at its first touch.
