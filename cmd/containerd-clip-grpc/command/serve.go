@@ -135,6 +135,8 @@ func serve(ctx context.Context, c Config) (err error) {
 	}
 	defer func() { err = errors.Join(err, kept.Close()) }()
 	options := c.options()
+	keys := openKeychain(ctx, c.Address)
+	options.Registry.Logins = keys.Logins
 	locations, err := c.Discover.locations()
 	if err != nil {
 		return err
@@ -143,8 +145,6 @@ func serve(ctx context.Context, c Config) (err error) {
 		defer l.Close() // it was only read from
 		options.Sources = append(options.Sources, l)
 	}
-	keys := openKeychain(ctx, c.Address)
-	options.Registry.Logins = keys.Logins
 	options.Keeper, options.Helper = kept, root.Helper{program, helperCommand}
 	// The registries of an image must not be able to make containers wait for
 	// the daemon's end: requests are cut off, not drained.
