@@ -18,7 +18,7 @@ PARTS  := $(CACHE)/bin
 UNIT    = $(shell $(GO) list ./... | grep -v -e /tests/e2e -e /tests/demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps parts images test unit e2e soak lint vuln bench bench-index bench-read fuzz demo man install install-files deb image clean
+.PHONY: help build deps parts images test unit e2e soak lint vuln bench bench-index bench-read bench-build fuzz demo man install install-files deb image clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ bench-index: deps parts ## indexing against its peers in ROUNDS (5); figures to 
 
 bench-read: deps parts build ## pulling and reading against overlayfs in ROUNDS (3); figures to docs/benchmarks.md (root)
 	cd tests/bench && CGO_ENABLED=0 $(GO) run ./read -rounds $(or $(ROUNDS),3) -report ../../docs/benchmarks.md
+
+bench-build: deps parts build ## building, pushing and indexing 2 GB against upstream CLIP in ROUNDS (3); figures to docs/benchmarks.md (root)
+	cd tests/bench && CGO_ENABLED=0 $(GO) run ./build -rounds $(or $(ROUNDS),3) -report ../../docs/benchmarks.md
 
 fuzz: ## every fuzz target for FUZZTIME (30s)
 	@set -e; for package in $(UNIT); do \

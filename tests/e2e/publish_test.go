@@ -176,7 +176,18 @@ func TestConvert(t *testing.T) {
 		_, err := stock.Client().ContentStore().Info(w.ctx, d.Digest)
 		require.NoError(t, err)
 	}
-	result, err := w.builder.Clipctl(w.ctx, "convert", src, dst, "--platform", "linux/s390x")
+
+	// An archive that is there is taken as it is.
+	file, named := w.lab.Path("app.clip"), w.registry.Ref("team/named:1")
+	_, err = w.builder.Clipctl(w.ctx, "index", src, "-o", file)
+	require.NoError(t, err)
+	_, err = w.builder.Clipctl(w.ctx, "convert", src, named, "--archive", file)
+	require.NoError(t, err)
+	result, err := w.builder.Clipctl(w.ctx, "push", file)
+	require.NoError(t, err)
+	require.Contains(t, result.Stdout, w.manifest(w.builder, named).Layers[0].Annotations[archive.AnnotationLink])
+
+	result, err = w.builder.Clipctl(w.ctx, "convert", src, dst, "--platform", "linux/s390x")
 	require.Error(t, err)
 	requireClear(t, result.Stderr, src, "linux/s390x")
 	require.Equal(t, after, w.manifest(w.builder, dst))

@@ -54,6 +54,10 @@ func TestProxy(t *testing.T) {
 	require.EqualValues(t, 3, requests.Sent())
 	require.Equal(t, http.StatusPartialContent, requests[0].Status)
 	require.Equal(t, "bytes=2-4", requests[0].Range)
+	resp, err := http.Post("http://"+p.address+"/v2/", "text/plain", strings.NewReader("seven b"))
+	require.NoError(t, err)
+	require.NoError(t, resp.Body.Close())
+	require.EqualValues(t, 7, (&Registry{proxy: p}).Received())
 
 	require.NoError(t, p.switchOff())
 	_, err = get("bytes=0-0")

@@ -3,6 +3,7 @@ package harness
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -98,6 +99,9 @@ func newProxy(socket string) (*proxy, error) {
 	}
 	p.handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		c := &counter{ResponseWriter: w, traffic: &p.traffic}
+		if r.Body != nil {
+			r.Body = &upload{r.Body, &p.traffic}
+		}
 		p.traffic.requests.Add(1)
 		req := Request{Method: r.Method, Path: r.URL.Path, Range: r.Header.Get("Range"), At: time.Now()}
 		defer func() { // also when the client aborts, which is a panic
@@ -147,8 +151,20 @@ func (p *proxy) switchOff() error {
 	return err
 }
 
-// traffic counts requests when they begin, and bytes when they are sent.
-type traffic struct{ requests, sent atomic.Int64 }
+// traffic counts requests when they begin, and bytes when they are sent or received.
+type traffic struct{ requests, sent, received atomic.Int64 }
+
+// upload counts what is read of a request's body.
+type upload struct {
+	io.ReadCloser
+	traffic *traffic
+}
+
+func (u *upload) Read(p []byte) (int, error) {
+	n, err := u.ReadCloser.Read(p)
+	u.traffic.received.Add(int64(n))
+	return n, err
+}
 
 // counter counts what is written through it.
 type counter struct {

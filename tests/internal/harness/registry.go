@@ -124,6 +124,9 @@ func (r *Registry) Traffic() (requests, sent int64) {
 	return r.proxy.traffic.requests.Load(), r.proxy.traffic.sent.Load()
 }
 
+// Received is how many bytes of requests' bodies came in so far.
+func (r *Registry) Received() int64 { return r.proxy.traffic.received.Load() }
+
 // Shape puts a link between the registry and its clients, in the place of the one that was there.
 func (r *Registry) Shape(l Link) { r.proxy.wire.Store(&wire{Link: l}) }
 
