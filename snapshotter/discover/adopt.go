@@ -214,7 +214,6 @@ func (f *Finder) streamLayer(ctx context.Context, r *result, fetcher remotes.Fet
 	defer cancel(nil)
 	watch := time.AfterFunc(stallTimeout, func() { cancel(errStalled) })
 	defer watch.Stop()
-	desc.URLs = nil // an image does not decide whom the node asks
 	rc, err := fetcher.Fetch(ctx, desc)
 	if err != nil {
 		return nil, err

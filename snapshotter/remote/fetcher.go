@@ -55,6 +55,7 @@ type fetcher struct{ remotes.Fetcher }
 
 // Fetch implements remotes.Fetcher.
 func (f fetcher) Fetch(ctx context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {
+	desc.URLs = nil // what a registry holds does not decide whom the node asks
 	rc, err := f.Fetcher.Fetch(ctx, desc)
 	if err != nil {
 		return nil, redacted(err)

@@ -268,15 +268,28 @@ const maxRedirects = 5
 
 // redirecting follows redirects for those who only know a client and tell
 // whoever wants to hear it where it was sent. What is meant for one host is
-// not passed on to another, nor to the same one without encryption.
+// not passed on to another, nor to the same one without encryption, and where
+// a request was sent to has no say in who gets credentials.
 type redirecting struct{ *hostTransport }
 
 // RoundTrip implements http.RoundTripper.
 func (t redirecting) RoundTrip(req *http.Request) (*http.Response, error) {
+	var first *http.Request // as it was sent, which may be over another scheme
 	for range maxRedirects + 1 {
 		resp, err := t.hostTransport.RoundTrip(req)
-		if err != nil || !isRedirect(resp.StatusCode) || (req.Method != http.MethodGet && req.Method != http.MethodHead) {
-			return resp, err
+		if err != nil {
+			return nil, err
+		}
+		if first == nil {
+			first = resp.Request
+		}
+		if !isRedirect(resp.StatusCode) || (req.Method != http.MethodGet && req.Method != http.MethodHead) {
+			if resp.Request.URL.Scheme != first.URL.Scheme || resp.Request.URL.Host != first.URL.Host {
+				resp.Header.Del("WWW-Authenticate")
+			}
+			resp.Header.Del("Set-Cookie") // nobody here keeps any
+			resp.Request = first
+			return resp, nil
 		}
 		resp.Body.Close()
 		u, err := redirectTarget(req.URL, resp.Header.Get("Location"))
