@@ -41,7 +41,7 @@ type containerdConfig struct {
 }
 
 const (
-	addExample        = "put config.toml.example into a file that containerd's main configuration imports, and restart containerd"
+	addExample        = "run clipctl setup, or put config.toml.example into a file that containerd's main configuration imports, and restart containerd"
 	restartContainerd = "systemctl restart containerd"
 )
 
