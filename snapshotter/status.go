@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
@@ -143,4 +144,16 @@ func (s *Snapshotter) Prune(ctx context.Context, what control.Prune) (control.Pr
 	}
 	log.G(ctx).WithField("layers", len(layers)).WithField("bytes", freed).Info("gave up what was fetched, as somebody asked for")
 	return control.Pruned{Layers: len(layers), Bytes: freed}, nil
+}
+
+// Fetches implements control.Service.
+func (s *Snapshotter) Fetches(_ context.Context, after time.Time) ([]control.Fetch, error) {
+	all := []control.Fetch{}
+	for _, f := range s.layers.Fetches(after) {
+		all = append(all, control.Fetch{
+			DiffID: f.DiffID, Off: f.Off, Len: f.Len, Bytes: f.Bytes, Reason: f.Reason, Host: f.Host,
+			Began: f.Began, Millis: float64(f.Took.Microseconds()) / 1e3, Error: text(f.Err),
+		})
+	}
+	return all, nil
 }

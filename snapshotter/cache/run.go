@@ -148,8 +148,9 @@ func (l *Layer) bring(ctx context.Context, x *layer.Index, r *run) (err error) {
 	idle := &idleTimer{timer: time.AfterFunc(idleTimeout, func() { r.cancel(errIdle) })}
 	defer idle.stop()
 	for failures := 0; ; {
-		from, reason := r.pos, r.reason()
+		from, reason, began := r.pos, r.reason(), time.Now()
 		err := l.fetch(ctx, x, r, idle)
+		l.note(x, r, from, Fetch{Reason: reason, Began: began, Took: time.Since(began), Err: err})
 		l.store.metrics.requests.WithLabelValues(reason, outcome(err)).Inc()
 		if err == nil || errors.Is(err, ErrFull) {
 			return err
@@ -230,6 +231,22 @@ func (l *Layer) fetch(ctx context.Context, x *layer.Index, r *run, idle *idleTim
 		return err
 	}
 	return l.take(x, r, stream, blob)
+}
+
+// note remembers a request of r that began at the span from.
+func (l *Layer) note(x *layer.Index, r *run, from int, f Fetch) {
+	start, _ := l.spanRange(from)
+	f.DiffID, f.Off = l.head.DiffID, int64(start)
+	if r.pos > from {
+		_, end := l.spanRange(r.pos - 1)
+		f.Len = int64(end - start)
+	}
+	decoded, _ := x.DecodeRange(start)
+	f.Bytes = int64(x.Spans[r.end-1].InEnd - l.inBefore(x, l.head.SpanAt(min(decoded, start))))
+	l.mu.Lock()
+	f.Host = l.host
+	l.mu.Unlock()
+	l.store.fetches.add(f)
 }
 
 // outcome is what a metric calls the end of a request.

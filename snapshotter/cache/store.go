@@ -98,6 +98,7 @@ type Store struct {
 	gate    gate
 	memory  memory
 	metrics metrics
+	fetches fetches
 	used    atomic.Int64 // bytes of disk that data files take, about
 	full    atomic.Bool  // spans are being served from memory
 

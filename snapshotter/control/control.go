@@ -94,6 +94,19 @@ type Layer struct {
 	ErrorAt time.Time `json:"errorAt,omitzero"`
 }
 
+// Fetch is a request to a registry that has ended, see cache.Fetch.
+type Fetch struct {
+	DiffID digest.Digest `json:"diffID"`
+	Off    int64         `json:"off"` // of the uncompressed stream
+	Len    int64         `json:"len"`
+	Bytes  int64         `json:"bytes"` // compressed
+	Reason string        `json:"reason"`
+	Host   string        `json:"host"`
+	Began  time.Time     `json:"began"`
+	Millis float64       `json:"ms"`
+	Error  string        `json:"error,omitempty"`
+}
+
 // Prune says what to give up.
 type Prune struct {
 	// All gives up what mounted roots have fetched, too.
@@ -110,6 +123,8 @@ type Pruned struct {
 type Service interface {
 	Status(ctx context.Context) (Status, error)
 	Prune(ctx context.Context, what Prune) (Pruned, error)
+	// Fetches returns the last requests that began after a time.
+	Fetches(ctx context.Context, after time.Time) ([]Fetch, error)
 }
 
 const serviceName = "containerd.clip.control.v1.Control"
@@ -124,6 +139,13 @@ func Register(server grpc.ServiceRegistrar, s Service) {
 		HandlerType: (*Service)(nil),
 		Methods: []grpc.MethodDesc{
 			unary.Method("Status", func(ctx context.Context, s Service, _ string) (any, error) { return s.Status(ctx) }),
+			unary.Method("Fetches", func(ctx context.Context, s Service, arg string) (any, error) {
+				after, err := time.Parse(time.RFC3339Nano, arg)
+				if err != nil {
+					return nil, fmt.Errorf("time: %w: %w", err, errdefs.ErrInvalidArgument)
+				}
+				return s.Fetches(ctx, after)
+			}),
 			unary.Method("Prune", func(ctx context.Context, s Service, arg string) (any, error) {
 				var what Prune
 				if err := json.Unmarshal([]byte(arg), &what); err != nil {
@@ -154,4 +176,10 @@ func AskPrune(ctx context.Context, conn grpc.ClientConnInterface, what Prune) (d
 	}
 	err = unary.Call(ctx, conn, serviceName, "Prune", string(arg), mostAnswer, &done)
 	return done, err
+}
+
+// GetFetches asks a daemon for its last requests that began after a time.
+func GetFetches(ctx context.Context, conn grpc.ClientConnInterface, after time.Time) (all []Fetch, err error) {
+	err = unary.Call(ctx, conn, serviceName, "Fetches", after.UTC().Format(time.RFC3339Nano), mostAnswer, &all)
+	return all, err
 }

@@ -127,6 +127,8 @@ func (fakeDaemon) Status(context.Context) (control.Status, error) {
 	}, nil
 }
 
+func (fakeDaemon) Fetches(context.Context, time.Time) ([]control.Fetch, error) { return nil, nil }
+
 func (d fakeDaemon) Prune(_ context.Context, what control.Prune) (control.Pruned, error) {
 	*d.pruned = what
 	return control.Pruned{Layers: 3, Bytes: 4_000_000}, nil

@@ -17,7 +17,7 @@ func completeArgs(g *globals, cmd *cobra.Command) {
 		if len(names) == 0 || len(args) >= len(names) && !strings.Contains(usage, "...") {
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
-		if !strings.Contains(names[min(len(args), len(names)-1)], "IMAGE") {
+		if name := names[min(len(args), len(names)-1)]; !strings.Contains(name, "IMAGE") && name != "SRC" {
 			return nil, cobra.ShellCompDirectiveDefault
 		}
 		return imageNames(cmd.Context(), g, toComplete), cobra.ShellCompDirectiveNoFileComp

@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 
@@ -83,7 +84,9 @@ func (k *inContainerd) addNamespace(ctx context.Context, client *containerd.Clie
 			continue // by another snapshotter, or not at all
 		}
 		if err != nil {
-			return fmt.Errorf("image %s: %w", image.Name, err)
+			// One that is damaged must not hide the others.
+			log.G(ctx).WithError(err).WithField("image", image.Name).Warn("cannot tell whether the image is lazy")
+			continue
 		}
 		k.images = append(k.images, knownImage{ns, image.Name, chainID})
 	}

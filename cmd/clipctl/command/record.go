@@ -3,7 +3,6 @@ package command
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -52,15 +51,7 @@ after --period, which ends the command too.`,
 		Example: `  clipctl record registry.example.com/team/app:1 --push --period 10s
   clipctl record registry.example.com/team/app:1 -o app.clip -- python3 -c 'import numpy'
   clipctl record registry.example.com/team/app:1 --from-daemon --push`,
-		Args: func(cmd *cobra.Command, args []string) error {
-			if n := cmd.ArgsLenAtDash(); n == 0 || n > 1 || n < 0 && len(args) != 1 {
-				return errors.New("name one IMAGE; the command to run comes after --")
-			}
-			if o.fromDaemon && len(args) > 1 {
-				return errors.New("--from-daemon runs no command")
-			}
-			return nil
-		},
+		Args: recordArgs(&o),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runRecord(cmd.Context(), g, args[0], args[1:], o, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},

@@ -38,7 +38,8 @@ func New() *cobra.Command {
 	f.StringVarP(&g.namespace, "namespace", "n", env("CONTAINERD_NAMESPACE", namespaces.Default), "containerd namespace [$CONTAINERD_NAMESPACE]")
 	f.StringVar(&g.clipAddress, "clip-address", env("CLIP_ADDRESS", "/run/containerd-clip-grpc/containerd-clip-grpc.sock"), "the snapshotter daemon's socket [$CLIP_ADDRESS]")
 	cmd.AddCommand(newIndexCommand(g), newExportCommand(g), newContentCommand(g), newLoadCommand(g), newPushCommand(g), newPullArchiveCommand(g),
-		newConvertCommand(g), newRecordCommand(g), newStatusCommand(g), newDoctorCommand(g), newPullCommand(g), newCacheCommand(g), newCheckCommand(g), newSetupCommand(g),
+		newConvertCommand(g), newRecordCommand(g), newTraceCommand(g), newStatusCommand(g), newDoctorCommand(g), newPullCommand(g), newCacheCommand(g), newCheckCommand(g),
+		newSetupCommand(g),
 		newInspectCommand(), newListCommand(), newCatCommand(), newMountCommand())
 	for _, sub := range cmd.Commands() {
 		completeArgs(g, sub)
