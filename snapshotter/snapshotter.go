@@ -68,6 +68,8 @@ type Options struct {
 	Mount root.Mode
 	// Referrers looks for archives in the image's registry.
 	Referrers bool
+	// Sources are other places to look for archives in. Close does not close them.
+	Sources []discover.Source
 	// Registry says how registries are reached.
 	Registry  remote.Options
 	CacheSize cache.Limit // how much disk fetched layers may take
@@ -155,7 +157,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	}
 	s.filler = fill.New(ctx, opts.Fill)
 	s.finder = discover.New(discover.Options{
-		Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher,
+		Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher, Sources: opts.Sources,
 		Receive: func() discover.Stream { return s.layers.Receive() },
 	})
 	if s.noLazy = s.probe(ctx, cmp.Or(opts.Mount, root.Auto)); s.noLazy != nil {

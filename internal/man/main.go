@@ -24,7 +24,7 @@ func write(dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	os.Clearenv() // some defaults come from it
+	os.Clearenv()            // some defaults come from it
 	epoch := time.Unix(0, 0) // the same sources make the same pages
 	for cmd, section := range map[*cobra.Command]string{clipctl.New(): "1", daemon.New(): "8"} {
 		cmd.InitDefaultCompletionCmd() // unless it wants none

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -33,6 +34,18 @@ type Options struct {
 	Referrers bool
 	// Fetcher returns a fetcher for the repository of an image reference.
 	Fetcher func(ctx context.Context, ref string) (remotes.Fetcher, error)
+	// Sources are other places that may have archives, in the order in which
+	// they are asked.
+	Sources []Source
+}
+
+// Source is a place that may have archives, such as a bucket.
+type Source interface {
+	// Open returns the .clip file of an image manifest that is pulled by ref,
+	// which may be empty. The error is errdefs.ErrNotFound if there is none.
+	Open(ctx context.Context, ref string, manifest digest.Digest) (io.ReadCloser, error)
+	// String names the place.
+	String() string
 }
 
 // Finder finds archives. It remembers for a while what it found, and that it
@@ -227,6 +240,16 @@ func (f *Finder) search(ctx context.Context, r *result, image Image) (*archive.A
 			return a, nil
 		}
 	}
+	for _, source := range f.opts.Sources {
+		a, failed := f.findIn(ctx, source, image)
+		if failed == nil {
+			return a, nil
+		}
+		if !errdefs.IsNotFound(failed) {
+			log.G(ctx).WithError(failed).WithField("image", image.Ref).Warn("a source of archives is passed over")
+		}
+		err = fmt.Errorf("%w; %w", err, failed)
+	}
 	if local.upstream != "" {
 		return f.adopt(ctx, r, image.Ref, image.Manifest, local.upstream)
 	}
@@ -234,6 +257,31 @@ func (f *Finder) search(ctx context.Context, r *result, image Image) (*archive.A
 		err = fmt.Errorf("%w; %w", local.unusable, err)
 	}
 	return nil, err
+}
+
+// findIn looks for the image's archive in a source.
+func (f *Finder) findIn(ctx context.Context, source Source, image Image) (*archive.Archive, error) {
+	ctx, cancel := context.WithTimeout(ctx, searchTimeout)
+	defer cancel()
+	rc, err := source.Open(ctx, image.Ref, image.Manifest)
+	if err != nil {
+		return nil, err
+	}
+	defer rc.Close()
+	tmp, err := f.nameless()
+	if err != nil {
+		return nil, err
+	}
+	size, err := copyBounded(tmp, 0, rc)
+	if err != nil {
+		tmp.Close()
+		return nil, fmt.Errorf("%s: %w", source, err)
+	}
+	a, err := openOf(tmp, size, image.Manifest, archive.Open)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", source, err)
+	}
+	return a, nil
 }
 
 // found are the paths of what is in Options.Dir for an image.

@@ -325,6 +325,56 @@ func TestLink(t *testing.T) {
 	}
 }
 
+// source is a place with one file, for all images, or with what an error says.
+type source struct {
+	name  string
+	err   error
+	file  []byte
+	asked *[]string
+}
+
+func (s source) Open(context.Context, string, digest.Digest) (io.ReadCloser, error) {
+	*s.asked = append(*s.asked, s.name)
+	return io.NopCloser(bytes.NewReader(s.file)), s.err
+}
+
+func (s source) String() string { return s.name }
+
+// TestSources asks other places when neither this node nor the registry has an archive, in their order, and passes over
+// what is no archive of the image.
+func TestSources(t *testing.T) {
+	s := startServer(t, true)
+	img, other := testImage(t, "one"), testImage(t, "two")
+	var asked []string
+	good := source{"good", nil, archiveOf(t, img), &asked}
+	f := s.finder(t)
+	f.opts.Sources = []Source{
+		source{"empty", errdefs.ErrNotFound, nil, &asked}, source{"down", errdefs.ErrUnavailable, nil, &asked}, source{"nonsense", nil, []byte("no archive"), &asked},
+		source{"other", nil, archiveOf(t, other), &asked}, good, source{"too late", nil, archiveOf(t, img), &asked},
+	}
+	ctx, logged := captureLog(t)
+	find(ctx, t, f, s.ref(), img)
+	require.Equal(t, []string{"empty", "down", "nonsense", "other", "good"}, asked)
+	require.Equal(t, 3, strings.Count(logged.String(), "passed over"))
+	require.NotContains(t, logged.String(), "empty")
+
+	f.opts.Sources = f.opts.Sources[:4]
+	f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	before := openArchives(t, f.opts.Dir)
+	_, _, err := f.Find(ctx, Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	for _, says := range []string{"the registry has no archive", "nonsense", "archive is of image " + other.Descriptor.Digest.String()} {
+		require.ErrorContains(t, err, says)
+	}
+	require.Equal(t, before, openArchives(t, f.opts.Dir))
+
+	asked = nil
+	f.opts.Sources = []Source{good}
+	img.WriteArchive(t, filepath.Join(f.opts.Dir, "a.clip"), s.ref())
+	f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	find(ctx, t, f, s.ref(), img)
+	require.Empty(t, asked, "what is here comes first")
+}
+
 func TestReferrersSwitchedOff(t *testing.T) {
 	s := startServer(t, true)
 	img := testImage(t, "one")

@@ -1,8 +1,11 @@
 package e2e
 
 import (
+	"fmt"
 	"net/http"
 	"os"
+	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -177,4 +180,69 @@ func TestConvert(t *testing.T) {
 	require.Error(t, err)
 	requireClear(t, result.Stderr, src, "linux/s390x")
 	require.Equal(t, after, w.manifest(w.builder, dst))
+}
+
+// TestBuckets keeps archives in a bucket of a real S3 server and in a directory. The snapshotter finds them there by the
+// same URL, under names made by the same template; the registry is asked for no archive.
+func TestBuckets(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, os.MkdirAll(w.lab.Path("home", ".aws"), 0o700))
+	credentials := fmt.Sprintf("[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n", harness.S3AccessKey, harness.S3SecretKey)
+	require.NoError(t, os.WriteFile(w.lab.Path("home", ".aws", "credentials"), []byte(credentials), 0o600))
+	s3, err := w.lab.StartS3(w.ctx)
+	require.NoError(t, err)
+	require.NoError(t, s3.MakeBucket("archives"))
+	options := "?region=" + harness.S3Region + "&use_path_style=true&endpoint=" + s3.Endpoint()
+	inS3 := "s3://archives/by-name/{{.Path}}/{{.Tag}}.clip" + options
+	inFiles := "file://" + w.lab.Path("archives")
+	require.NoError(t, w.daemon.Stop())
+	config := fmt.Sprintf("[discover]\nreferrers = false\nsources = [%q, %q]\n", inS3, inFiles)
+	require.NoError(t, os.WriteFile(w.daemon.Config, []byte(config), 0o600))
+	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+
+	for name, to := range map[string]string{images.SmallName: inS3, images.SiblingName: inFiles} {
+		w.registry.Reset()
+		for range 2 {
+			result, err := w.builder.Clipctl(w.ctx, "index", w.ref(name), "--to", to)
+			require.NoError(t, err)
+			require.Contains(t, result.Stdout, to)
+		}
+		require.Empty(t, w.registry.Requests())
+		require.Empty(t, w.pull(w.worker, lazy, w.ref(name)).Gets(w.layers(name)...), "%s", w.daemon.Log())
+		require.Equal(t, "hello\n", w.run(w.worker, lazy, w.ref(name), "echo", "hello"))
+	}
+	require.FileExists(t, filepath.Join(s3.Root, "archives/by-name/small/busybox/1.clip"))
+	stored, err := filepath.Glob(w.lab.Path("archives", "*"))
+	require.NoError(t, err)
+	require.Equal(t, []string{w.lab.Path("archives", strings.Replace(w.subject(w.ref(images.SiblingName), runtime.GOARCH).Digest.String(), ":", "-", 1)+".clip")}, stored)
+	for _, name := range []string{images.SmallName, images.SiblingName} {
+		w.removeImage(w.worker, w.ref(name))
+	}
+	require.Len(t, w.pull(w.worker, lazy, w.ref(images.BaseName)).Gets(w.layers(images.BaseName)...), len(w.layers(images.BaseName)), "it is in neither")
+	require.NotContains(t, w.daemon.Log(), "a source of archives is passed over")
+
+	// One object by its name; and what cannot be.
+	_, err = w.worker.Clipctl(w.ctx, "load", "s3://archives/by-name/small/busybox/1.clip"+options)
+	require.NoError(t, err)
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, w.ref(images.SmallName), "sh", "/app/run.sh"))
+	file := w.lab.Path("app.clip")
+	_, err = w.builder.Clipctl(w.ctx, "index", w.ref(images.SmallName), "-o", file)
+	require.NoError(t, err)
+	for _, c := range []struct{ args, says []string }{
+		{[]string{"load", "s3://none/a.clip" + options}, []string{"s3://none", "NoSuchBucket"}},
+		{[]string{"push", file, "--to", "ftp://host"}, []string{"ftp://host", "s3, gs, azblob and file"}},
+		{[]string{"load", "s3://archives/by-name/none.clip" + options}, []string{"none.clip"}},
+		{[]string{"load", inS3}, []string{"name one archive"}},
+	} {
+		result, err := w.worker.Clipctl(w.ctx, c.args...)
+		require.Error(t, err)
+		requireClear(t, result.Stderr, c.says...)
+	}
+	_, err = w.builder.Clipctl(w.ctx, "push", file, "--to", "s3://archives/pushed.clip"+options)
+	require.NoError(t, err)
+	want, err := os.ReadFile(file)
+	require.NoError(t, err)
+	got, err := os.ReadFile(filepath.Join(s3.Root, "archives/pushed.clip"))
+	require.NoError(t, err)
+	require.Equal(t, want, got)
 }

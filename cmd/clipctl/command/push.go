@@ -11,26 +11,35 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/plugin/bucket"
 	"github.com/beam-cloud/containerd-clip/plugin/publish"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 )
 
+// toFlag says what a flag --to is for.
+const toFlag = "bucket or directory to put the archive in: s3://, gs://, azblob:// or file:///, with a template of its name (see docs/operating.md)"
+
 func newPushCommand(g *globals) *cobra.Command {
-	return &cobra.Command{
+	var to string
+	cmd := &cobra.Command{
 		Use:   "push FILE|IMAGE",
-		Short: "Push an archive to the repository of its image",
+		Short: "Push an archive to the repository of its image, or to a bucket",
 		Long: `Push the archive in FILE to the repository that its storage reference names, or
 the archive that containerd's store has of IMAGE (see clipctl pull-archive) to the
-repository of that name. The image must be there, with all its layers.`,
-		Example: "  clipctl push app.clip",
-		Args:    cobra.ExactArgs(1),
+repository of that name. The image must be there, with all its layers. With --to
+the archive goes to a bucket or directory instead.`,
+		Example: `  clipctl push app.clip
+  clipctl push app.clip --to file:///srv/archives`,
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return runPush(cmd.Context(), g, args[0], cmd.OutOrStdout())
+			return runPush(cmd.Context(), g, args[0], to, cmd.OutOrStdout())
 		},
 	}
+	cmd.Flags().StringVar(&to, "to", "", toFlag)
+	return cmd
 }
 
-func runPush(ctx context.Context, g *globals, what string, stdout io.Writer) error {
+func runPush(ctx context.Context, g *globals, what, to string, stdout io.Writer) error {
 	path, ref, cleanup := what, "", func() {}
 	a, err := archive.OpenFile(what)
 	switch {
@@ -46,12 +55,36 @@ func runPush(ctx context.Context, g *globals, what string, stdout io.Writer) err
 		return err
 	}
 	defer cleanup()
+	if to != "" {
+		return putArchive(ctx, path, to, stdout)
+	}
 	id, n, err := publish.Push(ctx, path, ref)
 	if err != nil {
 		return err
 	}
 	fmt.Fprintf(stdout, "pushed %s\tfor %s\t%s\n", id, ref, size(n))
 	return nil
+}
+
+// putArchive stores an archive in the location to.
+func putArchive(ctx context.Context, path, to string, stdout io.Writer) error {
+	l, err := bucket.Parse(to)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	a, err := archive.OpenFile(path)
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	info := a.Info()
+	name, err := l.Put(ctx, path, info.StorageRef, info.Descriptor.Digest)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(stdout, "stored %s\tin %s\tfor %s\n", name, to, info.StorageRef)
+	return err
 }
 
 // isReference says whether an argument can be an image's name.

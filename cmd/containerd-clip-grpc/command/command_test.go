@@ -48,7 +48,7 @@ func run(t *testing.T, args ...string) (string, error) {
 func TestDefaultConfigRoundTrip(t *testing.T) {
 	out, err := run(t, "config", "default")
 	require.NoError(t, err)
-	for _, key := range []string{"root", "address", "log_level", "log_format", "referrers", "config_path", "give_up", "mode", "prefetch", "max_size", "delay", "rate", "workers"} {
+	for _, key := range []string{"root", "address", "log_level", "log_format", "referrers", "sources", "config_path", "give_up", "mode", "prefetch", "max_size", "delay", "rate", "workers"} {
 		require.Contains(t, out, key+" = ")
 	}
 	got, err := LoadConfig(writeFile(t, out))
@@ -124,6 +124,9 @@ func TestValidate(t *testing.T) {
 		"a host's name":    {func(c *Config) { c.Metrics.Address = "localhost:9254" }, "metrics.address"},
 		"public profiles":  {func(c *Config) { c.Debug.Address = "127.0.0.1:9255" }, "debug.address"},
 		"log format":       {func(c *Config) { c.LogFormat = "xml" }, "log_format"},
+		"sources":          {func(c *Config) { c.Discover.Sources = []string{"s3://b/{{.Path}}/{{.Manifest}}.clip", "file:///a"} }, ""},
+		"bad source":       {func(c *Config) { c.Discover.Sources = []string{"ftp://host/a"} }, "ftp"},
+		"bad template":     {func(c *Config) { c.Discover.Sources = []string{"s3://b/{{.Size}}.clip"} }, "Size"},
 		"fill off":         {func(c *Config) { c.Fill.Mode = "off" }, ""},
 		"fill mode":        {func(c *Config) { c.Fill.Mode = "maybe" }, "maybe"},
 		"fill delay":       {func(c *Config) { c.Fill.Delay = -1 }, "negative"},

@@ -14,6 +14,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 	"github.com/spf13/cobra"
 
+	"github.com/beam-cloud/containerd-clip/plugin/bucket"
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
@@ -55,7 +56,8 @@ type DebugConfig struct {
 
 // DiscoverConfig says where archives are looked for.
 type DiscoverConfig struct {
-	Referrers bool `toml:"referrers" comment:"ask the image's registry for archives that refer to it"`
+	Referrers bool     `toml:"referrers" comment:"ask the image's registry for archives that refer to it"`
+	Sources   []string `toml:"sources" comment:"buckets and directories with archives: s3://bucket/{{.Path}}/{{.Manifest}}.clip?region=..., gs://, azblob://, file:///; see docs/operating.md"`
 }
 
 // RegistryConfig says how registries are reached.
@@ -131,7 +133,7 @@ func DefaultConfig() Config {
 		Root:     "/var/lib/containerd-clip-grpc",
 		Address:  "/run/containerd-clip-grpc/containerd-clip-grpc.sock",
 		LogLevel: "info", LogFormat: string(log.TextFormat),
-		Discover: DiscoverConfig{Referrers: true},
+		Discover: DiscoverConfig{Referrers: true, Sources: []string{}},
 		Registry: RegistryConfig{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, GiveUp: Duration(55 * time.Second)},
 		Mount:    MountConfig{Mode: string(root.Auto)},
 		Cache:    CacheConfig{MaxSize: cache.Limit{Percent: cache.DefaultPercent}},
@@ -193,7 +195,22 @@ func (c Config) Validate() error {
 	if err := c.Fill.validate(); err != nil {
 		return err
 	}
+	if _, err := c.Discover.locations(); err != nil {
+		return fmt.Errorf("discover.sources: %w", err)
+	}
 	return c.validateWatch()
+}
+
+// locations are the sources.
+func (c DiscoverConfig) locations() (found []*bucket.Location, err error) {
+	for _, text := range c.Sources {
+		l, err := bucket.Parse(text)
+		if err != nil {
+			return nil, err
+		}
+		found = append(found, l)
+	}
+	return found, nil
 }
 
 func (c FillConfig) validate() error {

@@ -137,6 +137,14 @@ func serve(ctx context.Context, c Config) (err error) {
 	options := c.options()
 	keys := openKeychain(ctx, c.Address)
 	options.Registry.Logins = keys.Logins
+	locations, err := c.Discover.locations()
+	if err != nil {
+		return err
+	}
+	for _, l := range locations {
+		defer l.Close() // it was only read from
+		options.Sources = append(options.Sources, l)
+	}
 	options.Keeper, options.Helper = kept, root.Helper{program, helperCommand}
 	// The registries of an image must not be able to make containers wait for
 	// the daemon's end: requests are cut off, not drained.
