@@ -153,6 +153,11 @@ func serve(ctx context.Context, c Config) (err error) {
 		return fmt.Errorf("opening the snapshotter in %s: %w", c.Root, err)
 	}
 	defer func() { err = errors.Join(err, sn.Close()) }()
+	unobserved, err := c.observe(ctx, c.gatherers(sn.Collectors()))
+	if err != nil {
+		return err
+	}
+	defer unobserved()
 	l, err := listen(c.Address)
 	if err != nil {
 		return err
@@ -162,11 +167,6 @@ func serve(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer release()
-	unobserved, err := c.observe(ctx, c.gatherers(sn.Collectors()))
-	if err != nil {
-		return err
-	}
-	defer unobserved()
 	stopped := context.AfterFunc(ctx, server.Stop)
 	defer stopped()
 	if len(c.Watch.Rules) > 0 {
