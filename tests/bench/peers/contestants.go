@@ -24,11 +24,14 @@ import (
 type contestant struct {
 	name              string
 	open              func(context.Context) (*testbed.Site, error)
-	whole, one, forty string // references; no one and forty, no pulls of them
+	whole, one, forty string // references; no one and forty, no pulls of them, see complete
 	works             []testbed.Work
 
 	results map[testbed.Link]*results
 }
+
+// complete says whether a contestant does everything, and not just the works of knowing.
+func (who *contestant) complete() bool { return who.forty != "" }
 
 // results are what a contestant did on a link, round by round.
 type results struct {

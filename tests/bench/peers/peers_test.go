@@ -15,7 +15,7 @@ import (
 func contestOf(rounds int, took map[string][]float64, names ...string) *contest {
 	c := &contest{World: &testbed.World{Rounds: rounds}, only: regexp.MustCompile("")}
 	for _, name := range names {
-		c.add(contestant{name: name, one: "one"})
+		c.add(contestant{name: name, forty: "forty"})
 		who := c.contestants[len(c.contestants)-1]
 		for _, l := range links {
 			r := who.results[l]

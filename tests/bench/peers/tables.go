@@ -18,7 +18,7 @@ func (c *contest) tables(note string) []report.Table {
 
 // full are the contestants that do everything; ours is the first of them.
 func (c *contest) full() []*contestant {
-	return slices.DeleteFunc(slices.Clone(c.contestants), func(who *contestant) bool { return who.one == "" })
+	return slices.DeleteFunc(slices.Clone(c.contestants), func(who *contestant) bool { return !who.complete() })
 }
 
 // row is one of a comparison: what it is called, and what a contestant's results have of it.
