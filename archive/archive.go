@@ -13,7 +13,10 @@
 // indexes against the manifest. Whether the manifest is the right one is for
 // the caller to decide, by its digest.
 //
-// The package does not fetch and does not mount.
+// The package does not fetch and does not mount: archive/layer reads files
+// through a function that fetches ranges, archive/tree merges layers, and
+// snapshotter/contents does all of it, lists, reads and mounts, without
+// containerd.
 package archive
 
 import (
@@ -36,6 +39,12 @@ const (
 	ArtifactType = "application/vnd.beam.clip.index.v2"
 	MediaType    = "application/vnd.beam.clip.archive.v2+zstd"
 )
+
+// AnnotationLink is an annotation of the layers in an image's manifest: the
+// digest of the artifact that holds the image's archive. "clipctl convert"
+// writes it. containerd's unpacker hands annotations with this prefix on, as
+// labels of the snapshot that it prepares for the layer.
+const AnnotationLink = "containerd.io/snapshot/clip.archive"
 
 // Image is what an archive is made from.
 type Image struct {

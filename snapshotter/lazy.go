@@ -22,7 +22,6 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/tree"
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
-	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
 )
 
 // chain is what is kept of a lazy snapshot, in snapshots/<id>/chain.
@@ -41,25 +40,24 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, targe
 	if _, err := s.Stat(ctx, name); err == nil {
 		return nil // from another namespace, or an earlier pull
 	}
-	a, release, err := s.finder.Find(ctx, target.Ref, target.Manifest)
+	a, release, err := s.finder.Find(ctx, target.Image)
 	if err != nil {
 		return err
 	}
 	defer release()
-	top, err := position(a, target.ChainID)
+	top, err := position(a, target)
 	if err != nil {
 		return err
 	}
-	indexes, err := s.checkMerge(a)
-	if err != nil {
+	if err := s.checkMerge(a); err != nil {
 		return err
 	}
 	s.gate.RLock()
 	defer s.gate.RUnlock()
-	if err := s.addLayers(a, indexes, top, target.Ref); err != nil {
+	if err := s.addLayers(a, top, target.Image.Ref); err != nil {
 		return err
 	}
-	c := chain{ChainID: target.ChainID, Layers: a.DiffIDs()[:top+1], Image: target.Ref}
+	c := chain{ChainID: target.ChainID, Layers: a.DiffIDs()[:top+1], Image: target.Image.Ref}
 	id, err := s.commitLazy(ctx, key, name, parent, c, labels)
 	if errdefs.IsAlreadyExists(err) {
 		return nil // another pull was quicker
@@ -67,10 +65,10 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, targe
 	if err != nil {
 		return err
 	}
-	log.G(ctx).WithField("image", target.Ref).WithField("chainID", target.ChainID).Info("reading the layer lazily")
+	log.G(ctx).WithField("image", target.Image.Ref).WithField("chainID", target.ChainID).Info("reading the layer lazily")
 	if top == len(a.DiffIDs())-1 {
-		s.finder.Forget(target.Manifest) // nothing more will be asked of it
-		s.fetchList(ctx, a, target.Ref)
+		s.finder.Forget(target.Image) // nothing more will be asked of it
+		s.fetchList(ctx, a, target.Image.Ref)
 		s.buildAhead(ctx, id, c)
 		s.fill(ctx, c)
 	}
@@ -91,9 +89,6 @@ func (s *Snapshotter) fill(ctx context.Context, c chain) {
 	s.filler.Add(layers...)
 }
 
-// FillState says how much of each lazy layer is on disk.
-func (s *Snapshotter) FillState() []fill.State { return s.filler.State() }
-
 // lazyName is the name of a lazy snapshot. Containerd finds it by the label
 // containerd.io/snapshot.ref and the parent, and the same chain may stand on
 // different parents: lazy or ordinary ones.
@@ -104,68 +99,74 @@ func lazyName(chainID digest.Digest, parent string) string {
 	return fmt.Sprintf("lazy %s on %s", chainID, digest.FromString(parent).Encoded()[:16])
 }
 
-// position returns which layer of the archive's image has the chain ID, if
-// that and all below it can be read lazily.
-func position(a *archive.Archive, chainID digest.Digest) (int, error) {
+// position returns which layer of the archive's image the target is, if that
+// and all below it can be read lazily.
+func position(a *archive.Archive, target discover.Target) (int, error) {
+	m, _ := a.Manifest()
 	for i, id := range a.ChainIDs() {
 		if reason := a.NotLazy(i); reason != "" {
 			return 0, fmt.Errorf("layer %d cannot be read lazily: %s", i+1, reason)
 		}
-		if id == chainID {
-			return i, nil
+		if id != target.ChainID {
+			continue
 		}
+		// The same content in another compression is another blob.
+		if got := m.Layers[i].Digest; target.Layer != "" && got != target.Layer {
+			return 0, fmt.Errorf("the archive is of another image: its layer %d is %s, not %s: %w", i+1, got, target.Layer, errdefs.ErrInvalidArgument)
+		}
+		return i, nil
 	}
-	return 0, fmt.Errorf("the archive is of another image: it has no chain %s: %w", chainID, errdefs.ErrInvalidArgument)
+	return 0, fmt.Errorf("the archive is of another image: it has no chain %s: %w", target.ChainID, errdefs.ErrInvalidArgument)
 }
 
 // checkMerge makes sure, once per image, that its layers make a root: an image
 // that containerd would refuse must be refused before any of it is committed.
-// It returns the layers' indexes if it had to read them.
-func (s *Snapshotter) checkMerge(a *archive.Archive) ([]*layer.Index, error) {
+func (s *Snapshotter) checkMerge(a *archive.Archive) error {
 	const most = 256
 	image := a.Info().Descriptor.Digest
 	s.mergedMu.Lock()
 	defer s.mergedMu.Unlock()
 	if err, ok := s.merged[image]; ok {
-		return nil, err
+		return err
 	}
 	if len(s.merged) >= most {
 		clear(s.merged)
 	}
-	layers, err := lazyLayers(a)
-	if err != nil {
-		return nil, err
-	}
-	_, err = tree.Merge(layers)
+	err := merge(a)
 	if err == nil || errors.Is(err, tree.ErrInvalid) || errors.Is(err, tree.ErrUnsupported) {
 		s.merged[image] = err // what else went wrong may go right the next time
 	}
-	return layers, err
+	return err
 }
 
-// lazyLayers reads the indexes of the layers below the first that cannot be
-// read lazily.
-func lazyLayers(a *archive.Archive) ([]*layer.Index, error) {
-	var layers []*layer.Index
+func merge(a *archive.Archive) error {
+	var (
+		layers []*layer.Index
+		total  tree.Total
+	)
 	for i := range a.DiffIDs() {
 		if a.NotLazy(i) != "" {
 			break
 		}
 		x, err := a.Layer(i)
-		if err != nil {
-			return nil, err
+		if err == nil {
+			err = total.Add(x)
 		}
+		if err != nil {
+			return err
+		}
+		x.Spans, x.Points = nil, nil // a hostile image has many, and nothing here needs them
 		layers = append(layers, x)
 	}
-	return layers, nil
+	_, err := tree.Merge(layers)
+	return err
 }
 
 // addLayers makes sure that the layers up to top are in the store, to be
 // fetched from ref's repository as well. If they are not, it adds all that the
 // image has: the others are asked for next, and the disk takes many at once in
-// little more time than one. indexes are what checkMerge returned. The caller
-// holds gate.
-func (s *Snapshotter) addLayers(a *archive.Archive, indexes []*layer.Index, top int, ref string) error {
+// little more time than one. The caller holds gate.
+func (s *Snapshotter) addLayers(a *archive.Archive, top int, ref string) error {
 	if ref == "" {
 		ref = a.Info().StorageRef
 	}
@@ -178,13 +179,29 @@ func (s *Snapshotter) addLayers(a *archive.Archive, indexes []*layer.Index, top 
 	if !missing {
 		return nil
 	}
-	if indexes == nil {
-		var err error
-		if indexes, err = lazyLayers(a); err != nil {
+	const most = 64 << 20 // bytes of indexes in memory, or one layer's
+	var (
+		batch []*layer.Index
+		held  int
+	)
+	for i := range a.DiffIDs() {
+		if a.NotLazy(i) != "" {
+			break
+		}
+		x, err := a.Layer(i)
+		if err != nil {
 			return err
 		}
+		size := x.MemorySize()
+		if held+size > most {
+			if err := s.layers.Add(ref, batch...); err != nil {
+				return err
+			}
+			batch, held = nil, 0
+		}
+		batch, held = append(batch, x), held+size
 	}
-	return s.layers.Add(ref, indexes...)
+	return s.layers.Add(ref, batch...)
 }
 
 // commitLazy records the lazy snapshot and returns its id. The caller holds gate.

@@ -25,8 +25,9 @@ type roots struct {
 
 // rootState is one root; its lock serialises building, mounting and removing.
 type rootState struct {
-	mu      sync.Mutex // guards mounted and the root's directory
+	mu      sync.Mutex // guards the fields below and the root's directory
 	mounted bool
+	mode    root.Mode // while it is mounted
 }
 
 func newRoots() roots { return roots{mu: &sync.Mutex{}, byID: map[string]*rootState{}} }
@@ -84,7 +85,7 @@ func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (string
 	if err := r.Mount(ctx, s.can.Mode); err != nil {
 		return "", fmt.Errorf("root of image %s: %w", c.Image, err)
 	}
-	st.mounted = true
+	st.mounted, st.mode = true, s.can.Mode
 	s.mounted.add(id, c.Layers)
 	return r.Path(), nil
 }

@@ -150,7 +150,7 @@ func (o *ownRoots) closeAll() {
 // record returns the recording of a new root of c and the files that are its
 // devices. The caller closes the files.
 func (s *Snapshotter) record(ctx context.Context, c chain) (rec *record.Recording, files *layerfs.FS, layers []root.Layer, err error) {
-	if files, err = layerfs.NewExact(ctx); err != nil {
+	if files, err = layerfs.NewExact(ctx, s.session); err != nil {
 		return nil, nil, nil, err
 	}
 	rec = record.New(record.Document{Image: c.Image, ChainID: c.ChainID, Layers: c.Layers})
@@ -176,7 +176,7 @@ func (s *Snapshotter) mountOwn(ctx context.Context, id string, own *ownRoot, c c
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	r := s.root(id, c)
-	r.Exact, r.Session = true, nil // what is recorded ends with the process
+	r.Exact = true
 	if st.mounted {
 		return r.Path(), nil
 	}
@@ -191,7 +191,7 @@ func (s *Snapshotter) mountOwn(ctx context.Context, id string, own *ownRoot, c c
 	if err := r.Mount(ctx, s.can.Mode); err != nil {
 		return "", fmt.Errorf("root of image %s: %w", c.Image, errors.Join(err, files.Close()))
 	}
-	st.mounted = true
+	st.mounted, st.mode = true, s.can.Mode
 	s.mounted.add(id, c.Layers)
 	s.own.mu.Lock()
 	own.rec, own.files = rec, files

@@ -39,6 +39,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -47,6 +48,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
@@ -66,6 +68,8 @@ type Options struct {
 	Mount root.Mode
 	// Referrers looks for archives in the image's registry.
 	Referrers bool
+	// Sources are other places to look for archives in. Close does not close them.
+	Sources []discover.Source
 	// Registry says how registries are reached.
 	Registry  remote.Options
 	CacheSize cache.Limit // how much disk fetched layers may take
@@ -86,14 +90,15 @@ type Snapshotter struct {
 	meta     *storage.MetaStore
 	layers   *cache.Store
 	filler   *fill.Filler
-	files    *layerfs.FS       // nil if not even that can be mounted
-	session  *fuseconn.Session // nil if nothing outlives the process
+	files    *layerfs.FS // nil if not even that can be mounted
+	session  *fuseconn.Session
 	helper   root.Helper
 	can      root.Ability
 	finder   *discover.Finder
 	recorder *record.Recorder
 	noLazy   error // why this machine cannot mount lazy roots
-	prefetch bool  // Options.Prefetch
+	started  time.Time
+	prefetch bool // Options.Prefetch
 	roots    roots
 	own      ownRoots
 
@@ -103,6 +108,8 @@ type Snapshotter struct {
 	refs refs
 
 	mounted refs // the lazy snapshots whose roots are mounted, and their layers
+
+	prepared *prometheus.CounterVec
 
 	mergedMu sync.Mutex // guards merged
 	merged   map[digest.Digest]error
@@ -115,7 +122,7 @@ type Snapshotter struct {
 // New opens the snapshotter in opts.Root and removes what an earlier process
 // left half-done. It needs neither network nor containerd.
 func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
-	s := &Snapshotter{dir: opts.Root, helper: opts.Helper, prefetch: opts.Prefetch, roots: newRoots(), merged: map[digest.Digest]error{}}
+	s := &Snapshotter{started: time.Now(), dir: opts.Root, helper: opts.Helper, prefetch: opts.Prefetch, roots: newRoots(), merged: map[digest.Digest]error{}}
 	for _, sub := range []string{"snapshots", "roots", "archives"} {
 		if err := os.MkdirAll(filepath.Join(s.dir, sub), 0o700); err != nil {
 			return nil, err
@@ -125,9 +132,8 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if err := os.Chmod(s.dir, 0o700); err != nil {
 		return nil, err
 	}
-	if opts.Keeper != nil {
-		s.session = fuseconn.NewSession(opts.Keeper)
-	}
+	s.prepared = newPrepared()
+	s.session = fuseconn.NewSession(opts.Keeper)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
@@ -150,7 +156,10 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 		return nil, err
 	}
 	s.filler = fill.New(ctx, opts.Fill)
-	s.finder = discover.New(discover.Options{Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher})
+	s.finder = discover.New(discover.Options{
+		Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher, Sources: opts.Sources,
+		Receive: func() discover.Stream { return s.layers.Receive() },
+	})
 	if s.noLazy = s.probe(ctx, cmp.Or(opts.Mount, root.Auto)); s.noLazy != nil {
 		log.G(ctx).WithError(s.noLazy).Warn("this machine cannot mount lazy roots; all images are unpacked")
 	}
@@ -173,13 +182,21 @@ func (s *Snapshotter) restore(ctx context.Context) error {
 		return err
 	}
 	s.background.Go(func() {
-		s.gate.RLock()
-		defer s.gate.RUnlock()
-		for _, c := range chains {
-			s.fill(ctx, c)
+		s.fillAll(ctx, chains)
+		if err := s.finder.Sweep(ctx); err != nil {
+			log.G(ctx).WithError(err).Warn("cannot look for archives")
 		}
 	})
 	return nil
+}
+
+// fillAll has the layers of chains fetched in the background.
+func (s *Snapshotter) fillAll(ctx context.Context, chains map[string]chain) {
+	s.gate.RLock()
+	defer s.gate.RUnlock()
+	for _, c := range chains {
+		s.fill(ctx, c)
+	}
 }
 
 // Close ends the snapshotter. With Options.Keeper, roots that a snapshot of a
@@ -213,6 +230,11 @@ func (s *Snapshotter) close() error {
 	}
 	return errors.Join(errs...)
 }
+
+// InFlight returns how many requests of the kernel are being answered now, and
+// the age of the oldest. A request that is older than fuseconn.AnswerTimeout is
+// stuck; its reader has an error.
+func (s *Snapshotter) InFlight() (n int, oldest time.Duration) { return s.session.InFlight() }
 
 // Stat implements snapshots.Snapshotter.
 func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info, err error) {
@@ -320,12 +342,14 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 		err = s.prepareLazy(ctx, key, parent, target, info.Labels)
 	}
 	if err == nil {
+		s.prepared.WithLabelValues(asLazy).Inc()
 		return nil, fmt.Errorf("layer %s is read lazily: %w", target.ChainID, errdefs.ErrAlreadyExists)
 	}
 	if ctx.Err() != nil {
 		return nil, err
 	}
-	log.G(ctx).WithField("image", target.Ref).WithField("chainID", target.ChainID).
+	s.prepared.WithLabelValues(asOrdinary).Inc()
+	log.G(ctx).WithField("image", target.Image.Ref).WithField("chainID", target.ChainID).
 		Infof("unpacking the layer instead of reading it lazily: %v", err)
 	return s.create(ctx, snapshots.KindActive, key, parent, append(opts, snapshots.WithLabels(map[string]string{
 		discover.LabelNotLazy: shorten(err.Error()),

@@ -257,10 +257,10 @@ func TestCompleteLayersAreDevices(t *testing.T) {
 	t.Cleanup(func() { require.NoError(t, sn.Close()) })
 	top := pull(t, sn, img, ref)
 	requireComplete(t, sn, img)
-	for _, state := range sn.FillState() {
+	for _, state := range sn.filler.State() {
 		require.Equal(t, state.Total, state.Done)
 	}
-	require.Len(t, sn.FillState(), 2)
+	require.Len(t, sn.filler.State(), 2)
 	away()
 	mounts, err := sn.Prepare(t.Context(), "container", top)
 	require.NoError(t, err)
@@ -273,7 +273,7 @@ func TestCompleteLayersAreDevices(t *testing.T) {
 	requireRead(t, mounts)
 	require.NoError(t, sn.Remove(t.Context(), "container"))
 	require.NoError(t, sn.Remove(t.Context(), top))
-	require.Len(t, sn.FillState(), 1)
+	require.Len(t, sn.filler.State(), 1)
 }
 
 // TestUsage adds up to what is on disk, whoever shares it.

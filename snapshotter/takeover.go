@@ -28,7 +28,7 @@ type found struct {
 	id     string
 	chain  chain
 	root   root.Root // with its layers
-	erofs  bool      // else it is of mode FUSE
+	mode   root.Mode
 	target string
 }
 
@@ -60,6 +60,17 @@ func (s *Snapshotter) takeOver(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// modeOf returns the mode in which a mount is a root.
+func modeOf(m *mountinfo.Info) root.Mode {
+	switch {
+	case m.FSType != erofsType:
+		return root.FUSE
+	case strings.HasPrefix(m.Source, "/dev/"):
+		return root.Loop
+	}
+	return root.File
+}
+
 // foundRoots lists what is mounted below roots, in the order of mounting.
 func (s *Snapshotter) foundRoots(ctx context.Context) ([]found, error) {
 	dir, err := filepath.EvalSymlinks(filepath.Join(s.dir, "roots"))
@@ -77,7 +88,7 @@ func (s *Snapshotter) foundRoots(ctx context.Context) ([]found, error) {
 			continue
 		}
 		id, _, _ := strings.Cut(below, "/")
-		f := found{id: id, erofs: m.FSType == erofsType, target: m.Mountpoint}
+		f := found{id: id, mode: modeOf(m), target: m.Mountpoint}
 		if f.chain, err = s.chain(id); err == nil {
 			f.root = s.root(id, f.chain)
 		} else if !errdefs.IsNotFound(err) {
@@ -115,9 +126,9 @@ func (s *Snapshotter) adopt(ctx context.Context, f found) error {
 	switch {
 	case len(f.chain.Layers) == 0:
 		return errors.New("it belongs to no snapshot")
-	case f.erofs && s.files == nil:
+	case f.mode != root.FUSE && s.files == nil:
 		return errors.New("nobody kept the connection to its layers")
-	case !f.erofs:
+	case f.mode == root.FUSE:
 		if len(f.root.Layers) != len(f.chain.Layers) {
 			return errors.New("a layer is missing")
 		}
@@ -125,7 +136,8 @@ func (s *Snapshotter) adopt(ctx context.Context, f found) error {
 			return err
 		}
 	}
-	s.roots.get(f.id).mounted = true // nobody else knows the root yet
+	st := s.roots.get(f.id) // nobody else knows the root yet
+	st.mounted, st.mode = true, f.mode
 	s.mounted.add(f.id, f.chain.Layers)
 	return nil
 }
@@ -139,7 +151,7 @@ func (s *Snapshotter) leaveRoots() error {
 	)
 	// Not before: who mounts holds a root's lock and waits for an answer.
 	defer s.session.HandOver()
-	if s.session != nil {
+	if s.session.Outlives() {
 		var err error
 		if used, err = s.usedRoots(); err != nil {
 			return fmt.Errorf("finding out which roots are in use; all of them stay: %w", err)

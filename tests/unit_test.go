@@ -28,6 +28,7 @@ func TestUnit(t *testing.T) {
 		"Service.Type":                        "notify",
 		"Service.NotifyAccess":                "main", // the store takes descriptors from the daemon
 		"Service.KillMode":                    "process",
+		"Service.WatchdogSec":                 "1min",
 		"Service.Restart":                     "always",
 		"Unit.StartLimitIntervalSec":          "0",
 		"Unit.Before":                         "containerd.service",

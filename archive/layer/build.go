@@ -37,6 +37,10 @@ type Options struct {
 	// Progress, if set, is called with the number of compressed bytes read
 	// since the last call. Calls come from one goroutine.
 	Progress func(n int64)
+	// Out, if set, is given the uncompressed stream, front to back, in one
+	// goroutine; its error ends Build. What it has is only worth something
+	// when Build has returned without one.
+	Out io.Writer
 }
 
 // Normalize returns o with its defaults filled in, or what is wrong with it.
@@ -111,8 +115,14 @@ func (b *builder) run(ctx context.Context, blob io.Reader, desc ocispec.Descript
 		toTar    = make(chan *chunk, outChunks)
 		compress = &chunkReader{ctx: gctx, ch: source}
 	)
+	to := []chan *chunk{toHash, toTar}
+	if b.opts.Out != nil {
+		toOut := make(chan *chunk, outChunks)
+		to = append(to, toOut)
+		g.Go(func() error { return b.copyOut(&chunkReader{ctx: gctx, ch: toOut}) })
+	}
 	g.Go(func() error { return b.readBlob(gctx, blob, desc, source) })
-	g.Go(func() error { return b.inflate(gctx, compress, toHash, toTar) })
+	g.Go(func() error { return b.inflate(gctx, compress, to...) })
 	g.Go(func() error { return b.hash(gctx, toHash) })
 	g.Go(func() error { return b.readTar(&chunkReader{ctx: gctx, ch: toTar}) })
 	return g.Wait()
@@ -254,6 +264,20 @@ func (b *builder) addPoint(p inflate.Point) error {
 	}
 	b.idx.Points = append(b.idx.Points, q)
 	return nil
+}
+
+// copyOut gives the stream to Options.Out.
+func (b *builder) copyOut(from *chunkReader) error {
+	for {
+		if err := from.fill(); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		if _, err := b.opts.Out.Write(from.next(len(from.cur.data))); err != nil {
+			return fmt.Errorf("writing the uncompressed stream: %w", err)
+		}
+	}
 }
 
 // hash computes the diff ID and the chaining value after each span.

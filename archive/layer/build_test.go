@@ -39,6 +39,28 @@ func TestBuild(t *testing.T) {
 	}
 }
 
+// What is given to Out is the uncompressed stream, and its error ends Build.
+func TestBuildOut(t *testing.T) {
+	for _, s := range streams(t) {
+		for name, blob := range blobs(t, s.data) {
+			t.Run(s.name+"/"+name, func(t *testing.T) {
+				var out bytes.Buffer
+				_, err := build(t, blob, layer.Options{Out: &out})
+				require.NoError(t, err)
+				require.True(t, bytes.Equal(s.data, out.Bytes()))
+			})
+		}
+	}
+	noLeak(t)
+	full := errors.New("full")
+	_, err := build(t, testimage.Gzip(t, 6, mixed(t)), layer.Options{Out: failing{full}})
+	require.ErrorIs(t, err, full)
+}
+
+type failing struct{ err error }
+
+func (f failing) Write([]byte) (int, error) { return 0, f.err }
+
 // compression is what a blob of blobs is compressed with.
 func compression(name string) layer.Compression {
 	switch {

@@ -62,6 +62,31 @@ type Index struct {
 	Entries  []Entry // in tar order, whiteouts included
 }
 
+// About what one takes in memory, in bytes, without what it refers to.
+const (
+	spanMemory   = 40
+	pointMemory  = 72
+	entryMemory  = 152
+	extentMemory = 24
+	xattrMemory  = 32
+)
+
+// MemorySize returns about how many bytes the index takes in memory.
+func (x *Index) MemorySize() int {
+	n := spanMemory*len(x.Spans) + pointMemory*len(x.Points) + entryMemory*len(x.Entries)
+	for i := range x.Points {
+		n += len(x.Points[i].State) + len(x.Points[i].Window)
+	}
+	for i := range x.Entries {
+		e := &x.Entries[i]
+		n += len(e.Name) + len(e.Link) + extentMemory*len(e.Extents)
+		for _, attr := range e.Xattrs {
+			n += xattrMemory + len(attr.Name) + len(attr.Value)
+		}
+	}
+	return n
+}
+
 // Point is a seek point whose window is kept compressed, since an index may
 // hold thousands of them. SeekPoint expands one.
 type Point struct {

@@ -217,3 +217,29 @@ func TestBounds(t *testing.T) {
 		})
 	}
 }
+
+// TestTotal has layers that each are all right and together are too much.
+func TestTotal(t *testing.T) {
+	entries := make([]layer.Entry, 1<<16)
+	for i := range entries {
+		entries[i] = layer.Entry{Name: fmt.Sprint(i), Type: layer.TypeReg, Mode: 0o644}
+	}
+	full := slices.Repeat([]*layer.Index{{Entries: entries}}, tree.MaxEntries>>16)
+	var total tree.Total
+	for _, l := range full {
+		if err := total.Add(l); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for what, layers := range map[string][]*layer.Index{
+		"entries in all layers": append(full[:len(full):len(full)], &layer.Index{Entries: entries[:1]}),
+		"512 layers":            slices.Repeat([]*layer.Index{{}}, tree.MaxLayers+1),
+	} {
+		if _, err := tree.Merge(layers); !errors.Is(err, tree.ErrUnsupported) || !strings.Contains(err.Error(), what) {
+			t.Errorf("%s: got %v, want ErrUnsupported", what, err)
+		}
+	}
+	if _, err := tree.Merge(slices.Repeat([]*layer.Index{{}}, tree.MaxLayers)); err != nil {
+		t.Error(err)
+	}
+}

@@ -15,8 +15,9 @@ import (
 var ErrInvalid = errors.New("invalid layer")
 
 // ErrUnsupported is wrapped when containerd might accept the layers but Merge
-// cannot: resolving their paths takes more work than any real image needs,
-// sparse files more pieces, or the xattrs of a file more space.
+// cannot: they are too many or have too many entries, resolving their paths
+// takes more work than any real image needs, sparse files more pieces, or the
+// xattrs of a file more space.
 var ErrUnsupported = errors.New("unsupported layer")
 
 // Merge stacks layers, the bottom one first, and returns the root directory.
@@ -25,8 +26,11 @@ var ErrUnsupported = errors.New("unsupported layer")
 // An empty stack gives an empty root.
 func Merge(layers []*layer.Index) (*Node, error) {
 	work := &budget{left: baseSteps}
-	chunks := int64(0)
+	chunks, total := int64(0), Total{}
 	for _, l := range layers {
+		if err := total.Add(l); err != nil {
+			return nil, err
+		}
 		work.left += stepsPerEntry * len(l.Entries)
 		chunks += sparseChunks(l.Entries)
 	}
@@ -45,6 +49,30 @@ func Merge(layers []*layer.Index) (*Node, error) {
 		uppers = append(uppers, newUpper(0, nil, work))
 	}
 	return stack(uppers)
+}
+
+// What an image may have in all. Docker's limit is 127 layers; images of a
+// million files exist.
+const (
+	MaxLayers  = 512
+	MaxEntries = layer.DefaultMaxEntries
+)
+
+// Total adds up what the layers of an image have, so that whoever loads one
+// after the other knows early that they are too much. The zero value is ready.
+type Total struct{ layers, entries int }
+
+// Add counts a layer. The error wraps ErrUnsupported.
+func (t *Total) Add(l *layer.Index) error {
+	t.layers++
+	t.entries += len(l.Entries)
+	switch {
+	case t.layers > MaxLayers:
+		return fmt.Errorf("%w: more than %d layers", ErrUnsupported, MaxLayers)
+	case t.entries > MaxEntries:
+		return fmt.Errorf("%w: more than %d entries in all layers together", ErrUnsupported, MaxEntries)
+	}
+	return nil
 }
 
 // maxChunks bounds the pieces of all sparse files: 64 GiB if their data is

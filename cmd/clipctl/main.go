@@ -1,9 +1,8 @@
-// Command clipctl makes, publishes and shows archives.
+// Command clipctl makes, publishes and shows archives, and looks after the snapshotter.
 package main
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"os/signal"
 
@@ -15,8 +14,5 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
-	if err := command.New().ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(os.Stderr, "clipctl:", err)
-		os.Exit(1)
-	}
+	os.Exit(command.Main(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }

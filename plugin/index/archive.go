@@ -32,7 +32,7 @@ func WriteArchive(ctx context.Context, source *export.Source, m export.Manifest,
 	}
 	for i, l := range img.Layers {
 		if l.Index == nil {
-			logger.WithField("layer", m.Layers[i].Digest).Warnf("workers will unpack this layer and those above it: %s", l.Reason)
+			logger.WithField("layer", m.Layers[i].Digest).WithField("reason", l.Reason).Warn("workers will unpack this layer and those above it")
 		}
 	}
 	for _, limit := range img.Limits() {

@@ -3,11 +3,11 @@ package publish
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
-	"time"
+	"slices"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -18,8 +18,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/beam-cloud/containerd-clip/archive"
 )
@@ -30,65 +30,84 @@ import (
 // archive again changes nothing. Registries without the referrers API get the
 // fallback tag that the OCI distribution spec describes.
 //
-// The image must be in the repository already: an archive is of no use
-// without the layers. Credentials come from docker's config.
+// The image must be in the repository already, manifest and layers: an archive
+// is of no use without them. Nothing is written before that is certain.
+// Credentials come from docker's config.
 func Push(ctx context.Context, path, ref string) (digest.Digest, int64, error) {
 	parsed, err := name.ParseReference(ref)
 	if err != nil {
 		return "", 0, fmt.Errorf("reference %q: %w", ref, errors.Join(err, errdefs.ErrInvalidArgument))
 	}
 	repo := parsed.Context()
-	p, err := load(path)
+	a, err := NewArtifact(path)
 	if err != nil {
 		return "", 0, err
 	}
 	opts := []remote.Option{remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain)}
-	if _, err := remote.Head(repo.Digest(p.subject.Digest.String()), opts...); err != nil {
-		return "", 0, fmt.Errorf("image %s must be in %s before its archive; push the image first: %w", p.subject.Digest, repo, registryError(err))
+	if err := checkImage(ctx, repo, a, opts); err != nil {
+		return "", 0, err
 	}
-	blob := static.NewLayer(p.blob, archive.MediaType)
-	config := static.NewLayer([]byte("{}"), types.MediaType(ocispec.MediaTypeEmptyJSON))
+	blob := static.NewLayer(a.blob, archive.MediaType)
+	config := static.NewLayer(ocispec.DescriptorEmptyJSON.Data, types.MediaType(ocispec.MediaTypeEmptyJSON))
 	for _, l := range []v1.Layer{blob, config} {
 		if err := remote.WriteLayer(repo, l, opts...); err != nil {
 			return "", 0, fmt.Errorf("uploading to %s: %w", repo, registryError(err))
 		}
 	}
-	m, err := p.artifact()
-	if err != nil {
-		return "", 0, err
-	}
-	id := digest.FromBytes(m)
-	if err := remote.Put(repo.Digest(id.String()), m, opts...); err != nil {
+	if err := remote.Put(repo.Digest(a.Descriptor.Digest.String()), manifest(a.manifest), opts...); err != nil {
 		return "", 0, fmt.Errorf("uploading to %s: %w", repo, registryError(err))
 	}
-	return id, int64(len(p.blob)), nil
+	return a.Descriptor.Digest, int64(len(a.blob)), nil
 }
 
-// packed is an archive as it is published.
-type packed struct {
-	subject  ocispec.Descriptor // the image's manifest
-	recorded time.Time          // when its prefetch list was; zero if it has none
-	blob     []byte             // zstd'ed
-	tail     archive.Tail
+// headsAtOnce is how many layers are asked for at the same time.
+const headsAtOnce = 8
+
+// checkImage makes sure that the image of an archive is in repo: its manifest
+// and every layer, each of the size that the manifest says. The error names all
+// layers that are not.
+func checkImage(ctx context.Context, repo name.Repository, a *Artifact, opts []remote.Option) error {
+	puller, err := remote.NewPuller(opts...)
+	if err != nil {
+		return err
+	}
+	if _, err := puller.Head(ctx, repo.Digest(a.Subject.Digest.String())); err != nil {
+		return fmt.Errorf("image %s must be in %s before its archive; push the image first: %w", a.Subject.Digest, repo, registryError(err))
+	}
+	wrong := make([]string, len(a.layers))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(headsAtOnce)
+	for i, l := range a.layers {
+		g.Go(func() error {
+			size, err := blobSize(ctx, puller, repo, l.Digest)
+			switch err = registryError(err); {
+			case errdefs.IsNotFound(err):
+				wrong[i] = l.Digest.String()
+			case err != nil:
+				return fmt.Errorf("layer %s of image %s in %s: %w", l.Digest, a.Subject.Digest, repo, err)
+			case size >= 0 && size != l.Size: // some registries do not say
+				wrong[i] = fmt.Sprintf("%s (it has %d bytes there instead of %d)", l.Digest, size, l.Size)
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	if wrong = slices.DeleteFunc(wrong, func(s string) bool { return s == "" }); len(wrong) > 0 {
+		return fmt.Errorf("image %s is not whole in %s, it lacks %s; push the image again before its archive: %w",
+			a.Subject.Digest, repo, strings.Join(wrong, ", "), errdefs.ErrNotFound)
+	}
+	return nil
 }
 
-// load checks the archive at path and packs it.
-func load(path string) (p packed, err error) {
-	a, err := archive.OpenFile(path)
+// blobSize asks how large a blob is; -1 if the registry has it and does not say.
+func blobSize(ctx context.Context, puller *remote.Puller, repo name.Repository, d digest.Digest) (int64, error) {
+	l, err := puller.Layer(ctx, repo.Digest(d.String()))
 	if err != nil {
-		return p, err
+		return 0, err
 	}
-	defer a.Close()
-	p.subject = a.Info().Descriptor
-	list, err := a.Prefetch()
-	if err != nil {
-		return p, err
-	}
-	if list != nil {
-		p.recorded = list.Recorded
-	}
-	p.blob, p.tail, err = a.Compress()
-	return p, err
+	return l.Size()
 }
 
 // manifest is a serialized artifact manifest.
@@ -100,35 +119,11 @@ func (m manifest) RawManifest() ([]byte, error) { return m, nil }
 // MediaType tells remote.Put what the manifest is.
 func (m manifest) MediaType() (types.MediaType, error) { return types.OCIManifestSchema1, nil }
 
-// artifact returns the manifest of an archive's artifact. An image may get
-// another archive whenever a start of it is recorded; workers take the newest.
-func (p packed) artifact() (manifest, error) {
-	var annotations map[string]string
-	if !p.recorded.IsZero() {
-		annotations = map[string]string{ocispec.AnnotationCreated: p.recorded.UTC().Format(time.RFC3339)}
-	}
-	tail, err := json.Marshal(p.tail)
-	if err != nil {
-		return nil, err
-	}
-	return json.Marshal(ocispec.Manifest{
-		Annotations:  annotations,
-		Versioned:    specs.Versioned{SchemaVersion: 2},
-		MediaType:    ocispec.MediaTypeImageManifest,
-		ArtifactType: archive.ArtifactType,
-		Config:       ocispec.DescriptorEmptyJSON,
-		Layers: []ocispec.Descriptor{{
-			MediaType:   archive.MediaType,
-			Digest:      digest.FromBytes(p.blob),
-			Size:        int64(len(p.blob)),
-			Annotations: map[string]string{ocispec.AnnotationTitle: "image.clip", archive.AnnotationTail: string(tail)},
-		}},
-		Subject: &ocispec.Descriptor{MediaType: p.subject.MediaType, Digest: p.subject.Digest, Size: p.subject.Size},
-	})
-}
-
 // registryError gives a registry's answer its errdefs kind.
 func registryError(err error) error {
+	if err == nil {
+		return nil
+	}
 	var answer *transport.Error
 	if !errors.As(err, &answer) {
 		return errors.Join(err, errdefs.ErrUnavailable)

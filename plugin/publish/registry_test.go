@@ -204,6 +204,55 @@ func TestPushWithoutTheImage(t *testing.T) {
 	require.Empty(t, r.take(http.MethodPost, http.MethodPut, http.MethodPatch))
 }
 
+// TestPushWithoutTheLayers has an image in the registry whose layers are not, as a registry may have it after an
+// interrupted copy. All that is missing is named, and nothing is written.
+func TestPushWithoutTheLayers(t *testing.T) {
+	for name, c := range map[string]struct {
+		status int
+		length string
+		is     error
+		says   []string
+	}{
+		"missing":    {status: http.StatusNotFound, length: "0", is: errdefs.ErrNotFound, says: []string{"is not whole", "push the image again"}},
+		"other size": {status: http.StatusOK, length: "7", is: errdefs.ErrNotFound, says: []string{"it has 7 bytes there instead of"}},
+		"refused":    {status: http.StatusForbidden, length: "0", is: errdefs.ErrPermissionDenied, says: []string{"log in"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			lost := map[string]bool{}
+			r := startRegistry(t, func(h http.Handler) http.Handler {
+				return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+					if req.Method == http.MethodHead && lost[filepath.Base(req.URL.Path)] {
+						w.Header().Set("Content-Length", c.length)
+						w.WriteHeader(c.status)
+						return
+					}
+					h.ServeHTTP(w, req)
+				})
+			})
+			t.Setenv("DOCKER_CONFIG", t.TempDir())
+			img := testutil.NewImage(t, testutil.Tar(t, testutil.File{Name: "a", Data: "1"}), testutil.Tar(t, testutil.File{Name: "b", Data: "2"}), testutil.Tar(t, testutil.File{Name: "c", Data: "3"}))
+			img.Push(t, r.host, "team/app")
+			path := filepath.Join(t.TempDir(), "app.clip")
+			img.WriteArchive(t, path, "registry.example.com/team/app:1")
+			lost[img.Layers[0].Digest.String()], lost[img.Layers[2].Digest.String()] = true, true
+			r.take()
+			_, _, err := Push(t.Context(), path, r.host+"/team/app:1")
+			require.ErrorIs(t, err, c.is)
+			if c.status != http.StatusForbidden {
+				c.says = append(c.says, img.Layers[0].Digest.String(), img.Layers[2].Digest.String())
+				require.NotContains(t, err.Error(), img.Layers[1].Digest.String())
+			}
+			for _, text := range c.says {
+				require.ErrorContains(t, err, text)
+			}
+			require.Empty(t, r.take(http.MethodPost, http.MethodPut, http.MethodPatch))
+			clear(lost)
+			_, _, err = Push(t.Context(), path, r.host+"/team/app:1")
+			require.NoError(t, err)
+		})
+	}
+}
+
 func TestCredentials(t *testing.T) {
 	r := startRegistry(t, func(h http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {

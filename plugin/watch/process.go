@@ -163,7 +163,14 @@ func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.M
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			return "", err
 		}
-		if _, err := index.WriteArchive(ctx, source, m, j.at.ref, path, w.opts.Index); err != nil {
+		began := time.Now()
+		_, err := index.WriteArchive(ctx, source, m, j.at.ref, path, w.opts.Index)
+		outcome := "indexed"
+		if err != nil {
+			outcome = "failed"
+		}
+		w.metrics.took.WithLabelValues(outcome).Observe(time.Since(began).Seconds())
+		if err != nil {
 			return "", err
 		}
 	}

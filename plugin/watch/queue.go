@@ -40,6 +40,17 @@ func (q *queue) add(k key, due time.Time) {
 	}
 }
 
+// waiting returns how many images wait.
+func (q *queue) waiting() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	n := len(q.items)
+	if _, ok := q.items[sweeping]; ok {
+		n--
+	}
+	return n
+}
+
 // next takes the image out that is due first, and waits until it is. It also
 // returns how often that has failed. It is false when ctx ends.
 func (q *queue) next(ctx context.Context) (key, int, bool) {

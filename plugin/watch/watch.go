@@ -44,14 +44,17 @@ type Options struct {
 
 // Watcher indexes images as they come. New makes one.
 type Watcher struct {
-	opts  Options
-	rules []rule
-	queue *queue
+	opts    Options
+	rules   []rule
+	queue   *queue
+	metrics metrics
 }
 
 // New checks the rules and returns a watcher, which does nothing until Run.
 func New(opts Options) (*Watcher, error) {
 	w := &Watcher{opts: opts, queue: newQueue()}
+	w.metrics = newMetrics(w.queue.waiting)
+	w.opts.Index.Progress = w.metrics
 	if len(opts.Namespaces) == 0 {
 		return nil, errors.New("no namespace to watch is named")
 	}

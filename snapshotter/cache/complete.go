@@ -102,6 +102,7 @@ func (l *Layer) distrust(sum digest.Digest) error {
 	clear(l.have)
 	clear(l.recorded)
 	l.distrusted = true
+	l.store.metrics.wrong.WithLabelValues(wrongLayer).Inc()
 	l.punches++
 	l.mu.Unlock()
 	return errors.Join(

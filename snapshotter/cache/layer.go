@@ -51,6 +51,8 @@ type Layer struct {
 	distrusted bool      // data once did not match the diff ID though every span did
 	ended      bool      // nothing is fetched any more: the store is closed or the layer removed
 	removed    bool
+	host       string // who delivered last
+	failure    Failure
 }
 
 // wait is for a span that is not there. It ends when the span has come or the
@@ -95,7 +97,10 @@ func (l *Layer) BlobSize() int64 { return int64(l.head.Size) }
 const deviceBlock = 512
 
 // fileSize is the size of data: the stream, filled up to a whole block.
-func (l *Layer) fileSize() int64 { return (l.Size() + deviceBlock - 1) / deviceBlock * deviceBlock }
+func (l *Layer) fileSize() int64 { return blocksOf(l.Size()) }
+
+// blocksOf fills up a size to a whole block.
+func blocksOf(n int64) int64 { return (n + deviceBlock - 1) / deviceBlock * deviceBlock }
 
 // ReadAt reads from the uncompressed stream, fetching what is not there. It
 // returns io.EOF only beyond the last byte.
@@ -104,14 +109,18 @@ func (l *Layer) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 		return 0, io.EOF
 	}
 	p = p[:min(int64(len(p)), l.Size()-off)]
-	deadline := time.Now().Add(readTimeout)
+	began, outcome := time.Now(), readHere
+	defer func() { l.store.metrics.reads.WithLabelValues(outcome).Observe(time.Since(began).Seconds()) }()
+	deadline := began.Add(readTimeout)
 	for n := 0; n < len(p); {
 		at := inflate.Out(off) + inflate.Out(n)
 		c, err := l.readHere(p[n:], at)
 		if err == nil && c == 0 {
+			outcome = readFetched
 			c, err = l.readComing(ctx, p[n:], at, deadline)
 		}
 		if err != nil {
+			outcome = readFailed
 			return 0, fmt.Errorf("layer %s [%d, %d): %w", l.head.DiffID, off, off+int64(len(p)), err)
 		}
 		n += c

@@ -23,6 +23,7 @@ type run struct {
 	pace   func(ctx context.Context, n int) error // nil unless it is a fill
 
 	expected bool // see Fill and Expect
+	asked    int  // the span before which everything is what a reader asked for
 
 	pos     int // guarded by Layer.mu: the next span
 	readers int // guarded by gate.mu: how many wait for it
@@ -66,7 +67,7 @@ func (l *Layer) runForLocked(span, end int) (*run, error) {
 	if best != nil && x.Spans[span].InEnd-l.inBefore(x, best.pos) <= own+nearRun {
 		return best, nil
 	}
-	r := &run{pos: span, end: l.toSeekPointLocked(x, span, end, best)}
+	r := &run{pos: span, end: l.toSeekPointLocked(x, span, end, best), asked: end}
 	r.expected = l.expected != nil && l.expected.get(span)
 	if ahead := l.streams.ahead(span, r.end); ahead > 0 {
 		r.end = l.toSeekPointLocked(x, span, r.end+ahead, best)
@@ -147,8 +148,9 @@ func (l *Layer) bring(ctx context.Context, x *layer.Index, r *run) (err error) {
 	idle := &idleTimer{timer: time.AfterFunc(idleTimeout, func() { r.cancel(errIdle) })}
 	defer idle.stop()
 	for failures := 0; ; {
-		from := r.pos
+		from, reason := r.pos, r.reason()
 		err := l.fetch(ctx, x, r, idle)
+		l.store.metrics.requests.WithLabelValues(reason, outcome(err)).Inc()
 		if err == nil || errors.Is(err, ErrFull) {
 			return err
 		}
@@ -156,6 +158,7 @@ func (l *Layer) bring(ctx context.Context, x *layer.Index, r *run) (err error) {
 			return context.Cause(ctx)
 		}
 		log.G(ctx).WithError(err).WithField("diffID", l.head.DiffID).WithField("span", r.pos).Warn("fetching a span failed")
+		l.failed(err)
 		if r.pos > from {
 			failures = 0
 		}
@@ -214,22 +217,35 @@ func (l *Layer) fetch(ctx context.Context, x *layer.Index, r *run, idle *idleTim
 		return openError{err}
 	}
 	defer rc.Close()
-	stream, err := x.Decode(&body{ctx: ctx, r: rc, run: r, gate: &l.store.gate, idle: idle}, p)
+	defer l.servedBy(rc)
+	blob := &body{ctx: ctx, r: rc, run: r, store: l.store, idle: idle}
+	stream, err := x.Decode(blob, p)
 	if err != nil {
-		blame(rc)
+		blob.blame(wrongStream)
 		return err
 	}
 	defer stream.Close()
 	if _, err := io.CopyN(io.Discard, stream, int64(start-p.Out)); err != nil {
-		blame(rc)
+		blob.blame(wrongStream)
 		return err
 	}
-	return l.take(x, r, stream, rc)
+	return l.take(x, r, stream, blob)
+}
+
+// outcome is what a metric calls the end of a request.
+func outcome(err error) string {
+	switch {
+	case err == nil:
+		return "ok"
+	case errors.Is(err, context.Canceled), errors.Is(err, errEnded), errors.Is(err, ErrFull):
+		return "ended" // nobody wants it any more
+	}
+	return "failed"
 }
 
 // take verifies and stores the spans of r as stream delivers them, which
 // decodes blob.
-func (l *Layer) take(x *layer.Index, r *run, stream, blob io.Reader) error {
+func (l *Layer) take(x *layer.Index, r *run, stream io.Reader, blob *body) error {
 	pooled := spanBuffers.Get().(*[]byte)
 	defer spanBuffers.Put(pooled)
 	*pooled = slices.Grow((*pooled)[:0], int(x.SpanSize))
@@ -237,7 +253,7 @@ func (l *Layer) take(x *layer.Index, r *run, stream, blob io.Reader) error {
 		from, to := l.spanRange(r.pos)
 		buf := (*pooled)[:to-from]
 		if _, err := io.ReadFull(stream, buf); err != nil {
-			blame(blob)
+			blob.blame(wrongStream)
 			return err
 		}
 		l.mu.Lock()
@@ -245,9 +261,10 @@ func (l *Layer) take(x *layer.Index, r *run, stream, blob io.Reader) error {
 		l.mu.Unlock()
 		if !here {
 			if err := x.VerifySpan(r.pos, buf); err != nil {
-				blame(blob)
+				blob.blame(wrongSpan)
 				return err
 			}
+			l.store.metrics.spans.WithLabelValues(r.reason()).Inc()
 		}
 		if err := l.put(r, buf, here); err != nil {
 			return err
@@ -258,22 +275,26 @@ func (l *Layer) take(x *layer.Index, r *run, stream, blob io.Reader) error {
 
 var spanBuffers = sync.Pool{New: func() any { return new([]byte) }}
 
-// blame tells whoever opened r that what it delivered is wrong, so that the
-// next try asks another source. Errors of r itself it knows to tell apart.
-func blame(r io.Reader) {
-	if b, ok := r.(interface{ Blame() }); ok {
-		b.Blame()
+// blame tells whoever opened b that what it delivered is wrong, so that the
+// next try asks another source. Errors of its own it knows to tell apart.
+func (b *body) blame(what string) {
+	if b.failed == nil || what != wrongStream {
+		b.store.metrics.wrong.WithLabelValues(what).Inc()
+	}
+	if r, ok := b.r.(interface{ Blame() }); ok {
+		r.Blame()
 	}
 }
 
 // body is the answer to a run's request. It knows when nothing arrives any
 // more, and holds a fill back while readers wait for something else.
 type body struct {
-	ctx  context.Context
-	r    io.Reader
-	run  *run
-	gate *gate
-	idle *idleTimer
+	ctx    context.Context
+	r      io.Reader
+	run    *run
+	store  *Store
+	idle   *idleTimer
+	failed error // of r, or of what holds it back
 }
 
 // bodyChunk is how much of a fill is read before it is looked again whether
@@ -281,6 +302,17 @@ type body struct {
 const bodyChunk = 64 << 10
 
 func (b *body) Read(p []byte) (int, error) {
+	n, err := b.read(p)
+	if n > 0 {
+		b.store.metrics.bytes.WithLabelValues(b.run.reason(), hostOf(b.r)).Add(float64(n))
+	}
+	if err != nil && err != io.EOF {
+		b.failed = err
+	}
+	return n, err
+}
+
+func (b *body) read(p []byte) (int, error) {
 	if b.run.pace == nil {
 		n, err := b.r.Read(p)
 		b.idle.reset()
@@ -288,12 +320,12 @@ func (b *body) Read(p []byte) (int, error) {
 	}
 	p = p[:min(len(p), bodyChunk)]
 	b.idle.stop()
-	if err := b.gate.wait(b.ctx, b.run); err != nil {
+	if err := b.store.gate.wait(b.ctx, b.run); err != nil {
 		return 0, err
 	}
 	b.idle.reset()
 	n, err := b.r.Read(p)
-	if n > 0 && !b.gate.wanted(b.run) {
+	if n > 0 && !b.store.gate.wanted(b.run) {
 		b.idle.stop()
 		if err := b.run.pace(b.ctx, n); err != nil {
 			return 0, err

@@ -159,6 +159,23 @@ func (s *Store) evict(need int64) (freed int64) {
 	return freed
 }
 
+// Prune gives up all that the layers hold, or all but those that InUse names, and
+// returns which layers gave up something and how many bytes of disk that freed.
+// What the kernel has open as a device stays.
+func (s *Store) Prune(inUse bool) (layers []digest.Digest, freed int64) {
+	s.evicting.Lock()
+	defer s.evicting.Unlock()
+	for _, l := range s.candidates() {
+		if s.inUse(l.head.DiffID) && !inUse {
+			continue
+		}
+		if n := l.giveUp(func() []int { return l.sweep(l.spans, true) }); n > 0 {
+			layers, freed = append(layers, l.head.DiffID), freed+n
+		}
+	}
+	return layers, freed
+}
+
 // candidates returns all layers, the least recently read first. The caller
 // holds s.evicting.
 func (s *Store) candidates() []*Layer {
@@ -253,7 +270,9 @@ func (l *Layer) giveUp(choose func() []int) int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.recountLocked()
-	return max(before-l.counted, 0)
+	freed := max(before-l.counted, 0)
+	l.store.metrics.evicted.Add(float64(freed))
+	return freed
 }
 
 // punch punches holes where the spans lie that are not marked as there, after

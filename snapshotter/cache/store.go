@@ -22,6 +22,9 @@
 // waits for something else, but those that bring what readers are expected to
 // ask for next go on while one waits for another of them.
 //
+// A layer that was read in order to be indexed brings its stream along: see
+// Store.Receive.
+//
 // Space. The data files together take at most Options.MaxSize. When it is
 // used up, holes are punched: for layers of which no root is mounted, least
 // recently read first, then for spans that were not read lately. A hole is
@@ -44,6 +47,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -59,7 +63,8 @@ import (
 
 // Fetcher reads ranges of compressed blobs. Sources are image references whose
 // repositories should hold the blob. A reader that has a method Blame() is told
-// when what it delivered was not the blob.
+// when what it delivered was not the blob; one that has a method Host() string
+// says who delivers.
 type Fetcher interface {
 	Open(ctx context.Context, sources []string, d digest.Digest, off, n int64) (io.ReadCloser, error)
 }
@@ -88,10 +93,11 @@ type Store struct {
 	work sync.WaitGroup // the goroutines of the store and its layers
 	wake chan struct{}  // tells the upkeep that a layer may be complete
 
-	gate   gate
-	memory memory
-	used   atomic.Int64 // bytes of disk that data files take, about
-	full   atomic.Bool  // spans are being served from memory
+	gate    gate
+	memory  memory
+	metrics metrics
+	used    atomic.Int64 // bytes of disk that data files take, about
+	full    atomic.Bool  // spans are being served from memory
 
 	adding sync.Mutex // serialises Add
 
@@ -99,8 +105,9 @@ type Store struct {
 	allLoaded bool       // all layers on disk are in layers
 	futile    time.Time  // when eviction last found nothing
 
-	mu     sync.Mutex // guards layers
-	layers map[digest.Digest]*Layer
+	mu       sync.Mutex // guards the fields below, and Incoming.file once it is among them
+	layers   map[digest.Digest]*Layer
+	incoming map[digest.Digest]*Incoming // streams that wait for their layer to be added
 }
 
 // upkeepPeriod is how long a fetched span may go unrecorded: a crash within it
@@ -124,11 +131,13 @@ func Open(ctx context.Context, opts Options) (*Store, error) {
 	s := &Store{
 		dir: opts.Dir, fetch: opts.Fetch, inUse: opts.InUse, max: limit,
 		wake: make(chan struct{}, 1), layers: map[digest.Digest]*Layer{},
+		incoming: map[digest.Digest]*Incoming{},
 	}
 	if s.inUse == nil {
 		s.inUse = func(digest.Digest) bool { return false }
 	}
 	s.used.Store(held)
+	s.metrics = newMetrics(s)
 	s.life, s.stop = context.WithCancel(context.WithoutCancel(ctx))
 	s.work.Go(s.upkeep)
 	return s, nil
@@ -202,25 +211,14 @@ func (s *Store) loaded() []*Layer {
 func (s *Store) Add(source string, layers ...*layer.Index) error {
 	s.adding.Lock()
 	defer s.adding.Unlock()
-	var missing []*layer.Index
-	var size int64
-	for _, x := range layers {
-		if err := x.DiffID.Validate(); err != nil {
-			return fmt.Errorf("diff ID %q: %w", x.DiffID, errdefs.ErrInvalidArgument)
-		}
-		_, err := s.Layer(x.DiffID)
-		if errdefs.IsNotFound(err) {
-			missing = append(missing, x)
-			size += int64(x.OutSize)
-		} else if err != nil {
-			return err
-		}
+	missing, size, err := s.missing(layers)
+	if err != nil {
+		return err
 	}
-	if err := s.create(missing, source); isFull(err) && s.evict(size) > 0 {
-		if err := s.create(missing, source); err != nil {
-			return err
-		}
-	} else if err != nil {
+	if err = s.create(missing, source); isFull(err) && s.evict(size) > 0 {
+		err = s.create(missing, source)
+	}
+	if err != nil {
 		return err
 	}
 	for _, x := range layers {
@@ -236,6 +234,25 @@ func (s *Store) Add(source string, layers ...*layer.Index) error {
 		}
 	}
 	return nil
+}
+
+// missing returns the layers that are not in the store, each once, and the sum of
+// their sizes.
+func (s *Store) missing(layers []*layer.Index) (missing []*layer.Index, size int64, err error) {
+	for _, x := range layers {
+		if err := x.DiffID.Validate(); err != nil {
+			return nil, 0, fmt.Errorf("diff ID %q: %w", x.DiffID, errdefs.ErrInvalidArgument)
+		}
+		_, err := s.Layer(x.DiffID)
+		if err != nil && !errdefs.IsNotFound(err) {
+			return nil, 0, err
+		}
+		if err != nil && !slices.ContainsFunc(missing, func(m *layer.Index) bool { return m.DiffID == x.DiffID }) {
+			missing = append(missing, x)
+			size += int64(x.OutSize)
+		}
+	}
+	return missing, size, nil
 }
 
 // createWorkers is how many layers are written at once. They wait for the
@@ -276,8 +293,11 @@ func (s *Store) create(layers []*layer.Index, source string) (err error) {
 	if err := g.Wait(); err != nil {
 		return err
 	}
+	arrived := make([]int64, len(layers))
 	for i, x := range layers {
+		arrived[i] = s.takeIncoming(made[i], x)
 		if err := os.Rename(made[i], filepath.Join(s.dir, x.DiffID.Encoded())); err != nil {
+			s.used.Add(-arrived[i])
 			return err
 		}
 		made[i] = ""
@@ -286,7 +306,10 @@ func (s *Store) create(layers []*layer.Index, source string) (err error) {
 	if err != nil {
 		return err
 	}
-	return errors.Join(syncDir(all), all.Close())
+	if err := errors.Join(syncDir(all), all.Close()); err != nil {
+		return err
+	}
+	return s.markArrived(layers, arrived)
 }
 
 // writeLayer writes the files of a new layer into dir, durably.

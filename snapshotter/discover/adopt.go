@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
+	"os"
+	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes"
@@ -23,8 +25,6 @@ import (
 
 // Indexing on the node.
 const (
-	// indexedSuffix marks an archive that was made from the one beside it.
-	indexedSuffix = ".indexed.clip"
 	// adoptWorkers is how many layers are streamed at once.
 	adoptWorkers  = 3
 	adoptAttempts = 3
@@ -38,21 +38,34 @@ var errAdopting = errors.New("making layer indexes for an archive that CLIP wrot
 
 var errStalled = fmt.Errorf("nothing arrived for %s: %w", stallTimeout, errdefs.ErrUnavailable)
 
+// Stream is given the uncompressed stream of a layer that is being indexed.
+type Stream interface {
+	io.Writer
+	// Done says that it was all of the layer diffID.
+	Done(diffID digest.Digest)
+	// Close says that nobody will add the layer any more.
+	Close()
+}
+
 // adopt makes an archive for the image of which CLIP wrote the one at path.
 //
 // CLIP's archive has no layer indexes, and its file index is wrong where a tar
 // says more than CLIP keeps. So every layer is streamed from the registry once,
-// checked against the image's digests and indexed. What comes out is kept
-// beside the archive for the next time.
-func (f *Finder) adopt(ctx context.Context, ref string, manifest digest.Digest, path string) (*archive.Archive, error) {
+// checked against the image's digests and indexed. The archive that comes out
+// is kept for the next time, what was streamed for the layers that are added
+// before r is forgotten.
+func (f *Finder) adopt(ctx context.Context, r *result, ref string, manifest digest.Digest, path string) (*archive.Archive, error) {
 	start := time.Now()
 	fields := log.G(ctx).WithField("image", ref).WithField("path", path)
 	fields.Info("indexing the layers of an archive that CLIP wrote")
-	img, err := f.indexImage(ctx, ref, manifest, path)
+	img, err := f.indexImage(ctx, r, ref, manifest, path)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w: %w", path, errAdopting, err)
 	}
-	indexed := strings.TrimSuffix(path, ".clip") + indexedSuffix
+	indexed := f.indexedPath(manifest)
+	if err := os.MkdirAll(f.indexedDir(), 0o700); err != nil {
+		return nil, err
+	}
 	if _, err := archive.WriteFile(indexed, img); err != nil {
 		return nil, err
 	}
@@ -60,8 +73,48 @@ func (f *Finder) adopt(ctx context.Context, ref string, manifest digest.Digest, 
 	return archive.OpenFile(indexed)
 }
 
+// indexedPath is where the archive is that adopt made for an image.
+func (f *Finder) indexedPath(manifest digest.Digest) string {
+	return filepath.Join(f.indexedDir(), manifest.Encoded()+".clip")
+}
+
+func (f *Finder) indexedDir() string { return filepath.Join(f.opts.Dir, ".indexed") }
+
+// Sweep removes what the finder made of archives that are gone. Find does it, too.
+func (f *Finder) Sweep(ctx context.Context) error {
+	local, err := f.inspectAll(ctx)
+	if err == nil {
+		f.sweep(ctx, local)
+	}
+	return err
+}
+
+// sweep removes archives that adopt made for images of which CLIP's archive is
+// gone. local is what is in Options.Dir now.
+func (f *Finder) sweep(ctx context.Context, local []localFile) {
+	paths, _ := filepath.Glob(filepath.Join(f.indexedDir(), "*.clip")) // the pattern is right
+	for _, path := range paths {
+		a, err := archive.OpenFile(path)
+		needed := false
+		if err == nil {
+			info := a.Info()
+			needed = slices.ContainsFunc(local, func(l localFile) bool { return l.isUpstream() && l.isOf(info.StorageRef, info.Descriptor.Digest) })
+			a.Close()
+		}
+		if needed {
+			continue
+		}
+		logger := log.G(ctx).WithField("path", path)
+		if err := os.Remove(path); err != nil {
+			logger.WithError(err).Warn("cannot remove the layer indexes of an archive that is gone")
+			continue
+		}
+		logger.Info("removed the layer indexes of an archive that is gone")
+	}
+}
+
 // indexImage streams the image that CLIP's archive at path is of.
-func (f *Finder) indexImage(ctx context.Context, ref string, manifest digest.Digest, path string) (*archive.Image, error) {
+func (f *Finder) indexImage(ctx context.Context, r *result, ref string, manifest digest.Digest, path string) (*archive.Image, error) {
 	fetcher, err := f.opts.Fetcher(ctx, ref)
 	if err != nil {
 		return nil, err
@@ -84,7 +137,7 @@ func (f *Finder) indexImage(ctx context.Context, ref string, manifest digest.Dig
 		g.Go(func() (err error) {
 			b := <-buffers
 			defer func() { buffers <- b }()
-			img.Layers[i], err = indexLayer(ctx, fetcher, desc, b)
+			img.Layers[i], err = f.indexLayer(ctx, r, fetcher, desc, b)
 			return err
 		})
 	}
@@ -141,9 +194,9 @@ func sameLayers(path string, m ocispec.Manifest) error {
 
 // indexLayer streams a layer. One that is sound but cannot be read lazily has
 // a reason instead of an index.
-func indexLayer(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, b *layer.Buffers) (archive.Layer, error) {
+func (f *Finder) indexLayer(ctx context.Context, r *result, fetcher remotes.Fetcher, desc ocispec.Descriptor, b *layer.Buffers) (archive.Layer, error) {
 	for attempt := 1; ; attempt++ {
-		x, err := streamLayer(ctx, fetcher, desc, b)
+		x, err := f.streamLayer(ctx, r, fetcher, desc, b)
 		switch {
 		case err == nil:
 			return archive.Layer{Index: x}, nil
@@ -156,18 +209,32 @@ func indexLayer(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descr
 	}
 }
 
-func streamLayer(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, b *layer.Buffers) (*layer.Index, error) {
+func (f *Finder) streamLayer(ctx context.Context, r *result, fetcher remotes.Fetcher, desc ocispec.Descriptor, b *layer.Buffers) (*layer.Index, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	watch := time.AfterFunc(stallTimeout, func() { cancel(errStalled) })
 	defer watch.Stop()
-	desc.URLs = nil // an image does not decide whom the node asks
 	rc, err := fetcher.Fetch(ctx, desc)
 	if err != nil {
 		return nil, err
 	}
 	defer rc.Close()
-	return layer.Build(ctx, watched{rc, watch}, desc, layer.Options{Buffers: b})
+	opts := layer.Options{Buffers: b}
+	if f.opts.Receive == nil {
+		return layer.Build(ctx, watched{rc, watch}, desc, opts)
+	}
+	stream := f.opts.Receive()
+	opts.Out = stream
+	x, err := layer.Build(ctx, watched{rc, watch}, desc, opts)
+	if err != nil {
+		stream.Close()
+		return nil, err
+	}
+	stream.Done(x.DiffID)
+	f.mu.Lock()
+	r.streams = append(r.streams, stream)
+	f.mu.Unlock()
+	return x, nil
 }
 
 // watched is a reader that puts off the end of its time whenever something comes.

@@ -1,11 +1,13 @@
 package discover
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -50,7 +52,7 @@ func TestAdopt(t *testing.T) {
 		path := upstreamArchive(t, f, s.ref(), storageRef)
 
 		before := s.gets()
-		a, release, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+		a, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 		require.NoError(t, err)
 		require.Equal(t, img.DiffIDs, a.DiffIDs())
 		require.Equal(t, s.ref(), a.Info().StorageRef, "where containerd pulls it from")
@@ -63,14 +65,129 @@ func TestAdopt(t *testing.T) {
 		release()
 		require.Equal(t, before+1+len(img.Layers), s.gets(), "config and layers, once")
 
-		indexed := strings.TrimSuffix(path, ".clip") + ".indexed.clip"
-		require.FileExists(t, indexed)
+		require.FileExists(t, f.indexedPath(img.Descriptor.Digest))
 		again := New(f.opts)
-		_, release, err = again.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+		_, release, err = again.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 		require.NoError(t, err)
 		release()
 		again.Close()
 		require.Equal(t, before+1+len(img.Layers), s.gets(), "what was made is used the next time")
+
+		// What was made goes with what it was made of.
+		require.NoError(t, f.Sweep(t.Context()))
+		require.FileExists(t, f.indexedPath(img.Descriptor.Digest))
+		require.NoError(t, os.Remove(path))
+		require.NoError(t, f.Sweep(t.Context()))
+		require.NoFileExists(t, f.indexedPath(img.Descriptor.Digest))
+	}
+}
+
+// stream is a Stream that remembers.
+type stream struct {
+	bytes.Buffer
+	of     digest.Digest
+	closed bool
+}
+
+func (s *stream) Done(diffID digest.Digest) { s.of = diffID }
+func (s *stream) Close()                    { s.closed = true }
+
+// What is streamed in order to be indexed is there for the layers that are
+// added, until the image is forgotten.
+func TestAdoptKeepsStreams(t *testing.T) {
+	s := startServer(t, true)
+	f := s.finder(t)
+	var mu sync.Mutex // guards streams
+	var streams []*stream
+	f.opts.Receive = func() Stream {
+		mu.Lock()
+		defer mu.Unlock()
+		streams = append(streams, new(stream))
+		return streams[len(streams)-1]
+	}
+	img := s.pushed(t)
+	upstreamArchive(t, f, s.ref(), "")
+	_, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	require.NoError(t, err)
+	require.Len(t, streams, len(img.DiffIDs))
+	for _, k := range streams {
+		require.Equal(t, k.of, digest.FromBytes(k.Bytes()))
+		require.Contains(t, img.DiffIDs, k.of)
+	}
+	f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	require.False(t, streams[0].closed, "it is still in use")
+	release()
+	for _, k := range streams {
+		require.True(t, k.closed)
+	}
+}
+
+// The indexes of an archive are not used for one that took its place.
+func TestAdoptReplaced(t *testing.T) {
+	s := startServer(t, true)
+	f := s.finder(t)
+	img := s.pushed(t)
+	upstreamArchive(t, f, s.ref(), "")
+	_, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	require.NoError(t, err)
+	release()
+	other := testutil.NewImage(t, testutil.Tar(t, testutil.File{Name: "c", Data: "third"}))
+	other.Push(t, s.host, repo)
+	testutil.PutManifest(t, s.host, repo, "2", other.Descriptor.MediaType, other.Manifest)
+	ref := s.host + "/" + repo + ":2"
+	upstreamArchive(t, f, ref, "")
+	a, release, err := f.Find(t.Context(), Image{Ref: ref, Manifest: other.Descriptor.Digest})
+	require.NoError(t, err)
+	require.Equal(t, other.DiffIDs, a.DiffIDs())
+	release()
+	require.NoFileExists(t, f.indexedPath(img.Descriptor.Digest))
+	require.FileExists(t, f.indexedPath(other.Descriptor.Digest))
+}
+
+// An archive that a newer program wrote cannot be used. That is why the image
+// is not lazy, and not that there was none.
+func TestNewerVersion(t *testing.T) {
+	s := startServer(t, true)
+	img := s.pushed(t)
+	other := digest.FromString("another image")
+	for name, c := range map[string]struct {
+		write func(t *testing.T, f *Finder) string
+		at    func(size int) int // the byte of the version
+		image digest.Digest      // which other image is told, too
+	}{
+		"ours": {func(t *testing.T, f *Finder) string {
+			path := filepath.Join(f.opts.Dir, "ours.clip")
+			require.NoError(t, os.WriteFile(path, archiveOf(t, img), 0o600))
+			return path
+		}, func(size int) int { return size - 64 + 8 }, ""},
+		"CLIP's": {func(t *testing.T, f *Finder) string { return upstreamArchive(t, f, s.ref(), "") },
+			func(int) int { return len(common.ClipFileStartBytes) }, other},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := s.finder(t)
+			path := c.write(t, f)
+			b, err := os.ReadFile(path)
+			require.NoError(t, err)
+			b[c.at(len(b))]++
+			require.NoError(t, os.WriteFile(path, b, 0o600))
+			_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+			require.ErrorIs(t, err, errdefs.ErrNotFound)
+			require.ErrorContains(t, err, path)
+			require.ErrorContains(t, err, "newer version: upgrade containerd-clip")
+			_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: other})
+			if c.image == "" {
+				require.NotContains(t, err.Error(), "newer version", "it is of another image")
+			} else {
+				require.ErrorContains(t, err, "newer version", "nobody can tell which image it is of")
+			}
+
+			// Another one that can be used goes first.
+			require.NoError(t, os.WriteFile(filepath.Join(f.opts.Dir, "zz.clip"), archiveOf(t, img), 0o600))
+			f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+			_, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+			require.NoError(t, err)
+			release()
+		})
 	}
 }
 
@@ -79,12 +196,12 @@ func TestAdoptLast(t *testing.T) {
 	s := startServer(t, true)
 	f := s.finder(t)
 	img := s.pushed(t)
-	path := upstreamArchive(t, f, s.ref(), "")
+	upstreamArchive(t, f, s.ref(), "")
 	s.refer(s.put(t, artifact{subject: img.Descriptor.Digest, mediaType: archive.MediaType, blob: compress(t, archiveOf(t, img))}))
-	_, release, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.NoError(t, err)
 	release()
-	require.NoFileExists(t, strings.TrimSuffix(path, ".clip")+".indexed.clip")
+	require.NoFileExists(t, f.indexedPath(img.Descriptor.Digest))
 }
 
 // An archive that names its image by reference only is taken for that
@@ -99,17 +216,17 @@ func TestAdoptByReference(t *testing.T) {
 	info := m.StorageInfo.(common.OCIStorageInfo)
 	info.ImageMetadata = nil
 	require.NoError(t, clip.NewClipArchiver().CreateRemoteArchive(info, m, path))
-	_, _, err = f.Find(t.Context(), s.host+"/"+repo+":2", img.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.host + "/" + repo + ":2", Manifest: img.Descriptor.Digest})
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
-	f.Forget(img.Descriptor.Digest)
-	a, release, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	a, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.NoError(t, err)
 	require.Equal(t, img.DiffIDs, a.DiffIDs())
 	release()
 
 	moved := testutil.NewImage(t, testutil.Tar(t, testutil.File{Name: "c", Data: "third"}))
 	moved.Push(t, s.host, repo)
-	_, _, err = f.Find(t.Context(), s.ref(), moved.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: moved.Descriptor.Digest})
 	require.ErrorContains(t, err, "other layers")
 }
 
@@ -128,7 +245,7 @@ func TestAdoptFails(t *testing.T) {
 	info := m.StorageInfo.(common.OCIStorageInfo)
 	info.ImageMetadata.Digest = img.Descriptor.Digest.String()
 	require.NoError(t, clip.NewClipArchiver().CreateRemoteArchive(info, m, path))
-	_, _, err = f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.ErrorContains(t, err, "other layers")
 	require.ErrorContains(t, err, path)
 
@@ -140,10 +257,10 @@ func TestAdoptFails(t *testing.T) {
 		inner, err := fetcher(ctx, ref)
 		return swapped{inner, img.Layers[1].Digest, img.Layers[0].Digest}, err
 	}
-	_, _, err = f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.ErrorIs(t, err, errAdopting)
 	gets := s.gets()
-	_, _, err = f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.ErrorIs(t, err, errAdopting)
 	require.Equal(t, gets, s.gets(), "it is not tried again for the next layer")
 
@@ -159,7 +276,7 @@ func TestAdoptFails(t *testing.T) {
 	f.opts.Referrers = false
 	failed := make(chan error, 1)
 	go func() {
-		_, _, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+		_, _, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 		failed <- err
 	}()
 	<-arrived
@@ -188,9 +305,9 @@ func TestNotOfAnImage(t *testing.T) {
 	dir := t.TempDir()
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "file"), []byte("data"), 0o600))
 	require.NoError(t, clip.CreateArchive(clip.CreateOptions{InputPath: dir, OutputPath: filepath.Join(f.opts.Dir, "data.clip")}))
-	_, _, err := imageOf(filepath.Join(f.opts.Dir, "data.clip"))
+	_, err := imageOf(filepath.Join(f.opts.Dir, "data.clip"))
 	require.ErrorContains(t, err, "holds data instead of an image")
-	_, _, err = f.Find(t.Context(), s.ref(), digest.FromString("x"))
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: digest.FromString("x")})
 	require.Error(t, err)
 }
 

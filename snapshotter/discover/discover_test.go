@@ -198,7 +198,7 @@ func openArchives(t *testing.T, dir string) (n int) {
 
 func find(ctx context.Context, t *testing.T, f *Finder, ref string, img *testutil.Image) {
 	t.Helper()
-	a, release, err := f.Find(ctx, ref, img.Descriptor.Digest)
+	a, release, err := f.Find(ctx, Image{Ref: ref, Manifest: img.Descriptor.Digest})
 	require.NoError(t, err)
 	defer release()
 	require.Equal(t, img.Descriptor.Digest, a.Info().Descriptor.Digest)
@@ -222,19 +222,19 @@ func TestLocal(t *testing.T) {
 	require.Contains(t, logged.String(), "a-damaged.clip")
 	require.Contains(t, logged.String(), "b-none.clip")
 
-	_, _, err := f.Find(ctx, "", two.Descriptor.Digest)
+	_, _, err := f.Find(ctx, Image{Manifest: two.Descriptor.Digest})
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
 	require.Equal(t, 2, strings.Count(logged.String(), "no usable archive"), "each is reported once")
 
 	// The same name, now of the other image.
 	write("c.clip", archiveOf(t, two))
-	f.Forget(two.Descriptor.Digest)
+	f.Forget(Image{Manifest: two.Descriptor.Digest})
 	find(ctx, t, f, "", two)
-	f.Forget(one.Descriptor.Digest)
-	_, _, err = f.Find(ctx, "", one.Descriptor.Digest)
+	f.Forget(Image{Manifest: one.Descriptor.Digest})
+	_, _, err = f.Find(ctx, Image{Manifest: one.Descriptor.Digest})
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
 
-	_, _, err = f.Find(ctx, "", "sha256:short")
+	_, _, err = f.Find(ctx, Image{Manifest: "sha256:short"})
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 }
 
@@ -286,12 +286,93 @@ func TestNewestReferrer(t *testing.T) {
 		s.refer(s.put(t, artifact{subject: img.Descriptor.Digest, mediaType: archive.MediaType, blob: compress(t, b), created: created}))
 	}
 	s.refer(s.put(t, artifact{subject: img.Descriptor.Digest, mediaType: archive.MediaType, blob: []byte("broken"), created: "2029-01-01T00:00:00Z"}))
-	a, release, err := s.finder(t).Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	a, release, err := s.finder(t).Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.NoError(t, err)
 	defer release()
 	list, err := a.Prefetch()
 	require.NoError(t, err)
 	require.EqualValues(t, 3, list.Recorded.Unix())
+}
+
+// TestLink has images that name an artifact, which is of the image that was converted. It is used whether referrers are
+// on or not, and before all else. What cannot be used is passed over.
+func TestLink(t *testing.T) {
+	s := startServer(t, true)
+	img, converted, other := testImage(t, "one"), digest.FromString("the manifest with the link"), testImage(t, "two")
+	link := s.put(t, good(t, img))
+	f := s.finder(t)
+	f.opts.Referrers = false
+	a, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: converted, Link: link.Digest})
+	require.NoError(t, err)
+	defer release()
+	require.Equal(t, img.Descriptor.Digest, a.Info().Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: converted})
+	require.ErrorIs(t, err, errdefs.ErrNotFound, "it is the link that leads there")
+
+	f.opts.Referrers = true
+	s.refer(s.put(t, good(t, other)))
+	bad := good(t, img)
+	bad.subject = other.Descriptor.Digest
+	for name, d := range map[string]digest.Digest{"not there": digest.FromString("none"), "other image": s.put(t, bad).Digest, "no artifact": img.Layers[0].Digest} {
+		t.Run(name, func(t *testing.T) {
+			ctx, logged := captureLog(t)
+			_, release, err := f.Find(ctx, Image{Ref: s.ref(), Manifest: other.Descriptor.Digest, Link: d})
+			require.NoError(t, err, "referrers are asked for")
+			release()
+			require.Contains(t, logged.String(), "the archive that the image links to cannot be used")
+			require.Contains(t, logged.String(), d.String())
+		})
+	}
+}
+
+// source is a place with one file, for all images, or with what an error says.
+type source struct {
+	name  string
+	err   error
+	file  []byte
+	asked *[]string
+}
+
+func (s source) Open(context.Context, string, digest.Digest) (io.ReadCloser, error) {
+	*s.asked = append(*s.asked, s.name)
+	return io.NopCloser(bytes.NewReader(s.file)), s.err
+}
+
+func (s source) String() string { return s.name }
+
+// TestSources asks other places when neither this node nor the registry has an archive, in their order, and passes over
+// what is no archive of the image.
+func TestSources(t *testing.T) {
+	s := startServer(t, true)
+	img, other := testImage(t, "one"), testImage(t, "two")
+	var asked []string
+	good := source{"good", nil, archiveOf(t, img), &asked}
+	f := s.finder(t)
+	f.opts.Sources = []Source{
+		source{"empty", errdefs.ErrNotFound, nil, &asked}, source{"down", errdefs.ErrUnavailable, nil, &asked}, source{"nonsense", nil, []byte("no archive"), &asked},
+		source{"other", nil, archiveOf(t, other), &asked}, good, source{"too late", nil, archiveOf(t, img), &asked},
+	}
+	ctx, logged := captureLog(t)
+	find(ctx, t, f, s.ref(), img)
+	require.Equal(t, []string{"empty", "down", "nonsense", "other", "good"}, asked)
+	require.Equal(t, 3, strings.Count(logged.String(), "passed over"))
+	require.NotContains(t, logged.String(), "empty")
+
+	f.opts.Sources = f.opts.Sources[:4]
+	f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	before := openArchives(t, f.opts.Dir)
+	_, _, err := f.Find(ctx, Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	for _, says := range []string{"the registry has no archive", "nonsense", "archive is of image " + other.Descriptor.Digest.String()} {
+		require.ErrorContains(t, err, says)
+	}
+	require.Equal(t, before, openArchives(t, f.opts.Dir))
+
+	asked = nil
+	f.opts.Sources = []Source{good}
+	img.WriteArchive(t, filepath.Join(f.opts.Dir, "a.clip"), s.ref())
+	f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	find(ctx, t, f, s.ref(), img)
+	require.Empty(t, asked, "what is here comes first")
 }
 
 func TestReferrersSwitchedOff(t *testing.T) {
@@ -303,7 +384,7 @@ func TestReferrersSwitchedOff(t *testing.T) {
 	s.mu.Unlock()
 	f := s.finder(t)
 	f.opts.Referrers = false
-	_, _, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, _, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
 	require.Empty(t, s.requests)
 }
@@ -340,14 +421,14 @@ func TestRefusals(t *testing.T) {
 			f := s.finder(t)
 			ctx, logged := captureLog(t)
 			before := openArchives(t, f.opts.Dir)
-			_, _, err := f.Find(ctx, s.ref(), img.Descriptor.Digest)
+			_, _, err := f.Find(ctx, Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 			require.ErrorContains(t, err, "archive sha256:")
 			require.ErrorContains(t, err, c.message)
 			require.Contains(t, logged.String(), "ignoring an archive that refers to the image")
 			require.Equal(t, before, openArchives(t, f.opts.Dir))
 
 			s.refer(s.put(t, good(t, img)))
-			f.Forget(img.Descriptor.Digest)
+			f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 			find(ctx, t, f, s.ref(), img)
 		})
 	}
@@ -415,7 +496,9 @@ func TestAlteredInTransit(t *testing.T) {
 			f := New(Options{Dir: t.TempDir(), Referrers: true})
 			defer f.Close()
 			fetch := fetcherFunc(func() io.ReadCloser { return io.NopCloser(bytes.NewReader(sent)) })
-			_, err := f.fetchArchive(t.Context(), fetch, ocispec.Descriptor{Digest: digest.FromBytes(whole), Size: int64(len(whole))}, img.Descriptor.Digest)
+			_, err := f.download(t.Context(), fetch, Artifact{
+				Blob: ocispec.Descriptor{Digest: digest.FromBytes(whole), Size: int64(len(whole))}, Subject: img.Descriptor.Digest,
+			})
 			if name == "longer" {
 				require.NoError(t, err, "what lies behind the declared size is not read")
 				return
@@ -440,7 +523,7 @@ func TestBrokenRegistry(t *testing.T) {
 	s := startServer(t, true)
 	s.broken = true
 	img := testImage(t, "one")
-	_, _, err := s.finder(t).Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, _, err := s.finder(t).Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.ErrorContains(t, err, "asking for archives that refer to "+img.Descriptor.Digest.String())
 }
 
@@ -454,7 +537,7 @@ func TestConcurrentFinds(t *testing.T) {
 	var releases []func()
 	for range 32 {
 		wg.Go(func() {
-			a, release, err := f.Find(context.Background(), s.ref(), img.Descriptor.Digest)
+			a, release, err := f.Find(context.Background(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 			if err != nil {
 				t.Error(err)
 				return
@@ -471,13 +554,13 @@ func TestConcurrentFinds(t *testing.T) {
 	require.Len(t, releases, 32)
 	require.Equal(t, 1, s.gets())
 	require.Equal(t, 1, openArchives(t, f.opts.Dir))
-	f.Forget(img.Descriptor.Digest)
+	f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	for i, release := range releases {
 		require.Equal(t, 1, openArchives(t, f.opts.Dir), "%d of 32 are done", i)
 		release()
 	}
 	require.Zero(t, openArchives(t, f.opts.Dir))
-	f.Forget(img.Descriptor.Digest)
+	f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 
 	find(t.Context(), t, f, s.ref(), img)
 	require.Equal(t, 2, s.gets())
@@ -490,13 +573,13 @@ func TestMissingIsRememberedShortly(t *testing.T) {
 	s := startServer(t, true)
 	img := testImage(t, "one")
 	f := s.finder(t)
-	_, _, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, _, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
 	s.refer(s.put(t, good(t, img)))
-	_, _, err = f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.ErrorIs(t, err, errdefs.ErrNotFound, "asked again at once")
 	require.Eventually(t, func() bool {
-		_, release, err := f.Find(t.Context(), s.ref(), img.Descriptor.Digest)
+		_, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 		if err == nil {
 			release()
 		}
@@ -512,7 +595,7 @@ func TestCancelledCaller(t *testing.T) {
 	f := s.finder(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	_, _, err := f.Find(ctx, s.ref(), img.Descriptor.Digest)
+	_, _, err := f.Find(ctx, Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	if err != nil { // the search may have been quicker
 		require.ErrorIs(t, err, context.Canceled)
 	}
@@ -525,20 +608,24 @@ func TestParseTarget(t *testing.T) {
 		ref      = "containerd.io/snapshot.ref"
 		image    = "containerd.io/snapshot/cri.image-ref"
 		manifest = "containerd.io/snapshot/cri.manifest-digest"
+		layer    = "containerd.io/snapshot/cri.layer-digest"
 	)
-	chain, man := digest.FromString("chain"), digest.FromString("manifest")
+	chain, man, one, link := digest.FromString("chain"), digest.FromString("manifest"), digest.FromString("layer"), digest.FromString("link")
 	for name, c := range map[string]struct {
 		labels  map[string]string
 		want    Target
 		is      error
 		message string
 	}{
-		"all":              {labels: map[string]string{ref: chain.String(), image: "a/b:1", manifest: man.String()}, want: Target{ChainID: chain, Ref: "a/b:1", Manifest: man}},
-		"no reference":     {labels: map[string]string{ref: chain.String(), manifest: man.String()}, want: Target{ChainID: chain, Manifest: man}},
-		"none":             {is: ErrNoTarget},
-		"no layer":         {labels: map[string]string{image: "a/b:1", manifest: man.String()}, is: ErrNoTarget},
-		"bad chain ID":     {labels: map[string]string{ref: "k8s.io/1/sha256:x", manifest: man.String()}, is: errdefs.ErrInvalidArgument, message: "chain ID"},
-		"no image":         {labels: map[string]string{ref: chain.String()}, is: errdefs.ErrInvalidArgument, message: "enable_remote_snapshot_annotations"},
+		"all":          {labels: map[string]string{ref: chain.String(), image: "a/b:1", manifest: man.String()}, want: Target{ChainID: chain, Image: Image{Ref: "a/b:1", Manifest: man}}},
+		"no reference": {labels: map[string]string{ref: chain.String(), manifest: man.String()}, want: Target{ChainID: chain, Image: Image{Manifest: man}}},
+		"none":         {is: ErrNoTarget},
+		"no layer":     {labels: map[string]string{image: "a/b:1", manifest: man.String()}, is: ErrNoTarget},
+		"bad chain ID": {labels: map[string]string{ref: "k8s.io/1/sha256:x", manifest: man.String()}, is: errdefs.ErrInvalidArgument, message: "chain ID"},
+		"no image":     {labels: map[string]string{ref: chain.String()}, is: errdefs.ErrInvalidArgument, message: "enable_remote_snapshot_annotations"},
+		"link": {labels: map[string]string{ref: chain.String(), manifest: man.String(), layer: one.String(), archive.AnnotationLink: link.String()},
+			want: Target{ChainID: chain, Layer: one, Image: Image{Manifest: man, Link: link}}},
+		"bad link":         {labels: map[string]string{ref: chain.String(), manifest: man.String(), archive.AnnotationLink: "latest"}, is: errdefs.ErrInvalidArgument, message: "links to"},
 		"bad image digest": {labels: map[string]string{ref: chain.String(), manifest: "sha256:x"}, is: errdefs.ErrInvalidArgument, message: "manifest digest"},
 	} {
 		t.Run(name, func(t *testing.T) {

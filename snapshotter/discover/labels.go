@@ -7,6 +7,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+
+	"github.com/beam-cloud/containerd-clip/archive"
 )
 
 // Labels that the snapshotter puts on the snapshots it keeps; "ctr snapshots
@@ -27,9 +29,9 @@ const LabelRecord = "containerd.io/snapshot/clip.record"
 // unpacker writes these labels when the proxy plugin exports
 // enable_remote_snapshot_annotations.
 type Target struct {
-	ChainID  digest.Digest // what the snapshot will be called
-	Ref      string        // reference the image is pulled by
-	Manifest digest.Digest // the platform's manifest
+	ChainID digest.Digest // what the snapshot will be called
+	Layer   digest.Digest // the layer as it is in the registry; empty if containerd does not say
+	Image   Image
 }
 
 // ErrNoTarget says that a snapshot is not prepared for unpacking a layer.
@@ -40,9 +42,13 @@ var ErrNoTarget = fmt.Errorf("not an image layer: %w", errdefs.ErrNotFound)
 // but does not say of which image.
 func ParseTarget(labels map[string]string) (Target, error) {
 	t := Target{
-		ChainID:  digest.Digest(labels[snapshots.LabelSnapshotRef]),
-		Ref:      labels[snapshotters.TargetRefLabel],
-		Manifest: digest.Digest(labels[snapshotters.TargetManifestDigestLabel]),
+		ChainID: digest.Digest(labels[snapshots.LabelSnapshotRef]),
+		Layer:   digest.Digest(labels[snapshotters.TargetLayerDigestLabel]),
+		Image: Image{
+			Ref:      labels[snapshotters.TargetRefLabel],
+			Manifest: digest.Digest(labels[snapshotters.TargetManifestDigestLabel]),
+			Link:     digest.Digest(labels[archive.AnnotationLink]),
+		},
 	}
 	if t.ChainID == "" {
 		return t, ErrNoTarget
@@ -50,11 +56,14 @@ func ParseTarget(labels map[string]string) (Target, error) {
 	if err := t.ChainID.Validate(); err != nil {
 		return t, fmt.Errorf("chain ID %q: %w", t.ChainID, errdefs.ErrInvalidArgument)
 	}
-	if t.Manifest == "" {
+	if t.Image.Manifest == "" {
 		return t, fmt.Errorf("containerd does not name the image (is enable_remote_snapshot_annotations = \"true\" among the exports of its proxy plugin?): %w", errdefs.ErrInvalidArgument)
 	}
-	if err := t.Manifest.Validate(); err != nil {
-		return t, fmt.Errorf("manifest digest %q: %w", t.Manifest, errdefs.ErrInvalidArgument)
+	if err := t.Image.Manifest.Validate(); err != nil {
+		return t, fmt.Errorf("manifest digest %q: %w", t.Image.Manifest, errdefs.ErrInvalidArgument)
+	}
+	if t.Image.Link != "" && t.Image.Link.Validate() != nil {
+		return t, fmt.Errorf("digest %q of the archive that the image links to: %w", t.Image.Link, errdefs.ErrInvalidArgument)
 	}
 	return t, nil
 }

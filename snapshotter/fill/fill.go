@@ -23,6 +23,7 @@ import (
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/time/rate"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
@@ -132,12 +133,25 @@ func (f *Filler) changedLocked() {
 	f.changed = make(chan struct{})
 }
 
+// Phase says what becomes of a layer in the background.
+type Phase string
+
+// The phases of a layer.
+const (
+	Off      Phase = "off"      // layers are not completed
+	Waiting  Phase = "waiting"  // for its time, or for a worker
+	Fetching Phase = "fetching" // requests for it are under way
+	Failing  Phase = "failing"  // the last request failed; it is tried again
+	Paused   Phase = "paused"   // the cache is full
+	Done     Phase = "done"
+)
+
 // State says how much of a layer is there.
 type State struct {
 	DiffID digest.Digest
 	Done   int64 // uncompressed bytes on disk
 	Total  int64 // uncompressed bytes
-	Paused bool  // the cache is full
+	Phase  Phase
 }
 
 // State returns the state of all layers, in the order in which they were added.
@@ -150,10 +164,58 @@ func (f *Filler) State() []State {
 			continue
 		}
 		s := State{DiffID: j.layer.DiffID(), Done: j.layer.Fetched(), Total: j.layer.Size()}
-		s.Paused = f.full && s.Done < s.Total
+		s.Phase = f.phaseLocked(j, s.Done == s.Total)
 		states = append(states, s)
 	}
 	return states
+}
+
+// phaseLocked returns the phase of a layer. The caller holds f.mu.
+func (f *Filler) phaseLocked(j *job, whole bool) Phase {
+	switch {
+	case whole:
+		return Done
+	case f.opts.ListsOnly, f.opts.Workers == 0:
+		return Off
+	case f.full:
+		return Paused
+	case j.active > 0:
+		return Fetching
+	case j.failures > 0:
+		return Failing
+	}
+	return Waiting
+}
+
+// Collectors are the filler's metrics.
+func (f *Filler) Collectors() []prometheus.Collector {
+	layers := func(phase Phase) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "clip_fill_layers", Help: "Layers of lazy images, by what becomes of them in the background.",
+			ConstLabels: prometheus.Labels{"phase": string(phase)},
+		}, func() (n float64) {
+			for _, s := range f.State() {
+				if s.Phase == phase {
+					n++
+				}
+			}
+			return n
+		})
+	}
+	all := []prometheus.Collector{prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "clip_fill_backlog_bytes", Help: "Uncompressed bytes of lazy images that are not here yet and will be fetched in the background.",
+	}, func() (n float64) {
+		for _, s := range f.State() {
+			if s.Phase != Off {
+				n += float64(s.Total - s.Done)
+			}
+		}
+		return n
+	})}
+	for _, phase := range []Phase{Off, Waiting, Fetching, Failing, Paused, Done} {
+		all = append(all, layers(phase))
+	}
+	return all
 }
 
 // run fetches range after range until the filler is closed.

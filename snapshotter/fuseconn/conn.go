@@ -20,6 +20,7 @@
 package fuseconn
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -52,12 +53,18 @@ type Options struct {
 	// Protocol says what is negotiated with the kernel; its sizes and queue
 	// lengths are set here.
 	Protocol fuse.MountOptions
-	// Session keeps the connection under Name for the next process; with
-	// KeepMount also the mount, if it is attached nowhere. Nil keeps nothing.
+	// Session counts the requests. It keeps the connection under Name for the
+	// next process; with KeepMount also the mount, if it is attached nowhere. No
+	// name keeps nothing. It may be nil.
 	Session   *Session
 	Name      string
 	KeepMount bool
+
+	timeout time.Duration // AnswerTimeout but in tests
 }
+
+// kept says whether the connection is for the next process, too.
+func (o Options) kept() bool { return o.Session.Outlives() && o.Name != "" }
 
 // Conn is a mounted file system that is being served.
 //
@@ -65,10 +72,12 @@ type Options struct {
 // is answering may wait for the network, so whenever none is left reading, a
 // new one is started; of those that come back, at most idleWorkers stay.
 type Conn struct {
-	ctx     context.Context
-	kept    kept
-	session *Session
-	name    string
+	ctx      context.Context
+	kept     kept
+	session  *Session // nil if the connection ends with the process
+	name     string
+	requests *requests
+	timeout  time.Duration // of an answer
 	// keeps is the session if the keeper has the connection, keepsMount says
 	// that it has the mount, too.
 	keeps      *Session
@@ -143,17 +152,22 @@ func newConn(ctx context.Context, fs fuse.RawFileSystem, o Options, k kept) *Con
 	o.Protocol.MaxWrite = MaxRead // go-fuse derives the largest read from it
 	o.Protocol.MaxBackground = maxBackground
 	o.Protocol.ExtraCapabilities |= fuse.CAP_HAS_RESEND
-	return &Conn{
-		ctx: context.WithoutCancel(ctx), kept: k, session: o.Session, name: o.Name,
+	c := &Conn{
+		ctx: context.WithoutCancel(ctx), kept: k, name: o.Name,
+		requests: o.Session.counted(), timeout: cmp.Or(o.timeout, AnswerTimeout),
 		greeted: make(chan []byte, 1), ended: make(chan struct{}),
 		server: fuse.NewProtocolServer(fs, &o.Protocol),
 	}
+	if o.kept() {
+		c.session = o.Session
+	}
+	return c
 }
 
 // keep has the connection kept. A kernel that cannot resend leaves it to end
 // with the process.
 func (c *Conn) keep(o Options, greeting []byte) (err error) {
-	if o.Session == nil {
+	if !o.kept() {
 		return nil
 	}
 	if !canResend(greeting) {
@@ -179,7 +193,7 @@ func (c *Conn) keep(o Options, greeting []byte) (err error) {
 // options it was mounted with. It returns errdefs.ErrNotFound if there is none,
 // or it has ended. fs must be ready: readers may be waiting.
 func Resume(ctx context.Context, fs fuse.RawFileSystem, o Options) (_ *Conn, err error) {
-	if o.Session == nil {
+	if !o.kept() {
 		return nil, errdefs.ErrNotFound
 	}
 	fds := o.Session.keeper.Take(o.Name)
@@ -255,6 +269,9 @@ func (c *Conn) end() {
 	}()
 }
 
+// Kept says that the connection outlives the process.
+func (c *Conn) Kept() bool { return c.keeps != nil }
+
 // FD is the descriptor of the mount, valid until Release.
 func (c *Conn) FD() int { return c.kept.mount }
 
@@ -311,7 +328,9 @@ func (c *Conn) work() {
 
 // answer handles one request.
 func (c *Conn) answer(in, out []byte) {
+	q := c.requests.begin(in, c.timeout, c.tooLate)
 	n, status := c.server.HandleRequest([][]byte{in}, [][]byte{out})
+	c.requests.end(q)
 	if n == 0 && status.Ok() {
 		return // a request without a reply
 	}
@@ -326,11 +345,17 @@ func (c *Conn) answer(in, out []byte) {
 			binary.NativeEndian.PutUint32(out[initOutMaxWriteAt:], maxWrite)
 		}
 	}
-	c.session.reply(func() {
-		if _, err := unix.Write(c.kept.fd, out[:n]); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) {
-			log.G(c.ctx).WithError(err).Error("writing to /dev/fuse failed")
-		}
-	})
+	c.reply(out[:n])
+}
+
+// reply writes an answer, unless the next process is to give it.
+func (c *Conn) reply(out []byte) { c.session.reply(func() { c.write(out) }) }
+
+func (c *Conn) write(out []byte) {
+	// ENOENT: the request was interrupted, or answered when it was too late.
+	if _, err := unix.Write(c.kept.fd, out); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) {
+		log.G(c.ctx).WithError(err).Error("writing to /dev/fuse failed")
+	}
 }
 
 // errorReply answers a request that could not be handled at all: without an

@@ -16,10 +16,11 @@ import (
 	"github.com/beam-cloud/containerd-clip/snapshotter/keeper"
 )
 
-// Session is the connections of one process that its successor shall go on
-// with. A nil session is one without a successor.
+// Session is the connections of one process, and what its successor shall go on
+// with. A nil session is one that counts nothing and has no successor.
 type Session struct {
-	keeper *keeper.Keeper
+	keeper   *keeper.Keeper // nil if there is no successor
+	requests *requests
 
 	mu   sync.RWMutex // held shared while an answer is written; guards the field below
 	over bool
@@ -28,9 +29,25 @@ type Session struct {
 	conns   map[string]*Conn
 }
 
-// NewSession returns a session whose connections k keeps.
+// NewSession returns a session whose connections k keeps; with nil they end with
+// the process.
 func NewSession(k *keeper.Keeper) *Session {
-	return &Session{keeper: k, conns: map[string]*Conn{}}
+	return &Session{keeper: k, requests: newRequests(), conns: map[string]*Conn{}}
+}
+
+// Outlives says whether connections are kept for another process.
+func (s *Session) Outlives() bool { return s != nil && s.keeper != nil }
+
+// InFlight returns how many requests of the kernel are being answered now, and
+// the age of the oldest, which is below AnswerTimeout unless something is stuck.
+func (s *Session) InFlight() (n int, oldest time.Duration) { return s.requests.inFlight() }
+
+// counted returns where requests are noted.
+func (s *Session) counted() *requests {
+	if s == nil {
+		return newRequests()
+	}
+	return s.requests
 }
 
 // Wait waits until the connection, if there is one, has ended and is no longer
@@ -78,7 +95,7 @@ func (s *Session) HandOver() {
 
 // Waiting lists the connections of an earlier process that nobody resumed.
 func (s *Session) Waiting() []string {
-	if s == nil {
+	if !s.Outlives() {
 		return nil
 	}
 	return s.keeper.Names()

@@ -183,19 +183,23 @@ func options(session *fuseconn.Session) fuseconn.Options {
 // layer file has it.
 const cached = fuse.FOPEN_KEEP_CACHE
 
-// New mounts a layer file system, which session keeps for the next process if
-// it is not nil. ctx carries the logger and nothing else.
+// New mounts a layer file system, which session keeps for the next process; it
+// may be nil. ctx carries the logger and nothing else.
 func New(ctx context.Context, session *fuseconn.Session) (*FS, error) {
-	return mount(ctx, cached, session)
+	return mount(ctx, cached, options(session))
 }
 
 // NewExact is New for a file system that asks its files for what is read and
 // nothing else, every time. It ends with the process.
-func NewExact(ctx context.Context) (*FS, error) { return mount(ctx, fuse.FOPEN_DIRECT_IO, nil) }
+func NewExact(ctx context.Context, session *fuseconn.Session) (*FS, error) {
+	o := options(session)
+	o.Name, o.KeepMount = "", false
+	return mount(ctx, fuse.FOPEN_DIRECT_IO, o)
+}
 
-func mount(ctx context.Context, openFlags uint32, session *fuseconn.Session) (*FS, error) {
+func mount(ctx context.Context, openFlags uint32, o fuseconn.Options) (*FS, error) {
 	t := newTable(ctx, openFlags)
-	conn, err := fuseconn.Mount(ctx, t, options(session))
+	conn, err := fuseconn.Mount(ctx, t, o)
 	if err != nil {
 		return nil, err
 	}
@@ -218,6 +222,9 @@ func Resume(ctx context.Context, session *fuseconn.Session, files map[digest.Dig
 	}
 	return &FS{table: t, conn: conn}, nil
 }
+
+// Kept says that the file system outlives the process.
+func (fs *FS) Kept() bool { return fs.conn.Kept() }
 
 // Add makes the layer readable under the path that Path returns.
 func (fs *FS) Add(diffID digest.Digest, f File) error { return fs.table.add(diffID, f) }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -25,8 +26,8 @@ import (
 // remembers no failure, and goes on without credentials that are no good.
 type authorizer struct {
 	scheme, host string
-	credentials  func(host string) (user, secret string, err error)
-	patience     time.Duration // with a token server
+	logins       func(host, repository string) ([]Login, error) // the best first
+	patience     time.Duration                                  // with a token server
 
 	mu         sync.Mutex // guards the fields below
 	client     *http.Client
@@ -34,6 +35,10 @@ type authorizer struct {
 	general    *challenge           // holds for scopes that were not asked for yet
 	grants     map[string]*grant    // by scope
 }
+
+// Login is what a registry gives tokens for. Without a user the secret is an
+// identity token.
+type Login struct{ User, Secret string }
 
 // challenge is what a host wants to see.
 type challenge struct {
@@ -55,9 +60,9 @@ const (
 	shortestLife = 60 * time.Second // of a token that does not say, as the token specification has it
 )
 
-func newAuthorizer(scheme, host string, credentials func(string) (string, string, error), patience time.Duration) *authorizer {
+func newAuthorizer(scheme, host string, logins func(host, repository string) ([]Login, error), patience time.Duration) *authorizer {
 	return &authorizer{
-		scheme: scheme, host: host, credentials: credentials, patience: patience,
+		scheme: scheme, host: host, logins: logins, patience: patience,
 		challenges: map[string]challenge{}, grants: map[string]*grant{},
 	}
 }
@@ -90,6 +95,16 @@ func (l limited) RoundTrip(req *http.Request) (*http.Response, error) {
 		}{io.LimitReader(resp.Body, maxToken), resp.Body}
 	}
 	return resp, err
+}
+
+// repositoryOf returns the repository that a request is about, or "".
+func repositoryOf(ctx context.Context) string {
+	for _, scope := range docker.GetTokenScopes(ctx, nil) {
+		if parts := strings.Split(scope, ":"); len(parts) == 3 && parts[0] == "repository" {
+			return parts[1]
+		}
+	}
+	return ""
 }
 
 func scopeOf(ctx context.Context) string { return strings.Join(docker.GetTokenScopes(ctx, nil), " ") }
@@ -165,37 +180,46 @@ func (a *authorizer) obtain(ctx context.Context, client *http.Client, scope stri
 
 // exchange answers a challenge.
 func (a *authorizer) exchange(ctx context.Context, client *http.Client, ch challenge) (value string, until time.Time, err error) {
-	user, secret, err := a.credentials(a.host)
+	logins, err := a.logins(a.host, repositoryOf(ctx))
 	if err != nil {
 		return "", until, err
 	}
 	if ch.basic {
-		if user == "" || secret == "" {
-			return "", until, fmt.Errorf("it asks for a password and docker's config has none: %w", errdefs.ErrPermissionDenied)
+		for _, l := range logins {
+			if l.User != "" && l.Secret != "" {
+				return "Basic " + base64.StdEncoding.EncodeToString([]byte(l.User+":"+l.Secret)), until, nil
+			}
 		}
-		return "Basic " + base64.StdEncoding.EncodeToString([]byte(user+":"+secret)), until, nil
+		return "", until, fmt.Errorf("it asks for a password and docker's config has none: %w", errdefs.ErrPermissionDenied)
 	}
-	opts, err := auth.GenerateTokenOptions(ctx, a.host, user, secret, auth.Challenge{Scheme: auth.BearerAuth, Parameters: ch.params})
-	if err != nil {
-		return "", until, err
+	var first error
+	// A login that has ended need not keep anybody from what is public.
+	for _, l := range append(slices.Clip(logins), Login{}) {
+		opts, err := tokenOptions(ctx, a.host, l, ch)
+		if err != nil {
+			return "", until, err
+		}
+		token, life, err := fetchToken(ctx, client, opts)
+		if err == nil {
+			// Renewed a little early: clocks differ, and requests take time.
+			return "Bearer " + token, time.Now().Add(life - min(life/10, 10*time.Second)), nil
+		}
+		if first == nil {
+			first = err
+		}
+		if !refused(err) {
+			break
+		}
 	}
+	return "", until, first
+}
+
+func tokenOptions(ctx context.Context, host string, l Login, ch challenge) (auth.TokenOptions, error) {
+	opts, err := auth.GenerateTokenOptions(ctx, host, l.User, l.Secret, auth.Challenge{Scheme: auth.BearerAuth, Parameters: ch.params})
 	if opts.Scopes == nil {
 		opts.Scopes = docker.GetTokenScopes(ctx, nil)
 	}
-	token, life, err := fetchToken(ctx, client, opts)
-	if refused(err) && secret != "" {
-		// A login that has ended need not keep anybody from what is public.
-		opts.Username, opts.Secret = "", ""
-		var anonymous error
-		if token, life, anonymous = fetchToken(ctx, client, opts); anonymous == nil {
-			err = nil
-		}
-	}
-	if err != nil {
-		return "", until, err
-	}
-	// Renewed a little early: clocks differ, and requests take time.
-	return "Bearer " + token, time.Now().Add(life - min(life/10, 10*time.Second)), nil
+	return opts, err
 }
 
 // fetchToken does as docker does: GET with a password, POST with an identity
@@ -325,22 +349,39 @@ func refused(err error) bool {
 // dockerHub is the key under which docker's config keeps docker.io's credentials.
 const dockerHub = "https://index.docker.io/v1/"
 
-// dockerCredentials reads docker's config anew each time: a helper's answer or
-// a new login takes effect without a restart.
-func dockerCredentials(host string) (user, secret string, err error) {
+// DockerLogin returns what docker's config file and its helpers have for a
+// registry host; it is empty if there is nothing. The file is read anew each
+// time: a helper's answer or a new login takes effect without a restart.
+func DockerLogin(host string) (Login, error) {
 	config, err := cliconfig.Load(cliconfig.Dir())
 	if err != nil {
-		return "", "", err
+		return Login{}, err
 	}
 	if host == "docker.io" || host == "registry-1.docker.io" {
 		host = dockerHub
 	}
 	auth, err := config.GetAuthConfig(host)
 	if err != nil {
-		return "", "", err
+		return Login{}, err
 	}
 	if auth.IdentityToken != "" {
-		return "", auth.IdentityToken, nil
+		return Login{Secret: auth.IdentityToken}, nil
 	}
-	return auth.Username, auth.Password, nil
+	return Login{User: auth.Username, Secret: auth.Password}, nil
+}
+
+// loginsFor returns what there is for a host: what Options.Logins says, and
+// then docker's config.
+func (c *Client) loginsFor(host, repository string) (logins []Login, err error) {
+	if c.opts.Logins != nil {
+		logins = c.opts.Logins(host, repository)
+	}
+	l, err := DockerLogin(host)
+	if err != nil && len(logins) == 0 {
+		return nil, err
+	}
+	if l.Secret != "" {
+		logins = append(logins, l)
+	}
+	return logins, nil
 }

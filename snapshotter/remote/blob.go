@@ -180,6 +180,14 @@ func (r *Reader) readBody(p []byte) int {
 	return n
 }
 
+// Host returns who delivers, or has delivered last; "" if nobody has yet.
+func (r *Reader) Host() string {
+	if r.from == nil {
+		return ""
+	}
+	return r.from.url.Host
+}
+
 // Close implements io.Closer.
 func (r *Reader) Close() error {
 	r.drop()

@@ -20,6 +20,21 @@ import (
 // reads manifests and lists referrers. It shares connections and tokens with
 // the client's reads.
 func (c *Client) Fetcher(ctx context.Context, ref string) (remotes.Fetcher, error) {
+	f, err := c.resolver().Fetcher(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	return fetcher{f}, nil
+}
+
+// Resolve returns what the reference ref names in its registry now.
+func (c *Client) Resolve(ctx context.Context, ref string) (ocispec.Descriptor, error) {
+	_, desc, err := c.resolver().Resolve(ctx, ref)
+	return desc, redacted(err)
+}
+
+// resolver is containerd's, with the hosts first that do not fail.
+func (c *Client) resolver() remotes.Resolver {
 	hosts := func(registry string) ([]docker.RegistryHost, error) {
 		all, err := c.hostsOf(registry)
 		var good, open []docker.RegistryHost
@@ -32,11 +47,7 @@ func (c *Client) Fetcher(ctx context.Context, ref string) (remotes.Fetcher, erro
 		}
 		return append(good, open...), err
 	}
-	f, err := docker.NewResolver(docker.ResolverOptions{Hosts: hosts}).Fetcher(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
-	return fetcher{f}, nil
+	return docker.NewResolver(docker.ResolverOptions{Hosts: hosts})
 }
 
 // fetcher is containerd's, with errors that hold no secrets.
@@ -44,6 +55,7 @@ type fetcher struct{ remotes.Fetcher }
 
 // Fetch implements remotes.Fetcher.
 func (f fetcher) Fetch(ctx context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {
+	desc.URLs = nil // what a registry holds does not decide whom the node asks
 	rc, err := f.Fetcher.Fetch(ctx, desc)
 	if err != nil {
 		return nil, redacted(err)

@@ -1,7 +1,7 @@
 // Package remote reads ranges of registry blobs through containerd's host configuration.
 //
 // Hosts, mirrors, headers and TLS come from containerd's hosts.toml files,
-// credentials from docker's config file and its helpers, as containerd's own
+// credentials from Options.Logins, docker's config file and its helpers, as containerd's own
 // pull takes them. A registry on loopback is reached over plain HTTP.
 //
 // # Vocabulary
@@ -62,6 +62,10 @@ type Options struct {
 	SilenceTimeout time.Duration
 	// GiveUp is how long a read goes on when nothing arrives; 55 seconds.
 	GiveUp time.Duration
+	// Logins returns what is known of a repository at a host, the best first;
+	// docker's config comes after it. Nil knows nothing. It is called with
+	// nothing locked, for each new token.
+	Logins func(host, repository string) []Login
 }
 
 // Bounds on what an endpoint may cost.
@@ -222,7 +226,7 @@ func (c *Client) adoptLocked(host *docker.RegistryHost) {
 	key := host.Scheme + "://" + host.Host
 	auth := c.auths[key]
 	if auth == nil {
-		auth = newAuthorizer(host.Scheme, host.Host, dockerCredentials, c.opts.SilenceTimeout)
+		auth = newAuthorizer(host.Scheme, host.Host, c.loginsFor, c.opts.SilenceTimeout)
 		c.auths[key] = auth
 	}
 	auth.use(transport)
@@ -264,15 +268,28 @@ const maxRedirects = 5
 
 // redirecting follows redirects for those who only know a client and tell
 // whoever wants to hear it where it was sent. What is meant for one host is
-// not passed on to another, nor to the same one without encryption.
+// not passed on to another, nor to the same one without encryption, and where
+// a request was sent to has no say in who gets credentials.
 type redirecting struct{ *hostTransport }
 
 // RoundTrip implements http.RoundTripper.
 func (t redirecting) RoundTrip(req *http.Request) (*http.Response, error) {
+	var first *http.Request // as it was sent, which may be over another scheme
 	for range maxRedirects + 1 {
 		resp, err := t.hostTransport.RoundTrip(req)
-		if err != nil || !isRedirect(resp.StatusCode) || (req.Method != http.MethodGet && req.Method != http.MethodHead) {
-			return resp, err
+		if err != nil {
+			return nil, err
+		}
+		if first == nil {
+			first = resp.Request
+		}
+		if !isRedirect(resp.StatusCode) || (req.Method != http.MethodGet && req.Method != http.MethodHead) {
+			if resp.Request.URL.Scheme != first.URL.Scheme || resp.Request.URL.Host != first.URL.Host {
+				resp.Header.Del("WWW-Authenticate")
+			}
+			resp.Header.Del("Set-Cookie") // nobody here keeps any
+			resp.Request = first
+			return resp, nil
 		}
 		resp.Body.Close()
 		u, err := redirectTarget(req.URL, resp.Header.Get("Location"))

@@ -127,7 +127,10 @@ func TestNoSecretsTold(t *testing.T) {
 	logger.SetLevel(logrus.TraceLevel)
 	ctx := log.WithLogger(t.Context(), logrus.NewEntry(logger))
 	const secret = "s3cr3t"
+	forbids, asks := start(t, status(http.StatusForbidden)), start(t, status(http.StatusUnauthorized))
 	for name, location := range map[string]string{
+		"storage forbids":    "http://" + forbids.name + "/data?X-Amz-Signature=" + secret,
+		"storage asks":       "http://me:" + secret + "@" + asks.name + "/data?X-Amz-Signature=" + secret,
 		"storage is gone":    "http://127.0.0.1:1/data?X-Amz-Signature=" + secret,
 		"storage with login": "http://me:" + secret + "@127.0.0.1:1/data",
 		"odd query":          "http://127.0.0.1:1/data?a=\"&sig=" + secret,
@@ -174,4 +177,53 @@ func TestNoSecretsTold(t *testing.T) {
 		require.ErrorIs(t, err, errdefs.ErrUnavailable)
 		require.NotContains(t, err.Error(), secret)
 	})
+}
+
+// TestStorageAsksForCredentials redirects to a storage that sends whoever comes to a token server of its own: it gets
+// nothing that is the registry's.
+func TestStorageAsksForCredentials(t *testing.T) {
+	var tokens atomic.Int32
+	var storage *host
+	storage = start(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/token" {
+			tokens.Add(1)
+		}
+		w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="http://%s/token",service="x"`, storage.name))
+		w.WriteHeader(http.StatusUnauthorized)
+	})
+	h := start(t, func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, "http://"+storage.name+"/data", http.StatusTemporaryRedirect)
+	})
+	c := newClient(t)
+	dockerConfig(t, login(h.name))
+	_, err := read(t.Context(), c, []string{h.ref()}, 0, 3)
+	require.ErrorIs(t, err, errdefs.ErrPermissionDenied)
+	f, err := c.Fetcher(t.Context(), h.ref())
+	require.NoError(t, err)
+	rc, err := f.Fetch(t.Context(), ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromString("x"), Size: 1})
+	if err == nil {
+		_, err = rc.Read(make([]byte, 10))
+	}
+	require.Error(t, err)
+	require.NotEmpty(t, storage.seen())
+	require.Zero(t, tokens.Load())
+	for _, r := range storage.seen() {
+		require.Empty(t, r.Header.Get("Authorization"))
+	}
+}
+
+// TestForeignAddresses has a descriptor that names an address: it is not asked.
+func TestForeignAddresses(t *testing.T) {
+	foreign, h := start(t, serveBlob), start(t, status(http.StatusNotFound))
+	f, err := newClient(t).Fetcher(t.Context(), h.ref())
+	require.NoError(t, err)
+	for _, mediaType := range []string{ocispec.MediaTypeImageLayer, ocispec.MediaTypeImageManifest} {
+		rc, err := f.Fetch(t.Context(), ocispec.Descriptor{MediaType: mediaType, Digest: testDigest, Size: 1, URLs: []string{"http://" + foreign.name + "/blob"}})
+		if err == nil {
+			_, err = rc.Read(make([]byte, 10))
+		}
+		require.Error(t, err)
+	}
+	require.NotEmpty(t, h.seen())
+	require.Empty(t, foreign.seen())
 }

@@ -62,7 +62,7 @@ type Root struct {
 	Dir     string // a directory of its own; it holds the metadata image and the mount point
 	Layers  []Layer
 	Indexes func() ([]*layer.Index, error) // of Layers, with entries; asked for only if they are needed
-	Exact   bool                           // the kernel does not read ahead; mode FUSE does all the same
+	Exact   bool                           // the kernel does not read ahead, though in mode FUSE it does; ends with the process
 	Session *fuseconn.Session              // keeps a root of mode FUSE for the next process; may be nil
 	Helper  Helper                         // mounts in the other modes
 }
@@ -163,6 +163,9 @@ func (r Root) tree() (*tree.Node, []treefs.Layer, error) {
 // keep names the connection of a root of mode FUSE. The number changes when
 // requests no longer mean the same.
 func (r Root) keep() treefs.Keep {
+	if r.Exact {
+		return treefs.Keep{Session: r.Session}
+	}
 	return treefs.Keep{Session: r.Session, Name: "tree-1-" + filepath.Base(r.Dir)}
 }
 

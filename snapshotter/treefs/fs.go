@@ -45,7 +45,7 @@ type inode struct {
 }
 
 // Keep says who keeps a root's connection for the next process, and under
-// which name. The zero value keeps nothing.
+// which name. No session or no name keeps nothing.
 type Keep struct {
 	Session *fuseconn.Session
 	Name    string

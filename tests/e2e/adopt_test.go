@@ -9,11 +9,13 @@ import (
 	"github.com/beam-cloud/clip/pkg/clip"
 	"github.com/stretchr/testify/require"
 
+	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 	"github.com/beam-cloud/containerd-clip/tests/internal/images"
 )
 
 // TestUpstreamArchive runs an image of which CLIP itself made the archive: the first pull streams each layer once and
-// indexes it, with everything that CLIP's own index has wrong; after that the image is as lazy as any.
+// indexes it, with everything that CLIP's own index has wrong, and what was streamed is not fetched again. Pulled again
+// later, the image is as lazy as any.
 func TestUpstreamArchive(t *testing.T) {
 	for name, storage := range map[string]string{"its own reference": "", "another storage reference": "registry.example.com/team/app:1"} {
 		t.Run(name, func(t *testing.T) {
@@ -21,9 +23,11 @@ func TestUpstreamArchive(t *testing.T) {
 			w.publish(images.DockerName)
 			ref, layers := w.ref(images.DockerName), w.layers(images.DockerName)
 			archives := filepath.Join(w.daemon.Root, "archives")
+			theirs := filepath.Join(archives, "theirs.clip")
+			made := filepath.Join(archives, ".indexed", w.subject(ref, "").Digest.Encoded()+".clip")
 			require.NoError(t, clip.SetLogLevel("disabled"))
 			require.NoError(t, clip.CreateFromOCIImage(w.ctx, clip.CreateFromOCIImageOptions{
-				ImageRef: ref, StorageImageRef: storage, OutputPath: filepath.Join(archives, "theirs.clip"),
+				ImageRef: ref, StorageImageRef: storage, OutputPath: theirs,
 			}))
 
 			pulled := w.pull(w.worker, lazy, ref)
@@ -31,8 +35,18 @@ func TestUpstreamArchive(t *testing.T) {
 				require.Len(t, pulled.Gets(l), 1, "each layer is streamed once:\n%s", pulled)
 			}
 			require.Contains(t, w.daemon.Log(), "indexed the layers of an archive that CLIP wrote")
-			require.FileExists(t, filepath.Join(archives, "theirs.indexed.clip"))
+			require.FileExists(t, made)
+			w.registry.Reset()
+			require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+			w.run(w.worker, lazy, ref, "sh", "-c", "find / -xdev -type f -exec cat {} \\; | sha256sum")
+			require.Empty(t, w.registry.Requests(), "what was streamed is here")
 
+			w.removeImage(w.worker, ref)
+			w.eventually("no layers", func() bool {
+				left, err := os.ReadDir(filepath.Join(w.daemon.Root, "layers"))
+				return err == nil && len(left) == 0
+			})
+			require.Empty(t, w.pull(w.worker, lazy, ref).Gets(layers...), "the next pull finds the indexes")
 			w.registry.Reset()
 			require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
 			fetched := w.registry.Requests().Gets(layers...)
@@ -44,8 +58,14 @@ func TestUpstreamArchive(t *testing.T) {
 			w.pull(stock, eager, ref)
 			requireSameRoot(w, stock, ref)
 
-			w.removeImage(w.worker, ref)
-			require.Empty(t, w.pull(w.worker, lazy, ref).Gets(layers...), "the next pull finds the indexes")
+			require.NoError(t, os.Remove(theirs))
+			require.NoError(t, w.daemon.Stop())
+			require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+			w.eventually("what was made goes with it", func() bool {
+				_, err := os.Stat(made)
+				return os.IsNotExist(err)
+			})
+			require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"), "the image does not need it")
 		})
 	}
 }
@@ -66,6 +86,28 @@ func TestUpstreamArchiveUnusable(t *testing.T) {
 
 	w.pull(w.worker, lazy, ref)
 	w.requireReason(ref, "it lists other layers than the image's manifest")
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+
+	// One from a newer program: log, label and status say so, and what to do.
+	const newer, remedy = "format version 2", "upgrade containerd-clip, or index the image again with this version"
+	require.NoError(t, os.Remove(path))
+	require.NoError(t, w.daemon.Stop()) // it remembers the failure for a minute
+	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	w.removeImage(w.worker, ref)
+	w.eventually("no snapshots", func() bool { return len(w.snapshots(w.ctx, w.worker, lazy)) == 0 })
+	b, err := os.ReadFile(w.archive(ref))
+	require.NoError(t, err)
+	b[len(b)-64+8]++ // the version in the footer
+	require.NoError(t, os.WriteFile(path, b, 0o600))
+	w.pull(w.worker, lazy, ref)
+	w.requireReason(ref, newer)
+	w.requireReason(ref, remedy)
+	status, err := w.worker.Clipctl(w.ctx, "status")
+	require.NoError(t, err)
+	require.Regexp(t, "no .*"+newer+".*"+remedy, status.Stdout)
+	labels := w.ctr(w.worker, "snapshots", "--snapshotter", lazy, "info", w.chainID(w.worker, ref))
+	require.Contains(t, labels, discover.LabelNotLazy)
+	require.Contains(t, labels, remedy)
 	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
 }
 

@@ -39,8 +39,10 @@ type faultWorld struct {
 	want string // MD5 of noise
 }
 
-func newFaultWorld(t *testing.T) *faultWorld {
-	w := &faultWorld{world: newWorldWith(t, faultConfig)}
+func newFaultWorld(t *testing.T) *faultWorld { return newFaultWorldWith(t, faultConfig) }
+
+func newFaultWorldWith(t *testing.T, config string) *faultWorld {
+	w := &faultWorld{world: newWorldWith(t, config)}
 	w.ref = w.world.ref(images.SmallName)
 	w.index(images.SmallName)
 	w.pull(w.worker, lazy, w.ref)

@@ -23,9 +23,13 @@ import (
 	"github.com/beam-cloud/containerd-clip/tests/internal/images"
 )
 
-// checkScript is what a container runs: it checks the files in /sums over and over.
-const checkScript = `while [ ! -e /sums ]; do sleep 0.1; done
-n=0; while [ ! -e /stop ]; do md5sum -c /sums >/out 2>&1 || cp /out /failed; n=$((n+1)); echo $n >/rounds.new; mv /rounds.new /rounds; done`
+// checkScript is what a container runs: it checks the files that are listed in sums over and over. What it writes is
+// in memory.
+const checkScript = `cd /dev/shm; while [ ! -e sums ]; do sleep 0.1; done
+n=0; while [ ! -e stop ]; do md5sum -c sums >out 2>&1 || cp out failed; n=$((n+1)); echo $n >rounds.new; mv rounds.new rounds; done`
+
+// checkFile is a file of a container that runs checkScript.
+func checkFile(root, name string) string { return filepath.Join(root, "dev/shm", name) }
 
 // readers are containers that check what they read, from inside, and processes that do it from outside.
 type readers struct {
@@ -38,10 +42,19 @@ type readers struct {
 	stop    chan struct{}
 	running sync.WaitGroup
 
-	mu   sync.Mutex // guards bad
+	mu   sync.Mutex // guards bad and slow
 	bad  []string
+	slow []slowRead
 	next int
 }
+
+// slowRead is a read that took longer than slowest.
+type slowRead struct {
+	began time.Time
+	took  time.Duration
+}
+
+const slowest = 100 * time.Millisecond
 
 // newReaders indexes the small image.
 func newReaders(w *world) *readers {
@@ -75,8 +88,8 @@ func (r *readers) start(n int) {
 		r.next++
 		require.NoError(r, r.worker.StartContainer(r.ctx, lazy, r.ref, id, "sh", "-c", checkScript))
 		root := fmt.Sprintf("/proc/%d/root", r.pid(id))
-		require.NoError(r, os.WriteFile(filepath.Join(root, "sums.new"), []byte(list.String()), 0o600))
-		require.NoError(r, os.Rename(filepath.Join(root, "sums.new"), filepath.Join(root, "sums")))
+		require.NoError(r, os.WriteFile(checkFile(root, "sums.new"), []byte(list.String()), 0o600))
+		require.NoError(r, os.Rename(checkFile(root, "sums.new"), checkFile(root, "sums")))
 		r.roots = append(r.roots, root)
 		r.running.Go(func() { r.readOutside(root) })
 	}
@@ -108,6 +121,11 @@ func (r *readers) readOutside(root string) {
 			}
 			r.reads.Add(1)
 			took := time.Since(began).Nanoseconds()
+			if time.Duration(took) > slowest {
+				r.mu.Lock()
+				r.slow = append(r.slow, slowRead{began, time.Duration(took)})
+				r.mu.Unlock()
+			}
 			for old := r.longest.Load(); took > old && !r.longest.CompareAndSwap(old, took); old = r.longest.Load() {
 			}
 		}
@@ -130,7 +148,7 @@ func sumOf(path string) (string, error) {
 // rounds is how often the containers went through all files.
 func (r *readers) rounds() (total int) {
 	for _, root := range r.roots {
-		text, err := os.ReadFile(filepath.Join(root, "rounds"))
+		text, err := os.ReadFile(checkFile(root, "rounds"))
 		if err == nil {
 			n, _ := strconv.Atoi(strings.TrimSpace(string(text)))
 			total += n
@@ -156,9 +174,9 @@ func (r *readers) end() {
 	r.running.Wait()
 	require.Empty(r, r.bad)
 	for _, root := range r.roots {
-		_, err := os.Stat(filepath.Join(root, "sums"))
+		_, err := os.Stat(checkFile(root, "sums"))
 		require.NoError(r, err, "a container ended by itself")
-		failed, err := os.ReadFile(filepath.Join(root, "failed"))
+		failed, err := os.ReadFile(checkFile(root, "failed"))
 		require.ErrorIs(r, err, os.ErrNotExist, "in a container:\n%s", failed)
 	}
 	r.Logf("%d files read outside, longest %v, %d rounds inside", r.reads.Load(), time.Duration(r.longest.Load()).Round(time.Millisecond), r.rounds())
@@ -239,19 +257,25 @@ func TestKills(t *testing.T) {
 	}
 }
 
+// installer has the daemon started from a program of its own, and returns what replaces that by another version.
+func (w *world) installer() func(version string) {
+	w.Helper()
+	options, err := harness.Installed()
+	require.NoError(w, err)
+	program, err := os.ReadFile(filepath.Join(options.Product, w.daemon.Program))
+	require.NoError(w, err)
+	w.daemon.Program = w.lab.Path("containerd-clip-grpc")
+	return func(version string) {
+		file := w.daemon.Program + ".new"
+		require.NoError(w, os.WriteFile(file, append(program, version...), 0o700))
+		require.NoError(w, os.Rename(file, w.daemon.Program))
+	}
+}
+
 // TestUpgrade replaces the daemon's program below 20 busy containers, and stops and starts it.
 func TestUpgrade(t *testing.T) {
 	w := newWorld(t)
-	options, err := harness.Installed()
-	require.NoError(t, err)
-	program, err := os.ReadFile(filepath.Join(options.Product, w.daemon.Program))
-	require.NoError(t, err)
-	w.daemon.Program = w.lab.Path("containerd-clip-grpc")
-	install := func(version string) {
-		file := w.daemon.Program + ".new"
-		require.NoError(t, os.WriteFile(file, append(program, version...), 0o700))
-		require.NoError(t, os.Rename(file, w.daemon.Program))
-	}
+	install := w.installer()
 	restart := func() {
 		require.NoError(t, w.daemon.Stop())
 		require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))

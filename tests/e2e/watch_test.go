@@ -42,6 +42,8 @@ func newWatched(t *testing.T) *watched {
 	w.directory = w.lab.Path("kept")
 	var err error
 	w.watcher, err = w.lab.StartDaemon(w.ctx, "watcher", fmt.Sprintf(`
+[metrics]
+address = "unix://%s"
 [watch]
 containerd = %q
 namespaces = ["default", "second"]
@@ -61,7 +63,7 @@ storage_ref = "%s/{{.Path}}:{{.Tag}}"
 names = ["example.com/labelled/*"]
 labels = {clip = "auto"}
 action = "index"
-`, w.builder.Socket, w.directory, w.lab.Path("watch-cache"), w.registry.Ref("auto/*"), w.registry.Host()))
+`, w.lab.Path("watch-metrics"), w.builder.Socket, w.directory, w.lab.Path("watch-cache"), w.registry.Ref("auto/*"), w.registry.Host()))
 	require.NoError(t, err)
 	return w
 }
@@ -224,6 +226,10 @@ func TestWatchImages(t *testing.T) {
 	status, err := w.builder.Clipctl(w.ctx, "status", "--clip-address", w.watcher.Socket)
 	require.NoError(t, err)
 	require.Regexp(t, "auto/app:1 .*"+id[:19], status.Stdout)
+	got := w.metrics(w.lab.Path("watch-metrics"))
+	for _, name := range []string{`clip_index_duration_seconds_count{outcome="indexed"}`, "clip_index_bytes_total", `clip_index_layers_total{outcome="cached"}`} {
+		require.NotContains(t, []string{"", "0"}, got[name], name)
+	}
 }
 
 // TestWatchIncomplete has an image in the store before its layers are, as BuildKit publishes it.

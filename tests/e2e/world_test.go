@@ -51,17 +51,23 @@ func newWorld(t *testing.T) *world { return newWorldWith(t, "") }
 // newWorldWith has a daemon with a configuration, in which LAB stands for the lab's directory.
 func newWorldWith(t *testing.T, config string) *world {
 	w := emptyWorld(t, config)
+	w.addSmall()
+	return w
+}
+
+// addSmall puts the small images into the builder's store and the registry.
+func (w *world) addSmall() {
+	w.Helper()
 	layout, err := testimages.Small(w.lab.Path("small"))
-	require.NoError(t, err)
+	require.NoError(w, err)
 	file := w.lab.Path("small.tar")
-	require.NoError(t, layout.WriteTar(file))
+	require.NoError(w, layout.WriteTar(file))
 	w.layout = layout
 	w.ctr(w.builder, "image", "import", "--no-unpack", "--all-platforms", file)
 	for _, name := range []string{testimages.SmallName, testimages.SiblingName, testimages.BaseName} {
 		w.publish(name)
 	}
 	w.start = time.Now()
-	return w
 }
 
 // newDemoWorld has the demo image instead.
@@ -77,16 +83,29 @@ func newDemoWorld(t *testing.T) *world {
 	return w
 }
 
-func emptyWorld(t *testing.T, config string) *world {
-	w := &world{T: t, ctx: t.Context(), lab: harness.ForTest(t)}
+func emptyWorld(t *testing.T, config string) *world { return worldIn(t, harness.ForTest(t), config) }
+
+func worldIn(t *testing.T, lab *harness.Lab, config string) *world {
+	w := workerlessWorldIn(t, lab, config)
+	var err error
+	w.worker, err = w.lab.StartContainerd(w.ctx, "worker", w.daemon)
+	require.NoError(t, err)
+	return w
+}
+
+// workerlessWorld has no containerd beside the daemon yet.
+func workerlessWorld(t *testing.T, config string) *world {
+	return workerlessWorldIn(t, harness.ForTest(t), config)
+}
+
+func workerlessWorldIn(t *testing.T, lab *harness.Lab, config string) *world {
+	w := &world{T: t, ctx: t.Context(), lab: lab}
 	var err error
 	w.registry, err = w.lab.StartRegistry(w.ctx)
 	require.NoError(t, err)
 	w.builder, err = w.lab.StartContainerd(w.ctx, "builder", nil)
 	require.NoError(t, err)
 	w.daemon, err = w.lab.StartDaemon(w.ctx, "daemon", strings.ReplaceAll(config, "LAB", w.lab.Dir))
-	require.NoError(t, err)
-	w.worker, err = w.lab.StartContainerd(w.ctx, "worker", w.daemon)
 	require.NoError(t, err)
 	return w
 }

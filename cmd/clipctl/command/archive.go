@@ -36,10 +36,11 @@ docker's configuration.`
 
 func newInspectCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "inspect FILE",
-		Short: "Show what an archive says of itself, as JSON",
-		Long:  "Show what an archive says of itself, as JSON. No registry or bucket is asked.\n" + aboutArchives,
-		Args:  cobra.ExactArgs(1),
+		Use:     "inspect FILE",
+		Short:   "Show what an archive says of itself, as JSON",
+		Long:    "Show what an archive says of itself, as JSON. No registry or bucket is asked.\n" + aboutArchives,
+		Example: `  clipctl inspect app.clip | jq .layers`,
+		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			a, err := contents.Open(args[0], contents.Options{})
 			if err != nil {
@@ -59,10 +60,11 @@ func newInspectCommand() *cobra.Command {
 
 func newListCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "ls FILE [PATH]",
-		Short: "List the files of an archive, or those at PATH and below",
-		Long:  "List the files of an archive, or those at PATH and below. No registry or bucket is asked.\n" + aboutArchives,
-		Args:  cobra.RangeArgs(1, 2),
+		Use:     "ls FILE [PATH]",
+		Short:   "List the files of an archive, or those at PATH and below",
+		Long:    "List the files of an archive, or those at PATH and below. No registry or bucket is asked.\n" + aboutArchives,
+		Example: `  clipctl ls app.clip /usr/bin`,
+		Args:    cobra.RangeArgs(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			a, err := contents.Open(args[0], contents.Options{})
 			if err != nil {
@@ -128,7 +130,8 @@ func newCatCommand() *cobra.Command {
 		Long: `Print a file of an archive. With layer indexes only the parts of the layer that
 hold the file are fetched, and verified. Without, CLIP's own code fetches the layer.
 ` + aboutArchives,
-		Args: cobra.ExactArgs(2),
+		Example: `  clipctl cat app.clip /etc/os-release`,
+		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			a, err := f.open(args[0])
 			if err != nil {
@@ -152,7 +155,8 @@ interrupted or ended. An archive with layer indexes is served as containers see
 the image; all others by upstream CLIP's own file system, within its limits.
 Containers on lazy images do not need this: the snapshotter mounts for them.
 ` + aboutArchives,
-		Args: cobra.ExactArgs(2),
+		Example: `  clipctl mount app.clip /mnt`,
+		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			a, err := f.open(args[0])
 			if err != nil {
@@ -183,7 +187,7 @@ func runMount(ctx context.Context, a *contents.Archive, dir string, stdout io.Wr
 
 func (f *archiveFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.cacheDir, "cache-dir", "", "where what is fetched is kept for the next time (default: nowhere)")
-	cmd.Flags().StringSliceVar(&f.hosts, "hosts-dir", []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, "directories with <host>/hosts.toml, as containerd's config_path")
+	cmd.Flags().StringSliceVar(&f.hosts, "hosts-dir", defaultHostsDirs, "directories with <host>/hosts.toml, as containerd's config_path")
 }
 
 func (f *archiveFlags) open(path string) (*contents.Archive, error) {

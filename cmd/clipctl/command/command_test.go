@@ -3,6 +3,7 @@ package command
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -16,8 +17,6 @@ import (
 	"testing"
 	"time"
 
-	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
-	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -30,7 +29,8 @@ import (
 	"github.com/beam-cloud/containerd-clip/internal/testutil"
 	"github.com/beam-cloud/containerd-clip/plugin/export"
 	"github.com/beam-cloud/containerd-clip/plugin/index"
-	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
+	"github.com/beam-cloud/containerd-clip/snapshotter/control"
+	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
 	"github.com/beam-cloud/containerd-clip/snapshotter/record"
 )
 
@@ -106,50 +106,114 @@ func TestWithoutDaemons(t *testing.T) {
 	require.ErrorContains(t, err, "asking the daemon at "+dead)
 }
 
-// fakeDaemon has one lazy and one ordinary layer, and a container's snapshot.
-type fakeDaemon struct {
-	snapshotsapi.UnimplementedSnapshotsServer
+// fakeDaemon has an image of one ordinary layer on a lazy one, and a container.
+type fakeDaemon struct{ pruned *control.Prune }
+
+func (fakeDaemon) Status(context.Context) (control.Status, error) {
+	return control.Status{
+		Version: control.Version,
+		Daemon:  control.Daemon{PID: 7, Mode: "file", InFlight: 2, OldestSeconds: 1.5},
+		Cache:   control.Cache{Used: 1000, Max: 2000, InMemory: true},
+		Snapshots: []control.Snapshot{
+			{Name: "lazy a", Kind: "committed", Image: "example.com/app:1", ChainID: "sha256:aa", DiffID: "sha256:0123456789abcdef", Lazy: true,
+				Layers: []digest.Digest{"sha256:0123456789abcdef"}, Mount: "file"},
+			{Name: "ns/2/sha256:bb", Parent: "lazy a", Kind: "committed", Image: "example.com/app:1", ChainID: "sha256:bb", DiffID: "sha256:b", NotLazy: "zstd window", Size: 50},
+			{Name: "ns/3/c1", Parent: "ns/2/sha256:bb", Kind: "active"},
+			{Name: "ns/4/other", Kind: "active"},
+		},
+		Layers: []control.Layer{{
+			DiffID: "sha256:0123456789abcdef", Size: 1000, Fetched: 250, Fill: "paused", Host: "mirror.example.com", Error: "span 3: refused",
+		}},
+	}, nil
 }
 
-func (fakeDaemon) List(_ *snapshotsapi.ListSnapshotsRequest, s snapshotsapi.Snapshots_ListServer) error {
-	labels := func(more ...string) map[string]string {
-		l := map[string]string{
-			"containerd.io/snapshot/cri.image-ref": "example.com/app:1",
-			snapshots.LabelSnapshotDiffID:          "sha256:0123456789abcdef0123",
-		}
-		for i := 0; i < len(more); i += 2 {
-			l[more[i]] = more[i+1]
-		}
-		return l
-	}
-	return s.Send(&snapshotsapi.ListSnapshotsResponse{Info: []*snapshotsapi.Info{
-		{Name: "a", Kind: snapshotsapi.Kind_COMMITTED, Labels: labels(discover.LabelLazy, "true")},
-		{Name: "b", Kind: snapshotsapi.Kind_COMMITTED, Labels: labels(discover.LabelNotLazy, "no archive")},
-		{Name: "container", Kind: snapshotsapi.Kind_ACTIVE, Labels: labels()},
-		{Name: "other", Kind: snapshotsapi.Kind_COMMITTED},
-	}})
+func (d fakeDaemon) Prune(_ context.Context, what control.Prune) (control.Pruned, error) {
+	*d.pruned = what
+	return control.Pruned{Layers: 3, Bytes: 4_000_000}, nil
 }
 
-func (fakeDaemon) Usage(_ context.Context, _ *snapshotsapi.UsageRequest) (*snapshotsapi.UsageResponse, error) {
-	return &snapshotsapi.UsageResponse{Size: 12345}, nil
-}
-
-func TestStatus(t *testing.T) {
+// serveDaemon serves a daemon until the test ends and returns its socket.
+func serveDaemon(t *testing.T, d control.Service) string {
+	t.Helper()
 	socket := filepath.Join(t.TempDir(), "s")
 	l, err := net.Listen("unix", socket)
 	require.NoError(t, err)
 	server := grpc.NewServer()
-	snapshotsapi.RegisterSnapshotsServer(server, fakeDaemon{})
+	control.Register(server, d)
 	go func() { _ = server.Serve(l) }()
 	t.Cleanup(server.Stop)
-	out, err := run(t, "status", "--clip-address", socket)
-	require.NoError(t, err)
-	lines := strings.Split(strings.TrimSpace(out), "\n")
-	require.Len(t, lines, 3)
-	require.Equal(t, []string{"IMAGE", "LAYER", "LAZY", "ON", "DISK", "REASON"}, strings.Fields(lines[0]))
-	require.Equal(t, []string{"example.com/app:1", "sha256:0123456789ab", "yes", "12.3", "kB"}, strings.Fields(lines[1]))
-	require.Equal(t, []string{"example.com/app:1", "sha256:0123456789ab", "no", "12.3", "kB", "no", "archive"}, strings.Fields(lines[2]))
+	t.Setenv("CLIP_ADDRESS", socket)
+	t.Setenv("CONTAINERD_ADDRESS", socket+".none")
+	return socket
 }
+
+// TestStatus is without containerd: images are called what the daemon knows.
+func TestStatus(t *testing.T) {
+	serveDaemon(t, fakeDaemon{})
+	out, err := run(t, "status")
+	require.NoError(t, err)
+	fields := func(head string, n int) string {
+		_, after, ok := strings.Cut(out, head)
+		require.True(t, ok, out)
+		return strings.Join(strings.Fields(strings.Split(after, "\n")[n]), " ")
+	}
+	require.Contains(t, out, "daemon 7 since")
+	require.Contains(t, out, "mode file")
+	require.Contains(t, out, "which is full: reads are served from memory; 2 reads under way, the oldest for 1.5s")
+	require.Equal(t, "- example.com/app:1 1 of 2 layers 250B of 1.0kB (25%) paused - zstd window", strings.NewReplacer(" B", "B", " kB", "kB").Replace(fields("NAMESPACE  IMAGE", 1)))
+	require.Equal(t, "ns c1 example.com/app:1 yes file zstd window", fields("CONTAINER", 1))
+	require.Equal(t, "ns other - no -", fields("CONTAINER", 2))
+	require.Contains(t, fields("\nLAYER", 1), "sha256:0123456789ab yes")
+	require.Contains(t, fields("\nLAYER", 1), "paused mirror.example.com example.com/app:1 span 3: refused")
+	require.Contains(t, fields("\nLAYER", 2), "no 50")
+
+	out, err = run(t, "status", "--json")
+	require.NoError(t, err)
+	var v view
+	require.NoError(t, json.Unmarshal([]byte(out), &v))
+	require.Equal(t, imageView{Name: "example.com/app:1", ChainID: "sha256:bb", Layers: 2, Lazy: 1, Reason: "zstd window", Fetched: 250, Total: 1000, Fill: fill.Paused, Error: "span 3: refused"}, v.Images[0])
+	require.Len(t, v.Containers, 2)
+	require.Equal(t, "mirror.example.com", v.Layers[0].Host)
+}
+
+// TestStatusNames is with what containerd knows.
+func TestStatusNames(t *testing.T) {
+	st, err := fakeDaemon{}.Status(t.Context())
+	require.NoError(t, err)
+	v := newView(st, inContainerd{
+		asked:      true,
+		images:     []knownImage{{"ns", "example.com/base:1", "sha256:aa"}, {"ns", "example.com/other:2", "sha256:bb"}, {"ns", "gone", "sha256:cc"}},
+		containers: map[string]knownContainer{"ns/c1": {"web", "example.com/other:2"}},
+	})
+	require.Len(t, v.Images, 2)
+	require.Equal(t, imageView{Namespace: "ns", Name: "example.com/base:1", ChainID: "sha256:aa", Layers: 1, Lazy: 1, Fetched: 250, Total: 1000, Fill: fill.Paused, Mount: "file", Error: "span 3: refused"}, v.Images[0])
+	require.Equal(t, "example.com/other:2", v.Images[1].Name)
+	require.Equal(t, containerView{Namespace: "ns", Name: "web", Image: "example.com/other:2", Lazy: true, Reason: "zstd window", Mount: "file"}, v.Containers[0])
+	st.Snapshots[1].NotLazy = ""
+	require.Equal(t, unasked, newView(st, inContainerd{}).Images[0].Reason)
+}
+
+func TestStatusWatch(t *testing.T) {
+	serveDaemon(t, fakeDaemon{})
+	ctx, cancel := context.WithCancel(t.Context())
+	lines := make(chan []byte)
+	cmd := New()
+	cmd.SetOut(writerFunc(func(b []byte) (int, error) { lines <- bytes.Clone(b); return len(b), nil }))
+	cmd.SetArgs([]string{"status", "--watch", "--json"})
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.ExecuteContext(ctx) }()
+	for range 2 {
+		var v view
+		require.NoError(t, json.Unmarshal(<-lines, &v), "one document per line")
+		require.Equal(t, 7, v.Daemon.PID)
+	}
+	cancel()
+	require.NoError(t, <-ended, "interrupting is how it ends")
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
 
 func TestPath(t *testing.T) {
 	dir := t.TempDir()
@@ -277,14 +341,14 @@ func TestSpanSize(t *testing.T) {
 		"32KiB":   {32 << 10, 32 << 10},
 		"300 KiB": {300 << 10, layer.DefaultSpanSize},
 	} {
-		o := indexOptions{spanSize: value, cacheDir: t.TempDir()}
+		o := indexingFlags{spanSize: value, cacheDir: t.TempDir()}
 		got, err := o.indexing(t.Context())
 		require.NoError(t, err, value)
 		require.Equal(t, want.interval, got.Layer.PointInterval, value)
 		require.Equal(t, want.span, got.Layer.SpanSize, value)
 	}
 	for _, value := range []string{"", "x", "-1", "0", "31KiB"} {
-		_, err := indexOptions{spanSize: value, cacheDir: t.TempDir()}.indexing(t.Context())
+		_, err := indexingFlags{spanSize: value, cacheDir: t.TempDir()}.indexing(t.Context())
 		require.ErrorContains(t, err, "512KiB", value)
 	}
 }

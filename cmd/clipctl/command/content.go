@@ -19,7 +19,7 @@ type ensureOptions struct {
 }
 
 func newContentCommand(g *globals) *cobra.Command {
-	content := &cobra.Command{Use: "content", Short: "Look after the content of images in containerd's store"}
+	content := newGroup("content", "Look after the content of images in containerd's store")
 	var o ensureOptions
 	ensure := &cobra.Command{
 		Use:   "ensure IMAGE",
@@ -30,16 +30,22 @@ pushed and run with any snapshotter.
 
 Layers are fetched by digest: the image stays what it is, wherever its tag
 points now.`,
-		Args: cobra.ExactArgs(1),
+		Example: `  clipctl content ensure registry.example.com/team/app:1 && ctr image export app.tar registry.example.com/team/app:1`,
+		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runEnsure(cmd.Context(), g, args[0], o, cmd.OutOrStdout())
 		},
 	}
 	o.platforms.add(ensure, "fetch")
-	ensure.Flags().StringVar(&o.from, "from", "", "reference to fetch from (default: IMAGE)")
-	ensure.Flags().StringSliceVar(&o.hosts, "hosts-dir", []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, "directories with containerd's <host>/hosts.toml files")
+	addRegistryFlags(ensure, &o.from, &o.hosts)
 	content.AddCommand(ensure)
 	return content
+}
+
+// addRegistryFlags adds the flags of commands that fetch what belongs to an image.
+func addRegistryFlags(cmd *cobra.Command, from *string, hosts *[]string) {
+	cmd.Flags().StringVar(from, "from", "", "reference to fetch from (default: IMAGE)")
+	cmd.Flags().StringSliceVar(hosts, "hosts-dir", defaultHostsDirs, "directories with containerd's <host>/hosts.toml files")
 }
 
 func runEnsure(ctx context.Context, g *globals, image string, o ensureOptions, stdout io.Writer) error {

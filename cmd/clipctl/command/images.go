@@ -4,50 +4,112 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"io"
 	"slices"
 	"strings"
-	"text/tabwriter"
 
+	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 
 	"github.com/beam-cloud/containerd-clip/plugin/watch"
 )
 
-// showIndexed shows what a watcher made of containerd's images, in all
-// namespaces. Without such images it shows nothing.
-func showIndexed(ctx context.Context, g *globals, stdout io.Writer) error {
+// inContainerd is what containerd knows of the images and containers that use
+// the clip snapshotter, in all namespaces.
+type inContainerd struct {
+	asked      bool // there is a containerd
+	images     []knownImage
+	containers map[string]knownContainer // by namespace/key
+	indexed    []indexedView
+}
+
+type knownImage struct {
+	namespace, name string
+	chainID         digest.Digest
+}
+
+type knownContainer struct{ name, image string }
+
+// indexedView is what a watcher made of an image.
+type indexedView struct {
+	Namespace string `json:"namespace"`
+	Image     string `json:"image"`
+	Indexed   string `json:"indexed"` // yes, no, failed, or when it is tried again
+	What      string `json:"what"`    // where its archives are, or why there are none
+}
+
+// askContainerd asks containerd, if there is one: the daemon works without.
+func askContainerd(ctx context.Context, g *globals) (known inContainerd, err error) {
+	known.indexed, known.containers = []indexedView{}, map[string]knownContainer{}
 	ctx, client, err := g.connect(ctx)
 	if err != nil {
-		return nil // there is no containerd here: nothing to show
+		return known, nil // there is no containerd here
 	}
 	defer client.Close()
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("asking containerd at %s: %w", g.address, err)
+		}
+	}()
 	spaces, err := client.NamespaceService().List(ctx)
 	if err != nil {
-		return fmt.Errorf("asking containerd at %s: %w", g.address, err)
+		return known, err
 	}
-	w := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
-	shown := 0
+	known.asked = true
 	for _, ns := range spaces {
-		found, err := client.ImageService().List(namespaces.WithNamespace(ctx, ns), fmt.Sprintf("labels.%q", watch.LabelTarget))
-		if err != nil {
-			return fmt.Errorf("asking containerd at %s: %w", g.address, err)
+		if err := known.addNamespace(namespaces.WithNamespace(ctx, ns), client, ns); err != nil {
+			return known, err
 		}
-		slices.SortFunc(found, func(a, b images.Image) int { return cmp.Compare(a.Name, b.Name) })
-		for _, image := range found {
-			if shown == 0 {
-				fmt.Fprintln(w, "NAMESPACE\tIMAGE\tINDEXED\tARCHIVE OR REASON")
-			}
-			shown++
+	}
+	return known, nil
+}
+
+func (k *inContainerd) addNamespace(ctx context.Context, client *containerd.Client, ns string) error {
+	found, err := client.ImageService().List(ctx)
+	if err != nil {
+		return err
+	}
+	slices.SortFunc(found, func(a, b images.Image) int { return cmp.Compare(a.Name, b.Name) })
+	for _, image := range found {
+		if image.Labels[watch.LabelTarget] != "" {
 			indexed, what := indexedAs(image)
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", ns, image.Name, indexed, what)
+			k.indexed = append(k.indexed, indexedView{ns, image.Name, indexed, what})
 		}
+		chainID, err := unpacked(ctx, client, image)
+		if errdefs.IsNotFound(err) {
+			continue // by another snapshotter, or not at all
+		}
+		if err != nil {
+			return fmt.Errorf("image %s: %w", image.Name, err)
+		}
+		k.images = append(k.images, knownImage{ns, image.Name, chainID})
 	}
-	if shown > 0 {
-		fmt.Fprintln(w)
+	containers, err := client.ContainerService().List(ctx, "snapshotter=="+snapshotterName)
+	if err != nil {
+		return err
 	}
-	return w.Flush()
+	for _, c := range containers {
+		k.containers[ns+"/"+c.SnapshotKey] = knownContainer{c.ID, c.Image}
+	}
+	return nil
+}
+
+// unpacked returns what the clip snapshotter calls an image, or
+// errdefs.ErrNotFound if it does not have it.
+func unpacked(ctx context.Context, client *containerd.Client, image images.Image) (digest.Digest, error) {
+	diffIDs, err := containerd.NewImage(client, image).RootFS(ctx)
+	if err != nil {
+		return "", err
+	}
+	chainID := identity.ChainID(diffIDs)
+	_, err = client.SnapshotService(snapshotterName).Stat(ctx, chainID.String())
+	if errdefs.IsInvalidArgument(err) {
+		return "", fmt.Errorf("containerd has no snapshotter %s: %w", snapshotterName, errdefs.ErrNotFound)
+	}
+	return chainID, err
 }
 
 // indexedAs says whether an image is indexed, and where its archives are or

@@ -23,14 +23,27 @@ import (
 )
 
 type indexOptions struct {
+	indexingFlags
 	platforms  platformFlags
 	storageRef string
 	output     string
 	push       bool
-	cacheDir   string
-	force      bool
-	spanSize   string
+	to         string
 	engine     string
+}
+
+// indexingFlags say how layers are to be indexed.
+type indexingFlags struct {
+	cacheDir string
+	force    bool
+	spanSize string
+}
+
+func (o *indexingFlags) add(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&o.cacheDir, "cache-dir", os.Getenv("CLIPCTL_CACHE_DIR"), "where indexes of layers are kept, for other images with the same layers (default: "+systemCacheDir+" for root, else containerd-clip in the user's cache directory) [$CLIPCTL_CACHE_DIR]")
+	f.BoolVar(&o.force, "force", false, "index every layer, also those whose index is in the cache")
+	f.StringVar(&o.spanSize, "span-size", units.BytesSize(float64(layer.DefaultPointInterval)), "distance of the places in a layer where reading can start: less fetches less per read, more makes a smaller archive")
 }
 
 func newIndexCommand(g *globals) *cobra.Command {
@@ -48,6 +61,7 @@ IMAGE is the name of an image in containerd's store, or
 The layers must be in the registry under the storage reference when a worker
 runs the image; --push checks it.`,
 		Example: `  clipctl index registry.example.com/team/app:1 --push
+  clipctl index registry.example.com/team/app:1 --to 's3://archives/{{.Path}}/{{.Manifest}}.clip?region=eu-central-1'
   clipctl index oci:./layout --storage-ref registry.example.com/team/app:1 -o app.clip`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -59,9 +73,8 @@ runs the image; --push checks it.`,
 	o.platforms.add(cmd, "index")
 	f.StringVarP(&o.output, "output", "o", "", "archive to write (default: IMAGE's last part + .clip, in the current directory)")
 	f.BoolVar(&o.push, "push", false, "push the archive to the image's repository, as an artifact that refers to the image; without -o no file is kept")
-	f.StringVar(&o.cacheDir, "cache-dir", os.Getenv("CLIPCTL_CACHE_DIR"), "where indexes of layers are kept, for other images with the same layers (default: "+systemCacheDir+" for root, else containerd-clip in the user's cache directory) [$CLIPCTL_CACHE_DIR]")
-	f.BoolVar(&o.force, "force", false, "index every layer, also those whose index is in the cache")
-	f.StringVar(&o.spanSize, "span-size", units.BytesSize(float64(layer.DefaultPointInterval)), "distance of the places in a layer where reading can start: less fetches less per read, more makes a smaller archive")
+	f.StringVar(&o.to, "to", "", toFlag+"; without -o no other file is kept")
+	o.indexingFlags.add(cmd)
 	f.StringVar(&o.engine, "engine", engineOurs, "who indexes: "+engineOurs+", or "+engineCLIP+" for upstream CLIP's own indexer, whose archives have no layer indexes")
 	return cmd
 }
@@ -115,7 +128,7 @@ func runIndex(ctx context.Context, g *globals, image string, o indexOptions, std
 const systemCacheDir = "/var/cache/containerd-clip"
 
 // indexing returns how layers are to be indexed.
-func (o indexOptions) indexing(ctx context.Context) (index.Options, error) {
+func (o indexingFlags) indexing(ctx context.Context) (index.Options, error) {
 	opts := index.Options{Force: o.force}
 	size, err := units.RAMInBytes(o.spanSize)
 	if err != nil || size < int64(inflate.WindowSize) {
@@ -131,7 +144,7 @@ func (o indexOptions) indexing(ctx context.Context) (index.Options, error) {
 }
 
 // openCache opens the layer-index cache. One that nobody asked for may be missing.
-func (o indexOptions) openCache(ctx context.Context) (*index.Cache, error) {
+func (o indexingFlags) openCache(ctx context.Context) (*index.Cache, error) {
 	if o.cacheDir != "" {
 		return index.OpenCache(o.cacheDir, index.DefaultCacheSize)
 	}
@@ -193,9 +206,14 @@ func indexOne(ctx context.Context, source *export.Source, m export.Manifest, ref
 	if err != nil {
 		return err
 	}
-	if o.output != "" || !o.push {
+	if !o.temporary() {
 		fmt.Fprintf(stdout, "%s\t%s\t%d layers\t%d files\t%.1fs\n",
 			path, size(st.Size), len(m.Layers), st.Files, time.Since(start).Seconds())
+	}
+	if o.to != "" {
+		if err := putArchive(ctx, path, o.to, stdout); err != nil {
+			return err
+		}
 	}
 	if !o.push {
 		return nil
@@ -209,25 +227,28 @@ func indexOne(ctx context.Context, source *export.Source, m export.Manifest, ref
 	return nil
 }
 
+// temporary says whether the archive is made only to be published.
+func (o indexOptions) temporary() bool { return o.output == "" && (o.push || o.to != "") }
+
 // path returns where to write the archive of one platform, and what to call
 // when it is no longer needed.
 func (o indexOptions) path(image string, m export.Manifest, several bool) (string, func(), error) {
 	output := o.output
-	if several && (output != "" || !o.push) {
+	if several && !o.temporary() {
 		if output == "" {
 			output = defaultOutput(image)
 		}
 		ext := filepath.Ext(output)
 		output = strings.TrimSuffix(output, ext) + "-" + strings.ReplaceAll(platforms.Format(m.Platform), "/", "-") + ext
 	}
-	return outputPath(output, o.push, image)
+	return outputPath(output, o.temporary(), image)
 }
 
 // outputPath returns where to write an archive of an image, and what to call
 // when it is no longer needed: output, or else a file that is not kept if it is
-// to be pushed, or else one named after the image.
-func outputPath(output string, push bool, image string) (path string, cleanup func(), err error) {
-	if push && output == "" {
+// only to be published, or else one named after the image.
+func outputPath(output string, publish bool, image string) (path string, cleanup func(), err error) {
+	if publish && output == "" {
 		dir, err := os.MkdirTemp("", "clipctl-")
 		if err != nil {
 			return "", nil, err

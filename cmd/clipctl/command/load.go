@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 
+	"github.com/beam-cloud/containerd-clip/plugin/bucket"
 	"github.com/beam-cloud/containerd-clip/snapshotter/load"
 )
 
@@ -30,7 +31,7 @@ func newLoadCommand(g *globals) *cobra.Command {
 image's registry. The image has the digest that it was built with, and runs with
 the clip snapshotter; its files come from the registry when they are read.
 
-URL is http:// or https://.`,
+URL is http:// or https://, or an object in a bucket: s3://, gs://, azblob://.`,
 		Example: `  clipctl load app.clip && ctr run --snapshotter clip registry.example.com/team/app:1 app`,
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -45,7 +46,7 @@ URL is http:// or https://.`,
 func runLoad(ctx context.Context, g *globals, source string, o loadOptions, stdout io.Writer) error {
 	start := time.Now()
 	path := source
-	if strings.HasPrefix(source, "http://") || strings.HasPrefix(source, "https://") {
+	if strings.Contains(source, "://") {
 		file, err := download(ctx, source)
 		if err != nil {
 			return fmt.Errorf("downloading %s: %w", source, err)
@@ -71,18 +72,11 @@ const maxDownload = 2 << 30
 
 // download fetches url into a temporary file.
 func download(ctx context.Context, url string) (_ string, err error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	body, err := open(ctx, url)
 	if err != nil {
 		return "", err
 	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return "", err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return "", fmt.Errorf("the server answers %s", resp.Status)
-	}
+	defer body.Close()
 	f, err := os.CreateTemp("", "clipctl-")
 	if err != nil {
 		return "", err
@@ -92,9 +86,54 @@ func download(ctx context.Context, url string) (_ string, err error) {
 			os.Remove(f.Name())
 		}
 	}()
-	n, err := io.Copy(f, io.LimitReader(resp.Body, maxDownload+1))
+	n, err := io.Copy(f, io.LimitReader(body, maxDownload+1))
 	if err == nil && n > maxDownload {
 		err = fmt.Errorf("it has more than %d bytes: %w", int64(maxDownload), errdefs.ErrInvalidArgument)
 	}
 	return f.Name(), err
 }
+
+// open asks for what url names.
+func open(ctx context.Context, url string) (io.ReadCloser, error) {
+	if !strings.HasPrefix(url, "http://") && !strings.HasPrefix(url, "https://") {
+		return openObject(ctx, url)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		resp.Body.Close()
+		return nil, fmt.Errorf("the server answers %s", resp.Status)
+	}
+	return resp.Body, nil
+}
+
+// openObject opens an object whose whole name is in url.
+func openObject(ctx context.Context, url string) (io.ReadCloser, error) {
+	l, err := bucket.Parse(url)
+	if err != nil {
+		return nil, err
+	}
+	if !l.Fixed() {
+		return nil, fmt.Errorf("name one archive, not where archives are: %w", errdefs.ErrInvalidArgument)
+	}
+	rc, err := l.Open(ctx, "", "")
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return object{rc, l}, nil
+}
+
+// object is what is read from a bucket that is closed with it.
+type object struct {
+	io.ReadCloser
+	bucket io.Closer
+}
+
+// Close implements io.Closer.
+func (o object) Close() error { return errors.Join(o.ReadCloser.Close(), o.bucket.Close()) }

@@ -2,6 +2,7 @@ package command
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/errdefs"
@@ -131,7 +133,7 @@ func (o recordOptions) recording(ctx context.Context, daemon grpc.ClientConnInte
 // findArchive opens the archive at path, or the one that the registry has for
 // the image. The caller calls release when it has done with it.
 func findArchive(ctx context.Context, image containerd.Image, path string) (a *archive.Archive, release func(), err error) {
-	manifest, err := platformManifest(ctx, image)
+	wanted, err := searched(ctx, image)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -141,11 +143,11 @@ func findArchive(ctx context.Context, image containerd.Image, path string) (a *a
 			return nil, nil, err
 		}
 		defer os.RemoveAll(dir) // downloads have no name
-		registry := remote.New(remote.Options{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}})
+		registry := remote.New(remote.Options{ConfigPath: defaultHostsDirs})
 		finder := discover.New(discover.Options{Dir: dir, Referrers: true, Fetcher: func(ctx context.Context, ref string) (remotes.Fetcher, error) {
 			return registry.Fetcher(ctx, ref)
 		}})
-		a, done, err := finder.Find(ctx, image.Name(), manifest)
+		a, done, err := finder.Find(ctx, wanted)
 		if err != nil {
 			finder.Close()
 			return nil, nil, err
@@ -155,36 +157,61 @@ func findArchive(ctx context.Context, image containerd.Image, path string) (a *a
 	if a, err = archive.OpenFile(path); err != nil {
 		return nil, nil, err
 	}
-	if got := a.Info().Descriptor.Digest; got != manifest {
+	if got := a.Info().Descriptor.Digest; got != wanted.Manifest {
 		a.Close()
-		return nil, nil, fmt.Errorf("%s is of manifest %s, and the image's is %s: %w", path, got, manifest, errdefs.ErrInvalidArgument)
+		return nil, nil, fmt.Errorf("%s is of manifest %s, and the image's is %s: %w", path, got, wanted.Manifest, errdefs.ErrInvalidArgument)
 	}
 	return a, func() { a.Close() }, nil
 }
 
-// platformManifest returns the digest of the image's manifest for this machine.
-func platformManifest(ctx context.Context, image containerd.Image) (digest.Digest, error) {
+// searched is what the image's archive is searched for by, on this machine.
+func searched(ctx context.Context, image containerd.Image) (discover.Image, error) {
+	desc, err := platformManifest(ctx, image)
+	if err != nil {
+		return discover.Image{}, err
+	}
+	raw, err := content.ReadBlob(ctx, image.ContentStore(), desc)
+	if err != nil {
+		return discover.Image{}, fmt.Errorf("image %s: manifest: %w", image.Name(), err)
+	}
+	var m ocispec.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return discover.Image{}, fmt.Errorf("image %s: manifest %s: %w", image.Name(), desc.Digest, err)
+	}
+	return discover.ImageOf(image.Name(), desc.Digest, m), nil
+}
+
+// platformManifest describes the image's manifest for this machine.
+func platformManifest(ctx context.Context, image containerd.Image) (ocispec.Descriptor, error) {
+	if images.IsManifestType(image.Target().MediaType) {
+		return image.Target(), nil
+	}
+	children, err := images.Children(ctx, image.ContentStore(), image.Target())
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	best, err := bestManifest(children)
+	if err != nil {
+		return best, fmt.Errorf("image %s: %w", image.Name(), err)
+	}
+	return best, nil
+}
+
+// bestManifest returns the one of an index's manifests that is for this machine.
+func bestManifest(all []ocispec.Descriptor) (ocispec.Descriptor, error) {
 	match := platforms.Default()
-	found := []ocispec.Descriptor{image.Target()}
-	if !images.IsManifestType(image.Target().MediaType) {
-		children, err := images.Children(ctx, image.ContentStore(), image.Target())
-		if err != nil {
-			return "", err
-		}
-		found = slices.DeleteFunc(children, func(d ocispec.Descriptor) bool {
-			return !images.IsManifestType(d.MediaType) || d.Platform == nil || !match.Match(*d.Platform)
-		})
-		slices.SortStableFunc(found, func(a, b ocispec.Descriptor) int {
-			if match.Less(*a.Platform, *b.Platform) {
-				return -1
-			}
-			return 1
-		})
-	}
+	found := slices.DeleteFunc(slices.Clone(all), func(d ocispec.Descriptor) bool {
+		return !images.IsManifestType(d.MediaType) || d.Platform == nil || !match.Match(*d.Platform)
+	})
 	if len(found) == 0 {
-		return "", fmt.Errorf("image %s has no manifest for %s: %w", image.Name(), platforms.DefaultString(), errdefs.ErrNotFound)
+		return ocispec.Descriptor{}, fmt.Errorf("it has no manifest for %s: %w", platforms.DefaultString(), errdefs.ErrNotFound)
 	}
-	return found[0].Digest, nil
+	return slices.MinFunc(found, func(a, b ocispec.Descriptor) int {
+		if match.Less(*a.Platform, *b.Platform) {
+			return -1
+		}
+		return 1
+	}), nil
 }
 
 // prefetchList turns touches into spans, each at its first touch.

@@ -14,6 +14,9 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 )
 
+// defaultHostsDirs are where containerd's <host>/hosts.toml files are.
+var defaultHostsDirs = []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}
+
 // globals are the flags that all commands share.
 type globals struct {
 	address     string
@@ -34,9 +37,18 @@ func New() *cobra.Command {
 	f.StringVarP(&g.address, "address", "a", env("CONTAINERD_ADDRESS", defaults.DefaultAddress), "containerd's socket [$CONTAINERD_ADDRESS]")
 	f.StringVarP(&g.namespace, "namespace", "n", env("CONTAINERD_NAMESPACE", namespaces.Default), "containerd namespace [$CONTAINERD_NAMESPACE]")
 	f.StringVar(&g.clipAddress, "clip-address", env("CLIP_ADDRESS", "/run/containerd-clip-grpc/containerd-clip-grpc.sock"), "the snapshotter daemon's socket [$CLIP_ADDRESS]")
-	cmd.AddCommand(newIndexCommand(g), newExportCommand(g), newContentCommand(g), newLoadCommand(g), newPushCommand(), newRecordCommand(g), newStatusCommand(g),
+	cmd.AddCommand(newIndexCommand(g), newExportCommand(g), newContentCommand(g), newLoadCommand(g), newPushCommand(g), newPullArchiveCommand(g),
+		newConvertCommand(g), newRecordCommand(g), newStatusCommand(g), newDoctorCommand(g), newPullCommand(g), newCacheCommand(g), newCheckCommand(g), newSetupCommand(g),
 		newInspectCommand(), newListCommand(), newCatCommand(), newMountCommand())
+	for _, sub := range cmd.Commands() {
+		completeArgs(g, sub)
+	}
 	return cmd
+}
+
+// newGroup returns a command that has only commands below it.
+func newGroup(use, short string) *cobra.Command {
+	return &cobra.Command{Use: use, Short: short, Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
 }
 
 func env(name, otherwise string) string {

@@ -2,61 +2,85 @@ package command
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
-	"text/tabwriter"
+	"time"
 
-	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
-	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/proxy"
-	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/spf13/cobra"
 
-	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
+	"github.com/beam-cloud/containerd-clip/snapshotter/control"
 )
 
-func newStatusCommand(g *globals) *cobra.Command {
-	return &cobra.Command{
-		Use:   "status",
-		Short: "Show the images that were indexed by themselves, and the layers that the snapshotter has: which are lazy, and why others are not",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := showIndexed(cmd.Context(), g, cmd.OutOrStdout()); err != nil {
-				return err
-			}
-			return runStatus(cmd.Context(), g, cmd.OutOrStdout())
-		},
-	}
+type statusOptions struct {
+	watch bool
+	json  bool
 }
 
-func runStatus(ctx context.Context, g *globals, stdout io.Writer) error {
+func newStatusCommand(g *globals) *cobra.Command {
+	var o statusOptions
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show which images and containers are lazy, why others are not, and how much of them is here",
+		Long: `Show the daemon, the images and containers that use the clip snapshotter, and
+their layers: which are lazy, why others are not, how roots are mounted, how much
+of each layer is here, who delivers it, and what last went wrong. Of a builder it
+shows what became of the images that were indexed by themselves.
+
+Images and containers are containerd's, of all namespaces. Without containerd they
+are called what they were pulled by, as far as the daemon knows that.`,
+		Example: `  clipctl status
+  clipctl status --watch
+  clipctl status --json | jq '.images[] | select(.lazy != .layers)'`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return runStatus(cmd.Context(), g, o, cmd.OutOrStdout())
+		},
+	}
+	cmd.Flags().BoolVarP(&o.watch, "watch", "w", false, "show it again every second until interrupted")
+	cmd.Flags().BoolVar(&o.json, "json", false, "print one JSON document; with --watch one per line")
+	return cmd
+}
+
+// Between two looks at the daemon.
+const watchPeriod = time.Second
+
+func runStatus(ctx context.Context, g *globals, o statusOptions, stdout io.Writer) error {
 	conn, err := g.connectDaemon()
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	sn := proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), snapshotterName)
-	w := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "IMAGE\tLAYER\tLAZY\tON DISK\tREASON")
-	err = sn.Walk(ctx, func(ctx context.Context, info snapshots.Info) error {
-		layer := info.Labels[snapshots.LabelSnapshotDiffID]
-		if info.Kind != snapshots.KindCommitted || layer == "" {
-			return nil
+	for {
+		st, err := control.GetStatus(ctx, conn)
+		if err != nil {
+			return fmt.Errorf("asking the daemon at %s: %w", g.clipAddress, err)
 		}
-		lazy := "no"
-		if info.Labels[discover.LabelLazy] != "" {
-			lazy = "yes"
-		}
-		usage, err := sn.Usage(ctx, info.Name)
+		known, err := askContainerd(ctx, g)
 		if err != nil {
 			return err
 		}
-		_, err = fmt.Fprintf(w, "%s\t%.19s\t%s\t%s\t%s\n", info.Labels[snapshotters.TargetRefLabel], layer, lazy,
-			size(usage.Size), info.Labels[discover.LabelNotLazy])
-		return err
-	})
-	if err != nil {
-		return fmt.Errorf("asking the daemon at %s: %w", g.clipAddress, err)
+		if o.watch && !o.json && isTerminal(stdout) {
+			fmt.Fprint(stdout, "\x1b[H\x1b[2J") // home, and clear
+		}
+		if err := showStatus(stdout, newView(st, known), o); err != nil || !o.watch {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return nil // that is how it ends
+		case <-time.After(watchPeriod):
+		}
 	}
-	return w.Flush()
+}
+
+func showStatus(w io.Writer, v view, o statusOptions) error {
+	if !o.json {
+		return v.write(w)
+	}
+	enc := json.NewEncoder(w)
+	if !o.watch {
+		enc.SetIndent("", "  ")
+	}
+	return enc.Encode(v)
 }

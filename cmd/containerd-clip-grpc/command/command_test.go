@@ -48,7 +48,7 @@ func run(t *testing.T, args ...string) (string, error) {
 func TestDefaultConfigRoundTrip(t *testing.T) {
 	out, err := run(t, "config", "default")
 	require.NoError(t, err)
-	for _, key := range []string{"root", "address", "log_level", "referrers", "config_path", "give_up", "mode", "prefetch", "max_size", "delay", "rate", "workers"} {
+	for _, key := range []string{"root", "address", "log_level", "log_format", "referrers", "sources", "config_path", "give_up", "mode", "prefetch", "max_size", "delay", "rate", "workers"} {
 		require.Contains(t, out, key+" = ")
 	}
 	got, err := LoadConfig(writeFile(t, out))
@@ -115,6 +115,18 @@ func TestValidate(t *testing.T) {
 		"empty root":       {func(c *Config) { c.Root = "" }, "root"},
 		"unknown mode":     {func(c *Config) { c.Mount.Mode = "erofs" }, "mount mode \"erofs\""},
 		"relative address": {func(c *Config) { c.Address = "clip.sock" }, "address"},
+		"relative CRI":     {func(c *Config) { c.CRI.Containerd = "containerd.sock" }, "cri.containerd"},
+		"no CRI":           {func(c *Config) { c.CRI.Containerd = "" }, ""},
+		"metrics":          {func(c *Config) { c.Metrics.Address = "127.0.0.1:9254" }, ""},
+		"metrics socket":   {func(c *Config) { c.Metrics.Address = "unix:///run/m" }, ""},
+		"public metrics":   {func(c *Config) { c.Metrics.Address = "0.0.0.0:9254" }, "metrics.address"},
+		"all addresses":    {func(c *Config) { c.Metrics.Address = ":9254" }, "metrics.address"},
+		"a host's name":    {func(c *Config) { c.Metrics.Address = "localhost:9254" }, "metrics.address"},
+		"public profiles":  {func(c *Config) { c.Debug.Address = "127.0.0.1:9255" }, "debug.address"},
+		"log format":       {func(c *Config) { c.LogFormat = "xml" }, "log_format"},
+		"sources":          {func(c *Config) { c.Discover.Sources = []string{"s3://b/{{.Path}}/{{.Manifest}}.clip", "file:///a"} }, ""},
+		"bad source":       {func(c *Config) { c.Discover.Sources = []string{"ftp://host/a"} }, "ftp"},
+		"bad template":     {func(c *Config) { c.Discover.Sources = []string{"s3://b/{{.Size}}.clip"} }, "Size"},
 		"fill off":         {func(c *Config) { c.Fill.Mode = "off" }, ""},
 		"fill mode":        {func(c *Config) { c.Fill.Mode = "maybe" }, "maybe"},
 		"fill delay":       {func(c *Config) { c.Fill.Delay = -1 }, "negative"},

@@ -9,10 +9,12 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/containerd/log"
 	"github.com/docker/go-units"
 	"github.com/pelletier/go-toml/v2"
 	"github.com/spf13/cobra"
 
+	"github.com/beam-cloud/containerd-clip/plugin/bucket"
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
@@ -28,18 +30,34 @@ type Config struct {
 	// Address is the daemon's own socket.
 	Address string `toml:"address" comment:"socket that containerd's proxy plugin connects to"`
 	// LogLevel is one of trace, debug, info, warn, error.
-	LogLevel string         `toml:"log_level" comment:"trace, debug, info, warn or error"`
-	Discover DiscoverConfig `toml:"discover" comment:"where archives are looked for, besides <root>/archives/*.clip"`
-	Registry RegistryConfig `toml:"registry" comment:"how registries are reached"`
-	Mount    MountConfig    `toml:"mount" comment:"how the roots of lazy images are mounted"`
-	Cache    CacheConfig    `toml:"cache" comment:"what was fetched, on disk"`
-	Fill     FillConfig     `toml:"fill" comment:"fetching in the background what nobody has read yet; readers come first"`
-	Watch    WatchConfig    `toml:"watch" comment:"images that are indexed as they come into containerd"`
+	LogLevel string `toml:"log_level" comment:"trace, debug, info, warn or error"`
+	// LogFormat is a log.OutputFormat.
+	LogFormat string         `toml:"log_format" comment:"text or json"`
+	Discover  DiscoverConfig `toml:"discover" comment:"where archives are looked for, besides <root>/archives/*.clip"`
+	Registry  RegistryConfig `toml:"registry" comment:"how registries are reached"`
+	Mount     MountConfig    `toml:"mount" comment:"how the roots of lazy images are mounted"`
+	Cache     CacheConfig    `toml:"cache" comment:"what was fetched, on disk"`
+	Fill      FillConfig     `toml:"fill" comment:"fetching in the background what nobody has read yet; readers come first"`
+	CRI       CRIConfig      `toml:"cri" comment:"the image service of Kubernetes' runtime interface, which the daemon passes on to containerd"`
+	Watch     WatchConfig    `toml:"watch" comment:"images that are indexed as they come into containerd"`
+	Metrics   MetricsConfig  `toml:"metrics" comment:"figures for Prometheus"`
+	Debug     DebugConfig    `toml:"debug" comment:"profiles of the daemon itself"`
+}
+
+// MetricsConfig says where metrics are served.
+type MetricsConfig struct {
+	Address string `toml:"address" comment:"where /metrics is served: 127.0.0.1:9254, or unix:///run/...; nowhere if it is empty"`
+}
+
+// DebugConfig says where pprof is served.
+type DebugConfig struct {
+	Address string `toml:"address" comment:"socket on which /debug/pprof is served: unix:///run/...; nowhere if it is empty"`
 }
 
 // DiscoverConfig says where archives are looked for.
 type DiscoverConfig struct {
-	Referrers bool `toml:"referrers" comment:"ask the image's registry for archives that refer to it"`
+	Referrers bool     `toml:"referrers" comment:"ask the image's registry for archives that refer to it"`
+	Sources   []string `toml:"sources" comment:"buckets and directories with archives: s3://bucket/{{.Path}}/{{.Manifest}}.clip?region=..., gs://, azblob://, file:///; see docs/operating.md"`
 }
 
 // RegistryConfig says how registries are reached.
@@ -47,6 +65,11 @@ type RegistryConfig struct {
 	ConfigPath []string `toml:"config_path" comment:"directories with containerd's <host>/hosts.toml files"`
 	// GiveUp is how long a read tries to get an answer.
 	GiveUp Duration `toml:"give_up" comment:"how long a read goes on when nothing arrives before it is an input/output error; at most 60s"`
+}
+
+// CRIConfig says where the kubelet's calls go.
+type CRIConfig struct {
+	Containerd string `toml:"containerd" comment:"containerd's socket; empty serves no image service"`
 }
 
 // Duration is written as Go writes durations: "1m30s".
@@ -109,12 +132,13 @@ func DefaultConfig() Config {
 	return Config{
 		Root:     "/var/lib/containerd-clip-grpc",
 		Address:  "/run/containerd-clip-grpc/containerd-clip-grpc.sock",
-		LogLevel: "info",
-		Discover: DiscoverConfig{Referrers: true},
+		LogLevel: "info", LogFormat: string(log.TextFormat),
+		Discover: DiscoverConfig{Referrers: true, Sources: []string{}},
 		Registry: RegistryConfig{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, GiveUp: Duration(55 * time.Second)},
 		Mount:    MountConfig{Mode: string(root.Auto)},
 		Cache:    CacheConfig{MaxSize: cache.Limit{Percent: cache.DefaultPercent}},
 		Fill:     FillConfig{Mode: fillOn, Prefetch: true, Delay: Duration(30 * time.Second), Workers: 4},
+		CRI:      CRIConfig{Containerd: "/run/containerd/containerd.sock"},
 		Watch:    defaultWatchConfig(),
 	}
 }
@@ -162,10 +186,31 @@ func (c Config) Validate() error {
 	if _, err := root.ParseMode(c.Mount.Mode); err != nil {
 		return err
 	}
+	if c.CRI.Containerd != "" && !filepath.IsAbs(c.CRI.Containerd) {
+		return fmt.Errorf("cri.containerd %q must be an absolute path or empty", c.CRI.Containerd)
+	}
+	if err := c.validateObserved(); err != nil {
+		return err
+	}
 	if err := c.Fill.validate(); err != nil {
 		return err
 	}
+	if _, err := c.Discover.locations(); err != nil {
+		return fmt.Errorf("discover.sources: %w", err)
+	}
 	return c.validateWatch()
+}
+
+// locations are the sources.
+func (c DiscoverConfig) locations() (found []*bucket.Location, err error) {
+	for _, text := range c.Sources {
+		l, err := bucket.Parse(text)
+		if err != nil {
+			return nil, err
+		}
+		found = append(found, l)
+	}
+	return found, nil
 }
 
 func (c FillConfig) validate() error {
@@ -182,11 +227,12 @@ func (c FillConfig) validate() error {
 }
 
 func newConfigCommand() *cobra.Command {
-	config := &cobra.Command{Use: "config", Short: "Show the configuration"}
+	config := &cobra.Command{Use: "config", Short: "Show the configuration", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
 	config.AddCommand(&cobra.Command{
-		Use:   "default",
-		Short: "Print the default configuration, every key with its meaning",
-		Args:  cobra.NoArgs,
+		Use:     "default",
+		Short:   "Print the default configuration, every key with its meaning",
+		Example: `  containerd-clip-grpc config default >/etc/containerd-clip-grpc/config.toml`,
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return writeConfig(cmd.OutOrStdout(), DefaultConfig())
 		},

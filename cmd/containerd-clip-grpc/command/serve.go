@@ -21,6 +21,8 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter"
+	"github.com/beam-cloud/containerd-clip/snapshotter/control"
+	"github.com/beam-cloud/containerd-clip/snapshotter/cri"
 	"github.com/beam-cloud/containerd-clip/snapshotter/keeper"
 	"github.com/beam-cloud/containerd-clip/snapshotter/record"
 	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
@@ -36,11 +38,15 @@ type flags struct {
 func New() *cobra.Command {
 	var f flags
 	cmd := &cobra.Command{
-		Use:           "containerd-clip-grpc",
-		Short:         "containerd snapshotter that leaves image layers in the registry and fetches what is read",
+		Use:   "containerd-clip-grpc",
+		Short: "containerd snapshotter that leaves image layers in the registry and fetches what is read",
+		Example: `  containerd-clip-grpc
+  containerd-clip-grpc --root /srv/clip --log-level debug`,
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		// It is not a command for shells.
+		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := f.load()
 			if err != nil {
@@ -111,7 +117,7 @@ func (f flags) load() (Config, error) {
 
 // serve runs the daemon until ctx ends.
 func serve(ctx context.Context, c Config) (err error) {
-	if err := log.SetLevel(c.LogLevel); err != nil {
+	if err := c.setLog(); err != nil {
 		return err
 	}
 	unlock, err := lockRoot(c.Root)
@@ -129,6 +135,16 @@ func serve(ctx context.Context, c Config) (err error) {
 	}
 	defer func() { err = errors.Join(err, kept.Close()) }()
 	options := c.options()
+	keys := openKeychain(ctx, c.Address)
+	options.Registry.Logins = keys.Logins
+	locations, err := c.Discover.locations()
+	if err != nil {
+		return err
+	}
+	for _, l := range locations {
+		defer l.Close() // it was only read from
+		options.Sources = append(options.Sources, l)
+	}
 	options.Keeper, options.Helper = kept, root.Helper{program, helperCommand}
 	// The registries of an image must not be able to make containers wait for
 	// the daemon's end: requests are cut off, not drained.
@@ -141,12 +157,16 @@ func serve(ctx context.Context, c Config) (err error) {
 	if err != nil {
 		return err
 	}
-	server := grpc.NewServer(
-		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
-		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
-	)
-	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
-	record.Register(server, sn)
+	server, release, err := c.newServer(sn, keys)
+	if err != nil {
+		return err
+	}
+	defer release()
+	unobserved, err := c.observe(ctx, c.gatherers(sn.Collectors()))
+	if err != nil {
+		return err
+	}
+	defer unobserved()
 	stopped := context.AfterFunc(ctx, server.Stop)
 	defer stopped()
 	if len(c.Watch.Rules) > 0 {
@@ -162,11 +182,52 @@ func serve(ctx context.Context, c Config) (err error) {
 	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 		log.G(ctx).WithError(err).Warn("cannot tell systemd that the daemon is ready")
 	}
+	if err := feedWatchdog(ctx, sn.InFlight); err != nil {
+		log.G(ctx).WithError(err).Warn("systemd's watchdog will end the daemon: what it says cannot be read")
+	}
 	if err := server.Serve(l); err != nil && ctx.Err() == nil {
 		return err
 	}
 	log.G(ctx).Info("containerd-clip-grpc ends")
 	return nil
+}
+
+// newServer returns the server of all that the daemon serves. release is called
+// when it has ended.
+func (c Config) newServer(sn *snapshotter.Snapshotter, keys *cri.Keychain) (server *grpc.Server, release func(), err error) {
+	options := []grpc.ServerOption{
+		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
+		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
+	}
+	release = func() {}
+	if c.CRI.Containerd != "" {
+		proxy, err := cri.New(c.CRI.Containerd, keys)
+		if err != nil {
+			return nil, nil, err
+		}
+		release = func() { proxy.Close() } // nothing is under way any more
+		options = append(options, grpc.UnknownServiceHandler(proxy.Handle))
+	}
+	server = grpc.NewServer(options...)
+	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
+	record.Register(server, sn)
+	control.Register(server, sn)
+	return server, release, nil
+}
+
+// openKeychain opens the keychain beside the socket at address: in memory, as a
+// rule, and for root alone.
+func openKeychain(ctx context.Context, address string) *cri.Keychain {
+	keys, err := cri.OpenKeychain(filepath.Join(filepath.Dir(address), "credentials.json"))
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("going on without the credentials of earlier pulls")
+	}
+	return keys
+}
+
+// setLog has the log look as c says.
+func (c Config) setLog() error {
+	return errors.Join(log.SetLevel(c.LogLevel), log.SetFormat(log.OutputFormat(c.LogFormat)))
 }
 
 // options returns what the snapshotter is to be told.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/log"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
@@ -87,7 +88,8 @@ func newWatchCommand(f *flags) *cobra.Command {
 		Long: `Index images as they come into containerd, as the rules in the section watch of
 the configuration say. The daemon starts this by itself when there are rules; a
 machine that only builds images can run it alone.`,
-		Args: cobra.NoArgs,
+		Example: `  containerd-clip-grpc watch --config /etc/containerd-clip-grpc/config.toml`,
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := f.load()
 			if err != nil {
@@ -102,7 +104,7 @@ func runWatch(ctx context.Context, c Config) error {
 	if len(c.Watch.Rules) == 0 {
 		return errors.New("there are no [[watch.rules]] in the configuration: nothing to watch for")
 	}
-	if err := log.SetLevel(c.LogLevel); err != nil {
+	if err := c.setLog(); err != nil {
 		return err
 	}
 	// All threads of the process group have to be named: niceness is a thread's.
@@ -119,6 +121,13 @@ func runWatch(ctx context.Context, c Config) error {
 	if err != nil {
 		return err
 	}
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(w.Collectors()...)
+	unobserved, err := c.observe(ctx, registry)
+	if err != nil {
+		return err
+	}
+	defer unobserved()
 	return w.Run(ctx)
 }
 
@@ -134,6 +143,10 @@ func keepWatch(ctx context.Context, c Config) (<-chan struct{}, error) {
 		return nil, err
 	}
 	var config bytes.Buffer
+	if c.Metrics.Address != "" {
+		c.Metrics.Address = unixScheme + c.watcherSocket()
+	}
+	c.Debug.Address = ""
 	if err := writeConfig(&config, c); err != nil {
 		return nil, err
 	}

@@ -29,12 +29,14 @@ type Containerd struct {
 	client *containerd.Client
 }
 
-// The CRI and NRI plugins are off: they listen on ports and fixed paths of the host.
+// The CRI and NRI plugins are off unless a test is about them: they listen on ports and fixed paths of the host.
+const noCRI = `"io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.nri.v1.nri"`
+
 const containerdConfig = `version = 3
 root = %[1]q
 state = %[2]q
 imports = [%[6]q]
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.nri.v1.nri"]
+disabled_plugins = [%[7]s]
 
 [grpc]
   address = %[3]q
@@ -50,20 +52,20 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
 // containerd that knows nothing of it.
 func (l *Lab) StartContainerd(ctx context.Context, name string, d *Daemon) (*Containerd, error) {
 	c := &Containerd{Name: name, binary: "containerd", daemon: d}
-	return c, l.firstStart(ctx, c, "")
+	return c, l.firstStart(ctx, c, noCRI, "")
 }
 
 // StartCustomContainerd starts a containerd that somebody built, with more configuration.
 func (l *Lab) StartCustomContainerd(ctx context.Context, name, binary, config string) (*Containerd, error) {
 	c := &Containerd{Name: name, binary: binary}
-	return c, l.firstStart(ctx, c, config)
+	return c, l.firstStart(ctx, c, noCRI, config)
 }
 
-func (l *Lab) firstStart(ctx context.Context, c *Containerd, more string) error {
+func (l *Lab) firstStart(ctx context.Context, c *Containerd, disabled, more string) error {
 	dir := l.Path(c.Name)
 	c.Socket, c.lab, c.dir = filepath.Join(dir, "containerd.sock"), l, dir
 	config := fmt.Sprintf(containerdConfig, filepath.Join(dir, "root"), filepath.Join(dir, "state"), c.Socket,
-		c.Socket+".ttrpc", filepath.Join(dir, "opt"), filepath.Join(dir, "conf.d", "*.toml"))
+		c.Socket+".ttrpc", filepath.Join(dir, "opt"), filepath.Join(dir, "conf.d", "*.toml"), disabled)
 	if err := os.MkdirAll(filepath.Join(dir, "conf.d"), 0o700); err != nil {
 		return err
 	}

@@ -16,6 +16,7 @@ const (
 	SmallName    = "example.com/small/busybox:1"       // one of everything
 	SiblingName  = "example.com/small/sibling:1"       // the lower layers of SmallName, another top
 	BaseName     = "example.com/small/base:1"          // the lower layers alone
+	PauseName    = "example.com/small/pause:1"         // sleeps: a pod's sandbox
 	PlatformName = "example.com/small/multiplatform:1" // an index: amd64 and arm64
 	DockerName   = "example.com/small/docker:1"        // Docker's media types
 	ZstdName     = "example.com/small/zstd:1"          // layers are zstd
@@ -53,6 +54,7 @@ func Small(dir string) (*Layout, error) {
 	m.image(SmallName, config, append(base[:3:3], top, empty)...)
 	m.image(SiblingName, config, append(base[:3:3], sibling)...)
 	m.image(BaseName, config, base...)
+	m.image(PauseName, ocispec.ImageConfig{Env: config.Env, Entrypoint: []string{"sleep", "1000000"}}, base[0])
 	zstd := m.layer(l.AddZstdLayer, func(t *tarball) { writeRoot(t, string(program)) })
 	m.image(ZstdName, config, zstd, m.layer(l.AddZstdLayer, writeChanges), top)
 	// A small layer would declare a window of its own size.

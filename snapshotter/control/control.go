@@ -1,0 +1,157 @@
+// Package control is how clipctl asks the daemon what it is doing, and has it make room.
+//
+// The daemon says what it knows: snapshots, layers, and itself. It does not ask
+// containerd: which images and containers those are, the asker puts together.
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"google.golang.org/grpc"
+
+	"github.com/beam-cloud/containerd-clip/snapshotter/unary"
+)
+
+// Version of the documents.
+const Version = 1
+
+// Status is what a daemon says of its work.
+type Status struct {
+	Version   int        `json:"version"`
+	Daemon    Daemon     `json:"daemon"`
+	Cache     Cache      `json:"cache"`
+	Snapshots []Snapshot `json:"snapshots"`
+	Layers    []Layer    `json:"layers"` // those that lazy snapshots use
+}
+
+// Daemon is the process and what its machine can do.
+type Daemon struct {
+	PID     int       `json:"pid"`
+	Started time.Time `json:"started"`
+	Root    string    `json:"root"` // directory of all state
+	// Mode is how roots are mounted; NotLazy says why none can be.
+	Mode    string `json:"mode,omitempty"`
+	NotLazy string `json:"notLazy,omitempty"`
+	// Nested and Remap say what roots cannot do, see root.Ability.
+	Nested string `json:"nested,omitempty"`
+	Remap  string `json:"remap,omitempty"`
+	// Outlived says that containers go on while there is no daemon.
+	Outlived bool `json:"outlived"`
+	// Reads under way, and for how long the oldest has been.
+	InFlight      int     `json:"inFlight"`
+	OldestSeconds float64 `json:"oldestSeconds"`
+}
+
+// Cache is what fetched layers take on disk, in bytes.
+type Cache struct {
+	Used int64 `json:"used"`
+	Max  int64 `json:"max"`
+	// InMemory says that what is fetched cannot be stored.
+	InMemory bool `json:"inMemory,omitempty"`
+}
+
+// Snapshot is one of the daemon's snapshots.
+type Snapshot struct {
+	Name   string `json:"name"` // as containerd calls it here: namespace/number/key
+	Parent string `json:"parent,omitempty"`
+	Kind   string `json:"kind"` // committed, active or view
+	// Image is the reference that the layer was pulled by, and ChainID what
+	// containerd calls it. Both are empty for what is no layer of an image.
+	Image   string        `json:"image,omitempty"`
+	ChainID digest.Digest `json:"chainID,omitempty"`
+	DiffID  digest.Digest `json:"diffID,omitempty"`
+	Lazy    bool          `json:"lazy"`
+	NotLazy string        `json:"notLazy,omitempty"` // why an image's layer is not
+	// Layers are the diff IDs of a lazy snapshot's root, lowest first, and Mount
+	// the mode that it is mounted in; empty if it is not.
+	Layers []digest.Digest `json:"layers,omitempty"`
+	Mount  string          `json:"mount,omitempty"`
+	Size   int64           `json:"size"` // bytes on disk of an ordinary committed one
+}
+
+// Layer is one layer in the cache. Sizes are in bytes.
+type Layer struct {
+	DiffID   digest.Digest `json:"diffID"`
+	Size     int64         `json:"size"`    // of the uncompressed stream
+	Fetched  int64         `json:"fetched"` // of it, on disk
+	BlobSize int64         `json:"blobSize"`
+	Disk     int64         `json:"disk"` // all that the layer takes
+	Complete bool          `json:"complete"`
+	Fill     string        `json:"fill"` // a fill.Phase
+	Mounted  bool          `json:"mounted"`
+	Used     time.Time     `json:"used,omitzero"` // last read
+	// Sources are the references whose repositories hold it, and Host who
+	// delivered last.
+	Sources []string `json:"sources"`
+	Host    string   `json:"host,omitempty"`
+	// Error is what last went wrong fetching it, which may be over.
+	Error   string    `json:"error,omitempty"`
+	ErrorAt time.Time `json:"errorAt,omitzero"`
+}
+
+// Prune says what to give up.
+type Prune struct {
+	// All gives up what mounted roots have fetched, too.
+	All bool `json:"all"`
+}
+
+// Pruned is what was given up.
+type Pruned struct {
+	Layers int   `json:"layers"`
+	Bytes  int64 `json:"bytes"` // of disk
+}
+
+// Service is what the daemon can be asked.
+type Service interface {
+	Status(ctx context.Context) (Status, error)
+	Prune(ctx context.Context, what Prune) (Pruned, error)
+}
+
+const serviceName = "containerd.clip.control.v1.Control"
+
+// mostAnswer bounds an answer in bytes: some thousand snapshots.
+const mostAnswer = 64 << 20
+
+// Register serves s.
+func Register(server grpc.ServiceRegistrar, s Service) {
+	server.RegisterService(&grpc.ServiceDesc{
+		ServiceName: serviceName,
+		HandlerType: (*Service)(nil),
+		Methods: []grpc.MethodDesc{
+			unary.Method("Status", func(ctx context.Context, s Service, _ string) (any, error) { return s.Status(ctx) }),
+			unary.Method("Prune", func(ctx context.Context, s Service, arg string) (any, error) {
+				var what Prune
+				if err := json.Unmarshal([]byte(arg), &what); err != nil {
+					return nil, fmt.Errorf("what to prune: %w: %w", err, errdefs.ErrInvalidArgument)
+				}
+				return s.Prune(ctx, what)
+			}),
+		},
+	}, s)
+}
+
+// GetStatus asks a daemon for its status.
+func GetStatus(ctx context.Context, conn grpc.ClientConnInterface) (st Status, err error) {
+	if err := unary.Call(ctx, conn, serviceName, "Status", "", mostAnswer, &st); err != nil {
+		return st, err
+	}
+	if st.Version != Version {
+		return st, fmt.Errorf("the daemon's status is of version %d: %w", st.Version, errdefs.ErrNotImplemented)
+	}
+	return st, nil
+}
+
+// AskPrune has a daemon give something up.
+func AskPrune(ctx context.Context, conn grpc.ClientConnInterface, what Prune) (done Pruned, err error) {
+	arg, err := json.Marshal(what)
+	if err != nil {
+		return done, err
+	}
+	err = unary.Call(ctx, conn, serviceName, "Prune", string(arg), mostAnswer, &done)
+	return done, err
+}

@@ -1,0 +1,348 @@
+package e2e
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
+	"github.com/beam-cloud/containerd-clip/tests/internal/images"
+)
+
+// soakTime is set by `make soak`.
+var soakTime = flag.Duration("soak", 25*time.Second, "how long TestSoak goes on")
+
+// soakConfigs are what a daemon may be started with. A change of mode is for the roots that are mounted next.
+var soakConfigs = []string{
+	"[cache]\nmax_size = '6MiB'\n[fill]\nmode = 'off'\n", // reads stay cold
+	"[cache]\nmax_size = '1GiB'\n[fill]\nmode = 'off'\n",
+	"[cache]\nmax_size = '1GiB'\n[fill]\ndelay = '0s'\n", // layers become devices
+	"[mount]\nmode = 'loop'\n[cache]\nmax_size = '6MiB'\n[fill]\ndelay = '0s'\n",
+	"[mount]\nmode = 'fuse'\n[cache]\nmax_size = '1GiB'\n[fill]\ndelay = '1s'\n",
+}
+
+// soak is a world in which things break at random.
+type soak struct {
+	*readers
+	disk    string // file system that all of the daemon's files are on
+	install func(version string)
+	version int
+	happens []happening
+
+	churned, refused int // commands of containers that come and go
+}
+
+// happening is something that was done to the world.
+type happening struct {
+	what       string
+	began, end time.Time
+}
+
+// TestSoak has containers read while everything around them fails: none reads anything wrong, none gets an error, and
+// when all is over nothing is left. `make soak SOAK=1h` does it for longer.
+func TestSoak(t *testing.T) {
+	s := newSoak(t)
+	idle, _ := s.goroutines()
+	require.NoError(t, s.lab.RestartDaemon(s.ctx, s.daemon))
+	s.awaitSnapshots()
+	before := s.openFiles()
+
+	s.pull(s.worker, lazy, s.ref)
+	s.readers.start(3)
+	stop, churn := make(chan struct{}), sync.WaitGroup{}
+	churn.Go(func() { s.churn(stop) })
+	for end := time.Now().Add(*soakTime); time.Now().Before(end); {
+		s.disturb()
+		time.Sleep(rand.N(2 * time.Second)) // containerd dials again only after a while
+	}
+	close(stop)
+	churn.Wait()
+	s.requireGoOn()
+	s.report()
+	s.end()
+	s.requireNothingLeft(before, idle)
+	s.requireCleanEnd(s.ref)
+}
+
+func newSoak(t *testing.T) *soak {
+	t.Helper()
+	lab := harness.ForTest(t)
+	s := &soak{disk: lab.Path("daemon")}
+	mountSmallDisk(t, lab, s.disk)
+	w := worldIn(t, lab, soakConfigs[0]+soakAlways)
+	w.addSmall()
+	w.index(images.SiblingName)
+	s.readers = newReaders(w)
+	s.install = w.installer()
+	s.install("0")
+	require.NoError(t, w.daemon.Stop())
+	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	return s
+}
+
+const soakAlways = "[registry]\nconfig_path = []\n"
+
+// mountSmallDisk mounts a file system of 256 MiB until the lab ends.
+func mountSmallDisk(t *testing.T, lab *harness.Lab, dir string) {
+	t.Helper()
+	image := lab.Path("disk.img")
+	require.NoError(t, os.MkdirAll(dir, 0o700))
+	require.NoError(t, os.WriteFile(image, nil, 0o600))
+	require.NoError(t, os.Truncate(image, 256<<20))
+	for _, args := range [][]string{{"mkfs.ext4", "-q", "-m", "0", image}, {"mount", "-o", "loop", image, dir}} {
+		out, err := exec.Command(args[0], args[1:]...).CombinedOutput()
+		require.NoError(t, err, "%s: %s", args, out)
+	}
+}
+
+// disturb does one thing at random.
+func (s *soak) disturb() {
+	all := map[string]func(){
+		"kill -9":              func() { s.killed(300 * time.Millisecond) },
+		"kill -9 at once":      func() { s.killed(0) },
+		"killed three times":   func() { s.killed(0); s.killed(0); s.killed(0) },
+		"stopped, continued":   s.stopped,
+		"restarted":            s.restarted,
+		"upgraded":             func() { s.version++; s.install(fmt.Sprint(s.version)); s.restarted() },
+		"keeper killed":        s.keeperKilled,
+		"containerd killed":    s.containerdKilled,
+		"registry cut":         func() { s.cutOff(func() { dropCaches(s.T) }) },
+		"registry cut, kill":   func() { s.cutOff(func() { s.killed(0) }) },
+		"disk full":            func() { s.full(func() { dropCaches(s.T) }) },
+		"disk full, kill":      func() { s.full(func() { s.killed(0) }) },
+		"caches dropped":       func() { dropCaches(s.T) },
+		"stopped, then killed": func() { s.signal(unix.SIGSTOP); s.killed(0) },
+	}
+	what := slices.Sorted(maps.Keys(all))[rand.IntN(len(all))]
+	dropCaches(s.T) // what is read meanwhile, the daemon is asked for
+	began := time.Now()
+	all[what]()
+	s.happens = append(s.happens, happening{what, began, time.Now()})
+}
+
+func (s *soak) signal(signal unix.Signal) { require.NoError(s, unix.Kill(s.daemon.Pid(), signal)) }
+
+func (s *soak) killed(away time.Duration) {
+	s.daemon.Kill()
+	if away > 0 {
+		time.Sleep(rand.N(away))
+	}
+	s.configure()
+	require.NoError(s, s.lab.RestartDaemon(s.ctx, s.daemon))
+}
+
+func (s *soak) restarted() {
+	require.NoError(s, s.daemon.Stop())
+	s.configure()
+	require.NoError(s, s.lab.RestartDaemon(s.ctx, s.daemon))
+}
+
+func (s *soak) configure() {
+	// In place: there may be no room for another.
+	text := soakConfigs[rand.IntN(len(soakConfigs))] + soakAlways
+	f, err := os.OpenFile(s.daemon.Config, os.O_WRONLY, 0)
+	require.NoError(s, err)
+	defer f.Close()
+	_, err = f.WriteAt([]byte(text), 0)
+	require.NoError(s, err)
+	require.NoError(s, f.Truncate(int64(len(text))))
+}
+
+func (s *soak) stopped() {
+	s.signal(unix.SIGSTOP)
+	// The kernel waits for mounts under way, and a mount for the daemon.
+	var dropped sync.WaitGroup
+	dropped.Go(func() { dropCaches(s.T) })
+	time.Sleep(rand.N(600 * time.Millisecond))
+	s.signal(unix.SIGCONT)
+	dropped.Wait()
+}
+
+func (s *soak) keeperKilled() {
+	pids, earlier := s.keepers(), len(s.daemon.Log())
+	require.Len(s, pids, 1)
+	require.NoError(s, unix.Kill(pids[0], unix.SIGKILL))
+	s.eventually("another keeper has everything", func() bool {
+		now := s.keepers()
+		return len(now) == 1 && now[0] != pids[0] && strings.Contains(s.daemon.Log()[earlier:], "the new keeper has everything")
+	})
+}
+
+func (s *soak) containerdKilled() {
+	s.worker.Kill()
+	require.NoError(s, s.lab.RestartContainerd(s.ctx, s.worker))
+}
+
+// cutOff does something while the registry cannot be reached, for less than reads wait.
+func (s *soak) cutOff(meanwhile func()) {
+	require.NoError(s, s.registry.SwitchOff())
+	meanwhile()
+	time.Sleep(rand.N(3 * time.Second))
+	require.NoError(s, s.registry.SwitchOn())
+}
+
+// full does something while the daemon's disk is full.
+func (s *soak) full(meanwhile func()) {
+	file := filepath.Join(s.disk, "filler")
+	f, err := os.Create(file)
+	require.NoError(s, err)
+	for size := int64(64 << 20); size >= 4096; {
+		st, err := f.Stat()
+		require.NoError(s, err)
+		if err := unix.Fallocate(int(f.Fd()), 0, st.Size(), size); err != nil {
+			require.ErrorIs(s, err, unix.ENOSPC)
+			size /= 2
+		}
+	}
+	meanwhile()
+	time.Sleep(rand.N(2 * time.Second))
+	require.NoError(s, f.Close())
+	require.NoError(s, os.Remove(file))
+}
+
+// churn has images and containers come and go in two namespaces. Commands may be refused while the daemon or containerd
+// is away; those that are not do what they should.
+func (s *soak) churn(stop chan struct{}) {
+	names := slices.Sorted(maps.Keys(s.sums))
+	command := func(ctx context.Context, args ...string) (harness.Result, bool) {
+		ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+		defer cancel()
+		result, err := s.worker.Ctr(ctx, args...)
+		s.churned++
+		if err != nil {
+			s.refused++
+		}
+		return result, err == nil
+	}
+	for i := 0; ; i++ {
+		select {
+		case <-stop:
+			return
+		default:
+		}
+		ctx := namespaces.WithNamespace(s.ctx, []string{harness.Namespace, "other"}[rand.IntN(2)])
+		ref := s.world.ref([]string{images.SmallName, images.SiblingName}[rand.IntN(2)])
+		name := names[rand.IntN(len(names))]
+		if strings.HasPrefix(name, "/app/") {
+			continue // the sibling has another top
+		}
+		command(ctx, "image", "pull", "--snapshotter", lazy, ref)
+		result, err := s.worker.RunContainer(ctx, lazy, ref, fmt.Sprint("churn", i), "md5sum", name)
+		s.churned++
+		if err != nil {
+			s.refused++
+		} else if !strings.HasPrefix(result.Stdout, s.sums[name]) {
+			s.mu.Lock()
+			s.bad = append(s.bad, fmt.Sprintf("%s in a new container: %s", name, result.Output()))
+			s.mu.Unlock()
+		}
+		if rand.IntN(2) == 0 {
+			command(ctx, "image", "rm", "--sync", ref) // the readers run on it
+		}
+	}
+}
+
+// report prints what happened, and how long reads took meanwhile.
+func (s *soak) report() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	times, pauses := map[string]int{}, map[string]time.Duration{}
+	for _, h := range s.happens {
+		times[h.what]++
+		for _, r := range s.slow {
+			if r.began.Before(h.end) && h.began.Before(r.began.Add(r.took)) {
+				pauses[h.what] = max(pauses[h.what], r.took)
+			}
+		}
+	}
+	for _, what := range slices.Sorted(maps.Keys(times)) {
+		s.Logf("%-21s %4d times, longest read %v", what, times[what], pauses[what].Round(time.Millisecond))
+	}
+	s.Logf("%d files read outside and %d inside, %d wrong or failed, longest %v; %d commands of other containers, %d refused",
+		s.reads.Load(), s.rounds()*len(s.sums), len(s.bad), time.Duration(s.longest.Load()).Round(time.Millisecond), s.churned, s.refused)
+}
+
+// requireNothingLeft removes all containers and images: the running daemon has nothing of them any more.
+func (s *soak) requireNothingLeft(files, idle int) {
+	s.Helper()
+	s.awaitSnapshots()
+	require.NoError(s, s.worker.RemoveContainers(s.ctx))
+	for _, ns := range []string{harness.Namespace, "other"} {
+		ctx := namespaces.WithNamespace(s.ctx, ns)
+		s.removeLeases(ctx)
+		for _, name := range []string{images.SmallName, images.SiblingName} {
+			_, _ = s.worker.Ctr(ctx, "image", "rm", "--sync", s.world.ref(name)) // it may be gone
+		}
+		// Removing something is what has containerd collect.
+		s.eventually("no snapshots in "+ns, func() bool { return len(s.snapshots(ctx, s.worker, lazy)) == 0 })
+	}
+	for _, dir := range []string{"roots", "snapshots", "layers"} {
+		s.eventually(dir+" is empty", func() bool {
+			left, err := os.ReadDir(filepath.Join(s.daemon.Root, dir))
+			return err == nil && len(left) == 0
+		})
+	}
+	require.Empty(s, harness.MountsUnder(filepath.Join(s.daemon.Root, "roots")))
+	s.eventually(fmt.Sprintf("no more than %d files are open, and a few connections", files), func() bool { return s.openFiles() <= files+8 })
+	s.Logf("%d files open at first, %d at the end", files, s.openFiles())
+	end, by := s.goroutines()
+	s.Logf("%d goroutines at first, %d at the end", idle, end)
+	require.LessOrEqual(s, end, idle+8, "by what started them: %v", by)
+	require.NoError(s, s.lab.RestartDaemon(s.ctx, s.daemon))
+}
+
+// removeLeases removes what pulls left that were killed; they would hold snapshots for a day.
+func (s *soak) removeLeases(ctx context.Context) {
+	service := s.worker.Client().LeasesService()
+	all, err := service.List(ctx)
+	require.NoError(s, err)
+	for _, l := range all {
+		require.NoError(s, service.Delete(ctx, l, leases.SynchronousDelete))
+	}
+}
+
+// awaitSnapshots waits for containerd to dial the daemon again.
+func (s *soak) awaitSnapshots() {
+	s.Helper()
+	s.eventually("containerd has found the daemon again", func() bool {
+		_, err := s.worker.Ctr(s.ctx, "snapshots", "--snapshotter", lazy, "ls")
+		return err == nil
+	})
+}
+
+var goroutine = regexp.MustCompile(`(?m)^(?:created by (\S+)|goroutine \d+ .*)`)
+
+// goroutines ends the daemon with a list of its goroutines and counts them by what started them.
+func (s *soak) goroutines() (n int, by map[string]int) {
+	s.Helper()
+	earlier := len(s.daemon.Log()) // of all processes before
+	s.signal(syscall.SIGQUIT)
+	s.eventually("the daemon ends", func() bool { return !s.daemon.Running() })
+	by = map[string]int{}
+	for _, m := range goroutine.FindAllStringSubmatch(s.daemon.Log()[earlier:], -1) {
+		if m[1] == "" {
+			n++
+		} else {
+			by[m[1]]++
+		}
+	}
+	require.Positive(s, n)
+	return n, by
+}
