@@ -41,9 +41,21 @@ func (w *World) Open(ctx context.Context, snapshotter, config string) (s *Site, 
 		}
 		s.Process = s.Daemon.Process
 	}
-	s.Containerd, err = w.Lab.StartContainerd(ctx, s.names[1], s.Daemon)
-	unix.Sync() // what earlier sites have left to write is not this one's business
-	return s, err
+	if s.Containerd, err = w.Lab.StartContainerd(ctx, s.names[1], s.Daemon); err != nil {
+		return nil, err
+	}
+	return s, w.flush()
+}
+
+// flush has written what earlier sites have left to write, which is not the next one's business. It does not wait for
+// other file systems of the machine, of which some may not answer.
+func (w *World) flush() error {
+	dir, err := os.Open(w.Lab.Dir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return unix.Syncfs(int(dir.Fd()))
 }
 
 // Peer is a snapshotter of others that containerd reaches through a socket.
@@ -87,9 +99,10 @@ func (w *World) OpenPeer(ctx context.Context, p Peer, config string, flags ...st
 	if s.Process, err = w.Lab.StartServer(ctx, s.names[0], socket, p.Program, flags...); err != nil {
 		return nil, err
 	}
-	s.Containerd, err = w.Lab.StartCustomContainerd(ctx, containerd, "containerd", fmt.Sprintf(peerConfig, p.Name, socket, root))
-	unix.Sync()
-	return s, err
+	if s.Containerd, err = w.Lab.StartCustomContainerd(ctx, containerd, "containerd", fmt.Sprintf(peerConfig, p.Name, socket, root)); err != nil {
+		return nil, err
+	}
+	return s, w.flush()
 }
 
 func (w *World) newSite(snapshotter string) *Site {
