@@ -15,10 +15,11 @@ BIN    := bin
 BUILT  ?= $(BIN)
 CACHE  := .cache
 PARTS  := $(CACHE)/bin
+PEERS  := tests/bench/peers/daemons
 UNIT    = $(shell $(GO) list ./... | grep -v -e /tests/e2e -e /tests/demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps parts images test unit e2e soak lint vuln bench bench-index bench-read bench-build fuzz demo man install install-files deb image clean
+.PHONY: help build deps parts images test unit e2e soak lint vuln bench bench-index bench-read bench-build bench-peers fuzz demo man install install-files deb image clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +62,7 @@ lint: deps parts ## gofmt, go vet (arm64 too), staticcheck, govulncheck
 	cd examples/containerd && $(GO) vet ./...
 	cd tests/kubernetes && $(GO) vet ./...
 	cd tests/bench && $(GO) vet ./... && ../../$(PARTS)/staticcheck ./...
+	cd $(PEERS) && $(GO) vet ./... && ../../../../$(PARTS)/staticcheck ./...
 	@$(MAKE) --no-print-directory vuln
 
 # Exit code 3 is govulncheck's word for vulnerabilities found; with any other it could not look.
@@ -81,6 +83,14 @@ bench-read: deps parts build ## pulling and reading against overlayfs in ROUNDS 
 
 bench-build: deps parts build ## building, pushing and indexing 2 GB against upstream CLIP in ROUNDS (3); figures to docs/benchmarks.md (root)
 	cd tests/bench && CGO_ENABLED=0 $(GO) run ./build -rounds $(or $(ROUNDS),3) -report ../../docs/benchmarks.md
+
+# A peer that cannot be built is not there, or is the one in PATH.
+bench-peers: deps parts build ## against other snapshotters in ROUNDS (5); figures and plots to docs/ (root)
+	@for program in $(notdir $(wildcard $(PEERS)/*-*)); do \
+		(cd $(PEERS) && CGO_ENABLED=1 $(GO) build -trimpath -ldflags='-s -w' -o $(abspath $(PARTS))/ ./$$program) || \
+		{ rm -f $(PARTS)/$$program; echo "going on without $$program"; }; \
+	done
+	cd tests/bench && CGO_ENABLED=0 $(GO) run ./peers -rounds $(or $(ROUNDS),5) -report ../../docs/benchmarks.md
 
 fuzz: ## every fuzz target for FUZZTIME (30s)
 	@set -e; for package in $(UNIT); do \

@@ -1,10 +1,9 @@
 // Read measures the run side: how long a container takes from the pull to its first output, what that moves over the
 // network, and what reading costs once everything is there, next to containerd's overlayfs snapshotter.
 //
-// Everything is real: a registry behind a link of a rate and a latency (package harness), containerd with ctr and runc,
-// and the daemon with its default configuration unless a row says otherwise. A site is one containerd, with or without
-// the daemon; every cold run has a site of its own, made before the clock starts. Ours and overlayfs take turns round
-// by round, and a ratio is the median over the rounds, so that it holds on a machine that does other work too.
+// It is held on package testbed's sites, with the daemon's default configuration unless a row says otherwise. Ours and
+// overlayfs take turns round by round, and a ratio is the median over the rounds, so that it holds on a machine that
+// does other work too.
 //
 // docs/benchmarks.md has the method in detail and the figures; `make bench-read` writes them.
 package main
@@ -20,6 +19,7 @@ import (
 	"syscall"
 
 	"github.com/beam-cloud/containerd-clip/tests/bench/report"
+	"github.com/beam-cloud/containerd-clip/tests/bench/testbed"
 )
 
 func main() {
@@ -40,16 +40,22 @@ func main() {
 	}
 }
 
+// world is the test bed, and what was added to it.
+type world struct {
+	*testbed.World
+}
+
 func run(ctx context.Context, rounds int, only, file string) (err error) {
 	pattern, err := regexp.Compile(only)
 	if err != nil {
 		return err
 	}
-	w, err := newWorld(ctx, rounds)
+	bed, err := testbed.New(ctx, rounds)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, w.lab.Close()) }()
+	defer func() { err = errors.Join(err, bed.Lab.Close()) }()
+	w := &world{World: bed}
 	all := report.Report{Name: "read"}
 	for _, part := range []struct {
 		name string

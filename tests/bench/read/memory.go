@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 
 	"github.com/beam-cloud/containerd-clip/tests/bench/report"
+	"github.com/beam-cloud/containerd-clip/tests/bench/testbed"
 )
 
 // Bounds wanted, in MiB.
@@ -38,23 +39,27 @@ func (w *world) memory(ctx context.Context) ([]report.Table, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", row.what, err)
 		}
-		say("memory, %s: %s MiB", row.what, mebibytes(n))
-		t.Add(row.what, mebibytes(n), report.AtMost(float64(n)/(1<<20), row.most))
+		testbed.Say("memory, %s: %s MiB", row.what, testbed.Mebibytes(n))
+		t.Add(row.what, testbed.Mebibytes(n), report.AtMost(float64(n)/(1<<20), row.most))
 	}
 	return []report.Table{t}, nil
 }
 
 // idle mounts 100 roots: an image of as many layers is one of as many images to the snapshotter.
 func (w *world) idle(ctx context.Context) (n int64, err error) {
-	s, err := w.open(ctx, ours, "")
+	hundred, err := w.PublishStacked(ctx, "hundred", 3, 100)
 	if err != nil {
 		return 0, err
 	}
-	defer func() { err = errors.Join(err, s.close(ctx, w.hundred.ref)) }()
-	if _, err := s.pull(ctx, w.hundred.ref); err != nil {
+	s, err := w.Open(ctx, testbed.Ours, "")
+	if err != nil {
 		return 0, err
 	}
-	img, err := s.Client().GetImage(ctx, w.hundred.ref)
+	defer func() { err = errors.Join(err, s.Close(ctx, hundred.Ref)) }()
+	if _, err := s.Pull(ctx, hundred.Ref); err != nil {
+		return 0, err
+	}
+	img, err := s.Client().GetImage(ctx, hundred.Ref)
 	if err != nil {
 		return 0, err
 	}
@@ -67,54 +72,54 @@ func (w *world) idle(ctx context.Context) (n int64, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, done(ctx)) }() // containerd removes the views
-	service := s.Client().SnapshotService(ours)
+	service := s.Client().SnapshotService(testbed.Ours)
 	for i, chainID := range identity.ChainIDs(append([]digest.Digest(nil), diffIDs...)) {
 		if _, err := service.View(ctx, fmt.Sprint("view-", i), chainID.String()); err != nil {
 			return 0, err
 		}
 	}
-	if mounted := len(s.roots()); mounted != len(diffIDs) {
+	if mounted := len(roots(s)); mounted != len(diffIDs) {
 		return 0, fmt.Errorf("%d roots are mounted instead of %d", mounted, len(diffIDs))
 	}
-	at := s.daemon.Resident()
+	at := s.Daemon.Resident()
 	select {
 	case <-time.After(idleTime):
 	case <-ctx.Done():
 		return 0, ctx.Err()
 	}
-	say("%s MiB when the last of 100 roots was mounted, at most %s", mebibytes(at), mebibytes(s.daemon.Memory()))
-	return s.daemon.Resident(), nil
+	testbed.Say("%s MiB when the last of 100 roots was mounted, at most %s", testbed.Mebibytes(at), testbed.Mebibytes(s.Daemon.Memory()))
+	return s.Daemon.Resident(), nil
 }
 
 // reading reads every file of image M.
 func (w *world) reading(ctx context.Context) (n int64, err error) {
-	s, err := w.open(ctx, ours, "")
+	s, err := w.Open(ctx, testbed.Ours, "")
 	if err != nil {
 		return 0, err
 	}
-	defer func() { err = errors.Join(err, s.close(ctx, w.whole.ref)) }()
-	if _, err := s.pull(ctx, w.whole.ref); err != nil {
+	defer func() { err = errors.Join(err, s.Close(ctx, w.Whole.Ref)) }()
+	if _, err := s.Pull(ctx, w.Whole.Ref); err != nil {
 		return 0, err
 	}
-	if _, err := s.work(ctx, w.whole.ref, works[everything]); err != nil {
+	if _, err := s.Work(ctx, w.Whole.Ref, testbed.Everything); err != nil {
 		return 0, err
 	}
-	return s.daemon.Memory(), nil
+	return s.Daemon.Memory(), nil
 }
 
 // filling has image M completed without being read.
 func (w *world) filling(ctx context.Context) (n int64, err error) {
-	s, err := w.open(ctx, ours, "[fill]\ndelay = '0s'\n")
+	s, err := w.Open(ctx, testbed.Ours, "[fill]\ndelay = '0s'\n")
 	if err != nil {
 		return 0, err
 	}
-	defer func() { err = errors.Join(err, s.close(ctx, w.whole.ref)) }()
+	defer func() { err = errors.Join(err, s.Close(ctx, w.Whole.Ref)) }()
 	began := time.Now()
-	if _, err := s.pull(ctx, w.whole.ref); err != nil {
+	if _, err := s.Pull(ctx, w.Whole.Ref); err != nil {
 		return 0, err
 	}
 	for {
-		complete, err := filepath.Glob(filepath.Join(s.daemon.Root, "layers", "*", "complete"))
+		complete, err := filepath.Glob(filepath.Join(s.Daemon.Root, "layers", "*", "complete"))
 		if err != nil {
 			return 0, err
 		}
@@ -126,6 +131,6 @@ func (w *world) filling(ctx context.Context) (n int64, err error) {
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-	say("complete after %.2f s", time.Since(began).Seconds())
-	return s.daemon.Memory(), nil
+	testbed.Say("complete after %.2f s", time.Since(began).Seconds())
+	return s.Daemon.Memory(), nil
 }

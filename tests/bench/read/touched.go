@@ -17,6 +17,7 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/erofs"
 	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
+	"github.com/beam-cloud/containerd-clip/tests/bench/testbed"
 	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
 	"github.com/beam-cloud/containerd-clip/tests/internal/images"
 )
@@ -32,16 +33,16 @@ type touch struct {
 // touched finds out what the heavy import needs. It runs it in a root for which the kernel reads nothing ahead, so that
 // the page cache has the pages that were read or mapped and no others.
 func (w *world) touched(ctx context.Context) (t touch, err error) {
-	s, err := w.open(ctx, ours, "")
+	s, err := w.Open(ctx, testbed.Ours, "")
 	if err != nil {
 		return t, err
 	}
-	defer func() { err = errors.Join(err, s.close(ctx, w.whole.ref)) }()
-	if _, err := s.pull(ctx, w.whole.ref); err != nil {
+	defer func() { err = errors.Join(err, s.Close(ctx, w.Whole.Ref)) }()
+	if _, err := s.Pull(ctx, w.Whole.Ref); err != nil {
 		return t, err
 	}
 	before := erofsDevices()
-	if err := s.StartContainer(ctx, ours, w.whole.ref, "sleeper", "sleep", "100000"); err != nil {
+	if err := s.StartContainer(ctx, testbed.Ours, w.Whole.Ref, "sleeper", "sleep", "100000"); err != nil {
 		return t, err
 	}
 	added := slices.DeleteFunc(erofsDevices(), func(d string) bool { return slices.Contains(before, d) })
@@ -51,10 +52,10 @@ func (w *world) touched(ctx context.Context) (t touch, err error) {
 	if err := os.WriteFile(filepath.Join(added[0], "read_ahead_kb"), []byte("0"), 0); err != nil {
 		return t, err
 	}
-	if _, err := s.run(ctx, w.whole.ref, works[heavy].command...); err != nil {
+	if _, err := s.Run(ctx, w.Whole.Ref, testbed.Heavy.Command...); err != nil {
 		return t, err
 	}
-	roots := s.roots()
+	roots := roots(s)
 	if len(roots) != 1 {
 		return t, fmt.Errorf("%d roots are mounted instead of one", len(roots))
 	}
@@ -70,14 +71,14 @@ func erofsDevices() []string {
 }
 
 // roots are the mount points of the roots that the site's daemon has mounted.
-func (s *site) roots() []string {
-	return slices.DeleteFunc(harness.MountsUnder(s.daemon.Root), func(m string) bool { return !strings.Contains(m, "/roots/") })
+func roots(s *testbed.Site) []string {
+	return slices.DeleteFunc(harness.MountsUnder(s.Daemon.Root), func(m string) bool { return !strings.Contains(m, "/roots/") })
 }
 
 // countTouched adds up the pages of a root's files that are in the page cache.
 func (w *world) countTouched(ctx context.Context, root string) (t touch, err error) {
-	file := w.lab.Path("whole.clip")
-	if _, err := w.lab.Run(ctx, "clipctl", "index", "oci:"+w.layout+":"+images.ShortName(images.BenchGzip), "--storage-ref", w.whole.ref, "-o", file); err != nil {
+	file := w.Lab.Path("whole.clip")
+	if _, err := w.Lab.Run(ctx, "clipctl", "index", "oci:"+w.Layout+":"+images.ShortName(images.BenchGzip), "--storage-ref", w.Whole.Ref, "-o", file); err != nil {
 		return t, err
 	}
 	a, err := archive.OpenFile(file)

@@ -9,6 +9,7 @@ import (
 	"strconv"
 
 	"github.com/beam-cloud/containerd-clip/tests/bench/report"
+	"github.com/beam-cloud/containerd-clip/tests/bench/testbed"
 )
 
 // warmScript measures inside a container and prints seconds by name, the least of three. Its argument says how often it goes over
@@ -29,35 +30,35 @@ var warmRows = []struct {
 
 // warm measures containers for which everything is there already.
 func (w *world) warm(ctx context.Context) (_ []report.Table, err error) {
-	sites := make([]*site, 2)
-	for i, snapshotter := range []string{ours, plain} {
-		s, err := w.open(ctx, snapshotter, "")
+	sites := make([]*testbed.Site, 2)
+	for i, snapshotter := range []string{testbed.Ours, testbed.Plain} {
+		s, err := w.Open(ctx, snapshotter, "")
 		if err != nil {
 			return nil, err
 		}
-		defer func() { err = errors.Join(err, s.close(ctx, w.whole.ref)) }()
-		if _, err := s.pull(ctx, w.whole.ref); err != nil {
+		defer func() { err = errors.Join(err, s.Close(ctx, w.Whole.Ref)) }()
+		if _, err := s.Pull(ctx, w.Whole.Ref); err != nil {
 			return nil, err
 		}
-		if err := s.StartContainer(ctx, snapshotter, w.whole.ref, "warm", "sleep", "100000"); err != nil {
+		if err := s.StartContainer(ctx, snapshotter, w.Whole.Ref, "warm", "sleep", "100000"); err != nil {
 			return nil, err
 		}
-		if _, err := s.warm(ctx, 2); err != nil {
+		if _, err := warm(ctx, s, 2); err != nil {
 			return nil, err
 		}
 		sites[i] = s
 	}
-	rounds := w.rounds + 2
+	rounds := w.Rounds + 2
 	taken := make([]map[string][]float64, 2)
-	err = turns(rounds, 2, func(_, i int) error {
-		got, err := sites[i].warm(ctx, 0)
+	err = testbed.Turns(rounds, 2, func(_, i int) error {
+		got, err := warm(ctx, sites[i], 0)
 		if taken[i] == nil {
 			taken[i] = map[string][]float64{}
 		}
 		for name, seconds := range got {
 			taken[i][name] = append(taken[i][name], seconds)
 		}
-		say("warm, %s: %v", sites[i].snapshotter, got)
+		testbed.Say("warm, %s: %v", sites[i].Snapshotter, got)
 		return err
 	})
 	if err != nil {
@@ -72,16 +73,15 @@ func (w *world) warm(ctx context.Context) (_ []report.Table, err error) {
 		for i := range rounds {
 			ratios = append(ratios, taken[0][row.name][i]/taken[1][row.name][i])
 		}
-		x := median(ratios)
-		t.Add(row.what, fmt.Sprintf("%.3f", median(taken[0][row.name])), fmt.Sprintf("%.3f", median(taken[1][row.name])), decimals(x), report.AtMost(x, row.most))
+		x := testbed.Median(ratios)
+		t.Add(row.what, fmt.Sprintf("%.3f", testbed.Median(taken[0][row.name])), fmt.Sprintf("%.3f", testbed.Median(taken[1][row.name])), report.Decimals(x), report.AtMost(x, row.most))
 	}
 	return []report.Table{t}, nil
 }
 
 // warm runs the script in the site's container.
-func (s *site) warm(ctx context.Context, before int) (took map[string]float64, err error) {
-	s.execs++
-	result, err := s.Ctr(ctx, "task", "exec", "--exec-id", fmt.Sprint("e", s.execs), "warm", "python3", "-c", warmScript, strconv.Itoa(before))
+func warm(ctx context.Context, s *testbed.Site, before int) (took map[string]float64, err error) {
+	result, err := s.Exec(ctx, "warm", "python3", "-c", warmScript, strconv.Itoa(before))
 	if err != nil {
 		return nil, err
 	}

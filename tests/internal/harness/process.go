@@ -51,6 +51,15 @@ func (l *Lab) start(ctx context.Context, name string, ready func(context.Context
 	return p, p.await(ctx, ready)
 }
 
+// StartServer runs a server that the harness does not know, until Stop, Kill or Lab.Close. It is ready when it listens
+// on a socket. name is unique in the lab.
+func (l *Lab) StartServer(ctx context.Context, name, socket, program string, args ...string) (*Process, error) {
+	return l.start(ctx, name, dialable(socket), program, args...)
+}
+
+// Look finds a program that the lab can run, among product and parts and then in PATH.
+func (l *Lab) Look(program string) (path string, err error) { return exec.LookPath(l.program(program)) }
+
 // program finds a program among product and parts, so that an older one elsewhere in PATH is never taken by mistake.
 func (l *Lab) program(name string) string {
 	for _, dir := range []string{l.opts.Product, l.opts.Parts} {

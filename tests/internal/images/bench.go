@@ -29,6 +29,12 @@ func Bench(ctx context.Context, cache string) (dir string, err error) {
 	return cached(cache, benchRecipe, func(work string) (string, error) { return makeBench(ctx, work) })
 }
 
+// BenchDerived returns what build makes of the images of Bench, kept in the directory cache. build gets a directory to
+// work in and returns what there is to keep; name changes whenever that does.
+func BenchDerived(cache, name string, build func(work string) (made string, err error)) (path string, err error) {
+	return cached(cache, benchRecipe+"-"+name, build)
+}
+
 // BenchStart is a file in the layout: the paths that benchStart opens, one a line, as the layers name them.
 const BenchStart = "start.txt"
 

@@ -52,7 +52,7 @@ func cached(cache, name string, build func(work string) (made string, err error)
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return "", err
 	}
-	unlock, err := lock(filepath.Join(cache, "lock"))
+	unlock, err := lock(filepath.Join(cache, name+".lock"))
 	if err != nil {
 		return "", err
 	}
