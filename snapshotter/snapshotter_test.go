@@ -363,6 +363,28 @@ func TestRebase(t *testing.T) {
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
 }
 
+// TestNeverStaged prepares layers that are to be unpacked, on nothing, on an
+// ordinary layer and on a lazy one. Since 2.4, containerd commits what it is
+// given a read-only mount for without unpacking anything into it.
+func TestNeverStaged(t *testing.T) {
+	dir := t.TempDir()
+	sn := open(t, dir)
+	img, ref := lazyImage(t, dir)
+	lazy := pull(t, sn, img, ref)
+	_, err := sn.Prepare(t.Context(), "extract", "")
+	require.NoError(t, err)
+	require.NoError(t, sn.Commit(t.Context(), "ordinary", "extract"))
+	for _, parent := range []string{"", "ordinary", lazy} {
+		mounts, err := sn.Prepare(t.Context(), "on "+parent, parent, snapshots.WithLabels(map[string]string{
+			snapshots.LabelSnapshotRef:                   digest.FromString("chain on " + parent).String(),
+			"containerd.io/snapshot/cri.manifest-digest": digest.FromString("manifest").String(),
+		}))
+		require.NoError(t, err)
+		require.False(t, mounts[len(mounts)-1].ReadOnly(), "on %q", parent)
+		require.NoError(t, sn.Remove(t.Context(), "on "+parent))
+	}
+}
+
 // TestMachineThatCannotMount unpacks everything, and says why: EROFS takes no
 // file on tmpfs as its image.
 func TestMachineThatCannotMount(t *testing.T) {
