@@ -126,6 +126,11 @@ func (h Helper) run(req request) (r result, err error) {
 	}
 	cmd := exec.Command(h[0], h[1:]...)
 	cmd.Stdin, cmd.Stderr = bytes.NewReader(in), os.Stderr
+	if req.Dir != "" {
+		// Where containerd makes mapped copies of mounts: if the helper is
+		// killed, they are found with the rest.
+		cmd.Env = append(os.Environ(), "TMPDIR="+req.Dir)
+	}
 	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	// The signal comes with the end of the thread that started the helper.
 	runtime.LockOSThread()

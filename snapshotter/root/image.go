@@ -32,17 +32,21 @@ func Build(path string, layers []*layer.Index) (err error) {
 		return err
 	}
 	h := sha256.New()
-	err = replace(path, func(f io.Writer) error {
+	err = replace(path, func(f *os.File) error {
 		w := bufio.NewWriterSize(io.MultiWriter(f, h), 1<<20)
 		if err := erofs.Write(w, merged, devices); err != nil {
 			return err
 		}
-		return w.Flush()
+		if err := w.Flush(); err != nil {
+			return err
+		}
+		return f.Sync()
 	})
 	if err != nil {
 		return err
 	}
-	return replace(proofOf(path), func(f io.Writer) error {
+	// A digest that a power cut takes away costs building the image again.
+	return replace(proofOf(path), func(f *os.File) error {
 		_, err := fmt.Fprintf(f, "%x\n", h.Sum(nil))
 		return err
 	})
@@ -60,11 +64,11 @@ func proven(path string) error {
 	}
 	defer f.Close()
 	want, err := os.ReadFile(proofOf(path))
-	if errors.Is(err, fs.ErrNotExist) {
-		return err // the process died in between, or was one that wrote none
+	if err == nil && len(want) == 0 {
+		err = fs.ErrNotExist
 	}
 	if err != nil {
-		return err
+		return err // the process died in between, or was one that wrote none
 	}
 	h := sha256.New()
 	if _, err := io.Copy(h, f); err != nil {
@@ -77,7 +81,7 @@ func proven(path string) error {
 }
 
 // replace writes a file, which appears whole or not at all.
-func replace(path string, write func(io.Writer) error) (err error) {
+func replace(path string, write func(*os.File) error) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {
 		return err
@@ -89,9 +93,6 @@ func replace(path string, write func(io.Writer) error) (err error) {
 		}
 	}()
 	if err := write(f); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
 		return err
 	}
 	return os.Rename(f.Name(), path)

@@ -276,9 +276,12 @@ func (w *world) installer() func(version string) {
 func TestUpgrade(t *testing.T) {
 	w := newWorld(t)
 	install := w.installer()
+	var away time.Duration
 	restart := func() {
+		began := time.Now()
 		require.NoError(t, w.daemon.Stop())
 		require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+		away = max(away, time.Since(began))
 	}
 	install("1")
 	restart()
@@ -286,6 +289,8 @@ func TestUpgrade(t *testing.T) {
 	w.pull(w.worker, lazy, r.ref)
 	r.start(20)
 	keepers := w.keepers()
+	away = 0
+	r.longest.Store(0)
 	for version := range 5 {
 		install(fmt.Sprint(version))
 		dropCaches(t)
@@ -293,6 +298,9 @@ func TestUpgrade(t *testing.T) {
 	}
 	require.Equal(t, keepers, w.keepers(), "it is still that of the first version")
 	r.requireGoOn()
+	t.Logf("from the daemon's stop to its being ready again: at most %v", away.Round(time.Millisecond))
+	// The aim is two seconds, on a machine that does nothing else.
+	require.Less(t, time.Duration(r.longest.Load()), 10*time.Second)
 	r.end()
 	w.requireCleanEnd(r.ref)
 }

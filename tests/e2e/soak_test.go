@@ -81,6 +81,53 @@ func TestSoak(t *testing.T) {
 	s.requireCleanEnd(s.ref)
 }
 
+// TestManyContainers has many containers of one image while the daemon is killed: 30, or 200 if there is time.
+func TestManyContainers(t *testing.T) {
+	many := 30
+	if *soakTime >= 10*time.Minute {
+		many = 200
+	}
+	w := newWorld(t)
+	ref := w.ref(images.SmallName)
+	w.index(images.SmallName)
+	w.pull(w.worker, lazy, ref)
+	want := w.run(w.worker, lazy, ref, "md5sum", "/"+noise)
+	files := w.openFiles()
+	r := &readers{world: w}
+	var roots []string
+	for i := range many {
+		id := fmt.Sprint("one-of-many-", i)
+		require.NoError(t, w.worker.StartContainer(w.ctx, lazy, ref, id, "sleep", "10000"))
+		roots = append(roots, fmt.Sprintf("/proc/%d/root", r.pid(id)))
+	}
+	require.Len(t, slices.DeleteFunc(harness.MountsUnder(w.daemon.Root), func(m string) bool { return !strings.Contains(m, "/roots/") }), 1,
+		"they share a root")
+	require.LessOrEqual(t, w.openFiles(), files+8)
+	w.daemon.Kill()
+	dropCaches(t)
+	time.AfterFunc(300*time.Millisecond, func() { _ = w.lab.RestartDaemon(w.ctx, w.daemon) })
+	var waiting sync.WaitGroup
+	sums := make([]string, many)
+	for i, root := range roots {
+		waiting.Go(func() { sums[i], _ = sumOf(filepath.Join(root, noise)) })
+	}
+	waiting.Wait()
+	for i, sum := range sums {
+		require.Equal(t, strings.Fields(want)[0], sum, "container %d", i)
+	}
+	w.eventually("containerd has found the daemon again", func() bool {
+		_, err := w.worker.Ctr(w.ctx, "snapshots", "--snapshotter", lazy, "ls")
+		return err == nil
+	})
+	require.Len(t, w.snapshots(w.ctx, w.worker, lazy), many+len(w.layers(images.SmallName)), "one each, and the image's")
+	ctx, cancel := context.WithTimeout(w.ctx, time.Duration(many)*time.Second)
+	defer cancel()
+	for i := range many {
+		require.NoError(t, w.worker.RemoveContainer(ctx, fmt.Sprint("one-of-many-", i)))
+	}
+	w.requireCleanEnd(ref)
+}
+
 func newSoak(t *testing.T) *soak {
 	t.Helper()
 	lab := harness.ForTest(t)
