@@ -15,12 +15,14 @@ import (
 )
 
 // Helper is the command of a process that runs HelperMain. It mounts for a
-// process that serves layer files: one that mounted what it serves itself
+// process that serves layer files, and looks into probes: one that touched what
+// it serves itself
 // could be killed between a question and its own answer, and would then wait
 // for its successor, which cannot start before it has ended. Nil mounts here.
 type Helper []string
 
-// request is what a helper is to do: to mount, or to probe below Dir.
+// request is what a helper is to do: to mount at Target, or if there is a Dir, to
+// try the root that is at Target.
 type request struct {
 	Mode      Mode
 	Image     string
@@ -73,7 +75,7 @@ func HelperMain(ctx context.Context, in io.Reader, out io.Writer) error {
 	)
 	switch {
 	case req.Dir != "":
-		can, err = probe(ctx, req.Mode, req.Dir, req.Devices[0])
+		can, err = try(req.Dir, req.Target)
 	case req.Mode == Loop:
 		err = mountLoop(ctx, req.Image, req.Target, req.Devices, req.ReadAhead)
 	default:
@@ -105,16 +107,16 @@ func (h Helper) mount(ctx context.Context, m Mode, image, target string, devices
 	return errors.Join(err, r.err())
 }
 
-// probe tries mode m below dir, with a layer file of probeBlock.
-func (h Helper) probe(ctx context.Context, m Mode, dir, device string) (Ability, error) {
+// try is the function try.
+func (h Helper) try(dir, lower string) (Ability, error) {
 	if h == nil {
-		return probe(ctx, m, dir, device)
+		return try(dir, lower)
 	}
-	r, err := h.run(request{Mode: m, Dir: dir, Devices: []string{device}})
+	r, err := h.run(request{Dir: dir, Target: lower})
 	if err = errors.Join(err, r.err()); err != nil {
 		return Ability{}, err
 	}
-	return Ability{Mode: m, Nested: toError(r.Nested, 0), Remap: toError(r.Remap, 0)}, nil
+	return Ability{Nested: toError(r.Nested, 0), Remap: toError(r.Remap, 0)}, nil
 }
 
 // run runs the helper. It dies with this process, or as soon as what it waits

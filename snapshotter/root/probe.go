@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/log"
+	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
@@ -73,39 +75,57 @@ func (p probeFile) ReadAt(_ context.Context, b []byte, off int64) (int, error) {
 
 // Probe mounts a root of one file, whose content comes from files, below dir
 // and tries it. An error says what this machine cannot do. Nothing stays.
-func Probe(ctx context.Context, m Mode, dir string, files *layerfs.FS, h Helper) (Ability, error) {
+func Probe(ctx context.Context, m Mode, dir string, files *layerfs.FS, h Helper) (can Ability, err error) {
 	id := digest.FromBytes(probeBlock)
 	if err := files.Add(id, newProbeFile()); err != nil {
-		return Ability{}, err
+		return can, err
 	}
 	defer files.Remove(id)
-	return h.probe(ctx, m, dir, files.Path(id))
-}
-
-func newProbeFile() probeFile { return probeFile{bytes.NewReader(probeBlock)} }
-
-// probe is Probe with a layer file that is there.
-func probe(ctx context.Context, m Mode, dir, device string) (can Ability, err error) {
 	dir, err = os.MkdirTemp(dir, "probe-")
 	if err != nil {
 		return can, err
 	}
-	defer os.RemoveAll(dir)
-	id := digest.FromBytes(probeBlock)
+	defer func() { err = errors.Join(err, removeProbe(dir)) }()
 	x := &layer.Index{DiffID: id, OutSize: 512, Entries: []layer.Entry{{Name: probeName, Type: layer.TypeReg, Mode: 0o600, Size: 512}}}
 	r := Root{
 		Dir:     filepath.Join(dir, "root"),
-		Layers:  []Layer{{Device: device, Stream: newProbeFile()}},
+		Layers:  []Layer{{Device: files.Path(id), Stream: newProbeFile()}},
 		Indexes: func() ([]*layer.Index, error) { return []*layer.Index{x}, nil },
+		Helper:  h,
 	}
 	if err := r.Mount(ctx, m); err != nil {
 		return can, fmt.Errorf("%w (%s)", err, needs[m])
 	}
 	defer func() { err = errors.Join(err, r.Unmount()) }()
-	if err := checkProbe(r.Path(), 0); err != nil {
-		return can, err
+	can, err = h.try(dir, r.Path())
+	can.Mode = m
+	return can, err
+}
+
+func newProbeFile() probeFile { return probeFile{bytes.NewReader(probeBlock)} }
+
+// removeProbe removes a probe's directory, and first what a helper that was
+// killed has left mounted there: nothing may look into that.
+func removeProbe(dir string) error {
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	if err != nil {
+		return err
 	}
-	return Ability{Mode: m, Nested: probeNested(dir, r.Path()), Remap: probeRemap(dir, r.Path())}, nil
+	for _, m := range slices.Backward(mounts) {
+		if err := Unmount(m.Mountpoint); err != nil {
+			return err
+		}
+	}
+	return os.RemoveAll(dir)
+}
+
+// try looks at the probe's root, and mounts overlayfs on it below dir. The
+// process that serves the root has another one do this: see Helper.
+func try(dir, lower string) (Ability, error) {
+	if err := checkProbe(lower, 0); err != nil {
+		return Ability{}, err
+	}
+	return Ability{Nested: probeNested(dir, lower), Remap: probeRemap(dir, lower)}, nil
 }
 
 const probeName = "probe"
