@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -289,7 +290,7 @@ func TestWatchProcess(t *testing.T) {
 	const first, second = "example.com/kept/first:1", "example.com/kept/second:1"
 	w.ctr(w.builder, "image", "tag", images.SmallName, first)
 	w.requireKept(first, w.registry.Ref("kept/first:1"))
-	child := children(t, w.watcher.Pid())
+	child := watchers(t, w.watcher.Pid())
 	require.Len(t, child, 1)
 	for _, thread := range threads(t, child[0]) {
 		nice, err := unix.Getpriority(unix.PRIO_PROCESS, thread)
@@ -301,10 +302,20 @@ func TestWatchProcess(t *testing.T) {
 	w.requireKept(second, w.registry.Ref("kept/second:1"))
 	require.Equal(t, 1, w.indexed("kept/first"))
 
-	child = children(t, w.watcher.Pid())
+	child = watchers(t, w.watcher.Pid())
 	require.Len(t, child, 1)
 	w.watcher.Kill()
 	w.eventually("the end of the process", func() bool { return unix.Kill(child[0], 0) != nil })
+}
+
+// watchers are the processes that watch for a daemon, which has a keeper beside them.
+func watchers(t *testing.T, daemon int) []int {
+	t.Helper()
+	return slices.DeleteFunc(children(t, daemon), func(pid int) bool {
+		command, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		require.NoError(t, err)
+		return !slices.Contains(strings.Split(string(command), "\x00"), "watch")
+	})
 }
 
 // children are the processes that a process started.
