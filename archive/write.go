@@ -48,13 +48,15 @@ func WriteFile(path string, img *Image) (_ Stats, err error) {
 	if err := buf.Flush(); err != nil {
 		return st, err
 	}
-	if err := verify(tmp, st.Size, img); err != nil {
-		return st, fmt.Errorf("reading %s back: %w", tmp.Name(), err)
-	}
 	if err := tmp.Chmod(0o644); err != nil {
 		return st, err
 	}
-	if err := tmp.Sync(); err != nil {
+	var synced errgroup.Group // the disk writes while the file is read
+	synced.Go(tmp.Sync)
+	if err = verify(tmp, st.Size, img); err != nil {
+		err = fmt.Errorf("reading %s back: %w", tmp.Name(), err)
+	}
+	if err = errors.Join(err, synced.Wait()); err != nil {
 		return st, err
 	}
 	return st, os.Rename(tmp.Name(), path)
