@@ -104,7 +104,7 @@ demo: deps parts build ## an image indexed, pushed and run lazily, next to a ful
 
 man: ## manual pages in bin/man
 	rm -rf $(BIN)/man
-	$(GO) run ./internal/man $(BIN)/man
+	$(GO) run ./cmd/internal/man $(BIN)/man
 
 install: build install-files ## binaries, manual pages, completion, systemd's unit, containerd's settings, below $(DESTDIR)$(PREFIX)
 

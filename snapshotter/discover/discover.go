@@ -1,4 +1,9 @@
-// Package discover finds the archive of an image.
+// Package discover finds the archive of an image, and makes one of what CLIP wrote.
+//
+// An archive is a file at hand, an artifact that the image names or that refers
+// to it in its registry, or an object in a bucket. CLIP's own archives have no
+// layer indexes: where there is nothing else, the layers are streamed once for
+// them. Whether an archive fits what containerd asks for is the caller's to see.
 package discover
 
 import (

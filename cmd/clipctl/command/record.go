@@ -3,6 +3,7 @@ package command
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -72,21 +73,12 @@ func runRecord(ctx context.Context, g *globals, name string, args []string, o re
 		return err
 	}
 	defer cleanup()
-	daemon, err := g.connectDaemon()
+	ctx, on, err := g.stage(ctx, name)
 	if err != nil {
 		return err
 	}
-	defer daemon.Close()
-	ctx, client, err := g.connect(ctx)
-	if err != nil {
-		return err
-	}
-	defer client.Close()
-	image, err := client.GetImage(ctx, name)
-	if err != nil {
-		return fmt.Errorf("image %q in containerd's store: %w", name, err)
-	}
-	a, release, err := findArchive(ctx, image, o.archive)
+	defer on.close()
+	a, release, err := findArchive(ctx, on.image, o.archive)
 	if err != nil {
 		return fmt.Errorf("the archive of %s (make one with clipctl index, or name it with --archive): %w", name, err)
 	}
@@ -96,7 +88,7 @@ func runRecord(ctx context.Context, g *globals, name string, args []string, o re
 		return err
 	}
 	diffIDs := a.DiffIDs()
-	doc, err := o.recording(ctx, daemon, client, image, identity.ChainID(slices.Clone(diffIDs)), args, stderr)
+	doc, err := o.recording(ctx, on, identity.ChainID(slices.Clone(diffIDs)), args, stderr)
 	if err != nil {
 		return err
 	}
@@ -107,16 +99,46 @@ func runRecord(ctx context.Context, g *globals, name string, args []string, o re
 	return writeRecorded(ctx, path, img, o, stdout)
 }
 
+// stage is where a start of an image is recorded.
+type stage struct {
+	daemon *grpc.ClientConn
+	client *containerd.Client
+	image  containerd.Image
+}
+
+// stage dials the daemon and containerd, which must have the image. The context
+// it returns carries the namespace; the caller closes the stage.
+func (g *globals) stage(ctx context.Context, name string) (context.Context, *stage, error) {
+	daemon, err := g.connectDaemon()
+	if err != nil {
+		return ctx, nil, err
+	}
+	ctx, client, err := g.connect(ctx)
+	if err != nil {
+		return ctx, nil, errors.Join(err, daemon.Close())
+	}
+	on := &stage{daemon: daemon, client: client}
+	if on.image, err = client.GetImage(ctx, name); err != nil {
+		on.close()
+		return ctx, nil, fmt.Errorf("image %q in containerd's store: %w", name, err)
+	}
+	return ctx, on, nil
+}
+
+func (s *stage) close() {
+	s.client.Close()
+	s.daemon.Close()
+}
+
 // recording returns what is read of the image when args run, or what the daemon
 // has noted of its last start.
-func (o recordOptions) recording(ctx context.Context, daemon grpc.ClientConnInterface, client *containerd.Client, image containerd.Image,
-	chainID digest.Digest, args []string, stderr io.Writer) (record.Document, error) {
+func (o recordOptions) recording(ctx context.Context, on *stage, chainID digest.Digest, args []string, stderr io.Writer) (record.Document, error) {
 	if !o.fromDaemon {
-		return runRecorded(ctx, daemon, client, image, args, o.period, stderr)
+		return runRecorded(ctx, on.daemon, on.client, on.image, args, o.period, stderr)
 	}
-	doc, err := record.Get(ctx, daemon, chainID.String())
+	doc, err := record.Get(ctx, on.daemon, chainID.String())
 	if err != nil {
-		return doc, fmt.Errorf("asking the daemon for the last start of %s: %w", image.Name(), err)
+		return doc, fmt.Errorf("asking the daemon for the last start of %s: %w", on.image.Name(), err)
 	}
 	return doc, nil
 }

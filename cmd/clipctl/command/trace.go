@@ -66,34 +66,25 @@ func recordArgs(o *recordOptions) cobra.PositionalArgs {
 }
 
 func runTrace(ctx context.Context, g *globals, name string, args []string, o traceOptions, stdout, stderr io.Writer) error {
-	daemon, err := g.connectDaemon()
+	ctx, on, err := g.stage(ctx, name)
 	if err != nil {
 		return err
 	}
-	defer daemon.Close()
-	ctx, client, err := g.connect(ctx)
+	defer on.close()
+	diffIDs, err := on.image.RootFS(ctx)
 	if err != nil {
 		return err
 	}
-	defer client.Close()
-	image, err := client.GetImage(ctx, name)
-	if err != nil {
-		return fmt.Errorf("image %q in containerd's store: %w", name, err)
-	}
-	diffIDs, err := image.RootFS(ctx)
-	if err != nil {
-		return err
-	}
-	doc, err := o.recording(ctx, daemon, client, image, identity.ChainID(slices.Clone(diffIDs)), args, stderr)
+	doc, err := o.recording(ctx, on, identity.ChainID(slices.Clone(diffIDs)), args, stderr)
 	if err != nil {
 		return err
 	}
 	warnOfGaps(ctx, doc)
-	fetched, err := control.GetFetches(ctx, daemon, doc.Began)
+	fetched, err := control.GetFetches(ctx, on.daemon, doc.Began)
 	if err != nil {
 		return fmt.Errorf("asking the daemon what it fetched: %w", err)
 	}
-	st, err := control.GetStatus(ctx, daemon)
+	st, err := control.GetStatus(ctx, on.daemon)
 	if err != nil {
 		return err
 	}

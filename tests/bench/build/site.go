@@ -16,9 +16,9 @@ import (
 	"github.com/beam-cloud/clip/pkg/clip"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
+	"github.com/beam-cloud/containerd-clip/tests/bench/testbed"
 	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
 	"github.com/beam-cloud/containerd-clip/tests/internal/images"
 )
@@ -54,7 +54,7 @@ func prepare(ctx context.Context, size int64) (*prepared, error) {
 		return nil, err
 	}
 	p := &prepared{options: options}
-	if p.image, err = readImage(dir, images.ShortName(images.BenchGzip)); err != nil {
+	if p.image, err = testbed.ReadImage(dir, images.ShortName(images.BenchGzip)); err != nil {
 		return nil, err
 	}
 	if p.base, err = layersSize(p.image); err != nil {
@@ -74,24 +74,6 @@ func prepare(ctx context.Context, size int64) (*prepared, error) {
 }
 
 func (p *prepared) remove() error { return os.RemoveAll(p.context) }
-
-// readImage reads an image of a layout.
-func readImage(dir, tag string) (v1.Image, error) {
-	index, err := layout.ImageIndexFromPath(dir)
-	if err != nil {
-		return nil, err
-	}
-	manifest, err := index.IndexManifest()
-	if err != nil {
-		return nil, err
-	}
-	for _, d := range manifest.Manifests {
-		if d.Annotations["org.opencontainers.image.ref.name"] == tag {
-			return index.Image(d.Digest)
-		}
-	}
-	return nil, fmt.Errorf("%s has no image %s", dir, tag)
-}
 
 func layersSize(img v1.Image) (n int64, err error) {
 	m, err := img.Manifest()
