@@ -78,7 +78,7 @@ func TestTLS(t *testing.T) {
 		"no certificate":    fmt.Sprintf("ca = %q\n", ca.file),
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := read(t.Context(), newClient(t, file(lines)), mirroredRef, 0, 3)
+			_, err := readInVain(t.Context(), newClient(t, file(lines)), mirroredRef, 0, 3)
 			require.ErrorIs(t, err, errdefs.ErrUnavailable)
 		})
 	}
@@ -277,7 +277,7 @@ func TestTokenServerBounds(t *testing.T) {
 			})
 			c := newClient(t)
 			dockerConfig(t, login(h.name))
-			_, err := read(t.Context(), c, []string{h.ref()}, 0, 3)
+			_, err := readInVain(t.Context(), c, []string{h.ref()}, 0, 3)
 			require.ErrorContains(t, err, "credentials for "+h.name)
 			require.Empty(t, other.seen())
 		})

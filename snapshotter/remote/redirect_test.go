@@ -103,7 +103,7 @@ func TestRedirectsThatEndNowhere(t *testing.T) {
 				w.Header().Set("Location", location)
 				w.WriteHeader(http.StatusFound)
 			})
-			_, err := read(t.Context(), newClient(t), []string{h.ref()}, 0, 3)
+			_, err := readInVain(t.Context(), newClient(t), []string{h.ref()}, 0, 3)
 			require.ErrorIs(t, err, errdefs.ErrUnavailable)
 		})
 	}
@@ -115,7 +115,7 @@ func TestLongHeaders(t *testing.T) {
 		w.Header().Set("X-Long", strings.Repeat("x", 2*maxHeader))
 		serveBlob(w, r)
 	})
-	_, err := read(t.Context(), newClient(t), []string{h.ref()}, 0, 3)
+	_, err := readInVain(t.Context(), newClient(t), []string{h.ref()}, 0, 3)
 	require.ErrorIs(t, err, errdefs.ErrUnavailable)
 }
 
@@ -151,7 +151,7 @@ func TestNoSecretsTold(t *testing.T) {
 			dir := hostsFile(t, registry, fmt.Sprintf("server = \"http://%s\"\n[header]\nX-Key = %q\n", h.name, "key "+secret))
 			c := newClient(t, dir)
 			dockerConfig(t, login(h.name))
-			_, err := read(ctx, c, []string{registry + "/team/app:1"}, 0, 3)
+			_, err := readInVain(ctx, c, []string{registry + "/team/app:1"}, 0, 3)
 			require.Error(t, err)
 			require.Equal(t, "key "+secret, h.seen()[0].Header.Get("X-Key"))
 			require.NotContains(t, err.Error(), secret)
@@ -173,7 +173,7 @@ func TestNoSecretsTold(t *testing.T) {
 			w.Header().Set("WWW-Authenticate", `Bearer realm="http://me:`+secret+`@127.0.0.1:1/token?key=`+secret+`",service="x"`)
 			w.WriteHeader(http.StatusUnauthorized)
 		})
-		_, err := read(ctx, newClient(t), []string{h.ref()}, 0, 3)
+		_, err := readInVain(ctx, newClient(t), []string{h.ref()}, 0, 3)
 		require.ErrorIs(t, err, errdefs.ErrUnavailable)
 		require.NotContains(t, err.Error(), secret)
 	})
