@@ -31,7 +31,7 @@ build: ## static binaries in bin/
 deps: ## Debian packages that tests and demo need, installed when missing (root)
 	@tests/parts/deps
 
-parts: ## containerd, BuildKit, registry, S3 server and linters that the tests use, in .cache/bin
+parts: ## containerd, BuildKit, registry, S3 server, crane and linters that the tests use, in .cache/bin
 	@tests/parts/build $(PARTS)
 
 images: deps ## the demo's image, in .cache/images (root)

@@ -87,6 +87,54 @@ func TestExport(t *testing.T) {
 	require.Empty(t, w.registry.Requests())
 }
 
+// TestExportToTools has skopeo and crane copy what was exported to a registry: one image of several in a layout, a tar,
+// and an image for two platforms. The digests stay, and the registry, which checks blobs, has all of them.
+func TestExportToTools(t *testing.T) {
+	w := newWorld(t)
+	w.publish(images.PlatformName)
+	small, both := w.ref(images.SmallName), w.ref(images.PlatformName)
+	shared, single, multi, file := w.lab.Path("shared"), w.lab.Path("single"), w.lab.Path("multi"), w.lab.Path("image.tar")
+	for _, args := range [][]string{
+		{small, shared}, {w.ref(images.SiblingName), shared, "--name", "example.com/sibling:2"},
+		{small, single}, {both, multi, "--all-platforms"}, {small, file},
+	} {
+		_, err := w.builder.Clipctl(w.ctx, append([]string{"export"}, args...)...)
+		require.NoError(t, err)
+	}
+	skopeo := func(args ...string) []string {
+		return append([]string{"skopeo", "--insecure-policy", "copy", "--preserve-digests", "--dest-tls-verify=false"}, args...)
+	}
+	one, all := w.subject(small, runtime.GOARCH).Digest.String(), w.image(w.builder, both).Target.Digest.String()
+	for to, c := range map[string]struct {
+		command []string
+		want    string
+	}{
+		"skopeo/shared:1": {skopeo("oci:" + shared + ":1"), one},
+		"skopeo/file:1":   {skopeo("oci-archive:" + file + ":1"), one},
+		"skopeo/multi:1":  {skopeo("--all", "oci:"+multi), all},
+		"crane/single:1":  {[]string{"crane", "push", single}, one},
+		"crane/multi:1":   {[]string{"crane", "push", multi}, all},
+	} {
+		ref := w.registry.Ref(to)
+		dst := ref
+		if c.command[0] == "skopeo" {
+			dst = "docker://" + ref
+		}
+		_, err := w.lab.Run(w.ctx, c.command[0], append(c.command[1:], dst)...)
+		require.NoError(t, err)
+		got, err := w.lab.Run(w.ctx, "crane", "digest", ref)
+		require.NoError(t, err)
+		require.Equal(t, c.want, strings.TrimSpace(got.Stdout), to)
+		_, err = w.lab.Run(w.ctx, "crane", "validate", "--fast", "--remote", ref) // else it takes every layer for gzip
+		require.NoError(t, err)
+	}
+
+	stock := w.stock()
+	ref := w.registry.Ref("skopeo/shared:1")
+	w.pull(stock, eager, ref)
+	require.Equal(t, "hello from clip\n", w.run(stock, eager, ref, "sh", "/app/run.sh"))
+}
+
 // dockerfile makes a build context of a Dockerfile alone.
 func (w *world) dockerfile(text string) string {
 	w.Helper()

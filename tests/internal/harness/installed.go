@@ -22,7 +22,7 @@ func Installed() (Options, error) {
 		o.Product = dir
 	}
 	for dir, programs := range map[string][]string{
-		o.Parts:   {"buildctl", "buildkitd", "containerd", "containerd-shim-runc-v2", "ctr", "registry", "versitygw"},
+		o.Parts:   {"buildctl", "buildkitd", "containerd", "containerd-shim-runc-v2", "crane", "ctr", "registry", "versitygw"},
 		o.Product: {"clipctl", "containerd-clip-grpc"},
 	} {
 		for _, program := range programs {
