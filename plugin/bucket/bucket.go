@@ -140,6 +140,30 @@ func (l *Location) Name(ref string, manifest digest.Digest) (string, error) {
 	return b.String(), nil
 }
 
+// URL names an object in the bucket, without what is for the driver.
+func (l *Location) URL(name string) string {
+	base, _, _ := strings.Cut(l.url, "?")
+	return strings.TrimSuffix(base, "/") + "/" + name
+}
+
+// CheckNames makes sure that the archives of several manifests of an image, one
+// for each platform, do not replace each other.
+func (l *Location) CheckNames(ref string, manifests []digest.Digest) error {
+	seen := map[string]digest.Digest{}
+	for _, m := range manifests {
+		name, err := l.Name(ref, m)
+		if err != nil {
+			return err
+		}
+		if other, ok := seen[name]; ok && other != m {
+			return fmt.Errorf("%s is the name of the archives of both %s and %s; a template with {{.Manifest}} tells them apart: %w",
+				l.URL(name), other, m, errdefs.ErrInvalidArgument)
+		}
+		seen[name] = m
+	}
+	return nil
+}
+
 // Open returns the archive of an image manifest that is pulled by ref. The
 // caller closes it. The error is errdefs.ErrNotFound if there is none.
 func (l *Location) Open(ctx context.Context, ref string, manifest digest.Digest) (io.ReadCloser, error) {

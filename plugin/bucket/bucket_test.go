@@ -61,6 +61,15 @@ func TestName(t *testing.T) {
 	}
 }
 
+func TestCheckNames(t *testing.T) {
+	other := digest.FromString("another platform's")
+	require.NoError(t, location(t, "s3://b/{{.Tag}}/{{.Manifest}}.clip").CheckNames(ref, []digest.Digest{manifest, other}))
+	require.NoError(t, location(t, "s3://b/{{.Tag}}.clip").CheckNames(ref, []digest.Digest{manifest}))
+	err := location(t, "file:///srv/{{.Tag}}.clip?a=b").CheckNames(ref, []digest.Digest{manifest, other})
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+	require.ErrorContains(t, err, "file:///srv/1.clip is the name of the archives of both")
+}
+
 func read(t *testing.T, l *Location) string {
 	t.Helper()
 	r, err := l.Open(t.Context(), ref, manifest)

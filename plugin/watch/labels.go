@@ -2,6 +2,8 @@ package watch
 
 import (
 	"context"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -15,11 +17,14 @@ const (
 	// LabelTarget is the digest of what was worked on. Without it the work is
 	// done again at once.
 	LabelTarget = "cloud.beam.clip/target"
-	// LabelPlan is what was to be done: action, platforms, repository.
+	// LabelPlan is what was to be done: action, platforms, repository, object.
 	LabelPlan = "cloud.beam.clip/plan"
-	// LabelArchive and a platform name an archive: the digest of the artifact
-	// in the registry, or a file.
+	// LabelArchive and a platform have the digest of the artifact in the registry.
 	LabelArchive = "cloud.beam.clip/archive."
+	// LabelFile and a platform have the name of the file that is kept.
+	LabelFile = "cloud.beam.clip/file."
+	// LabelStored and a platform have the URL of the object in a bucket or directory.
+	LabelStored = "cloud.beam.clip/stored."
 	// LabelError says why there is none.
 	LabelError = "cloud.beam.clip/error"
 	// LabelRetry is when that is tried again (RFC 3339). Without it an error is
@@ -34,7 +39,7 @@ const maxError = 1024
 type status struct {
 	target   digest.Digest
 	plan     string
-	archives map[string]string // by platform
+	archives map[string]string // places of archives by label
 	err      string
 	retry    time.Time
 }
@@ -43,11 +48,33 @@ func readStatus(labels map[string]string) status {
 	s := status{target: digest.Digest(labels[LabelTarget]), plan: labels[LabelPlan], err: labels[LabelError], archives: map[string]string{}}
 	s.retry, _ = time.Parse(time.RFC3339, labels[LabelRetry]) // zero if there is none
 	for k, v := range labels {
-		if platform, ok := strings.CutPrefix(k, LabelArchive); ok && v != "" {
-			s.archives[platform] = v
+		if _, ok := platformOf(k); ok && v != "" {
+			s.archives[k] = v
 		}
 	}
 	return s
+}
+
+// platformOf returns the platform in a label that says where an archive is.
+func platformOf(label string) (platform string, ok bool) {
+	for _, prefix := range []string{LabelArchive, LabelFile, LabelStored} {
+		if platform, ok = strings.CutPrefix(label, prefix); ok {
+			return platform, true
+		}
+	}
+	return "", false
+}
+
+// Archives says in words where the archives of an image are, of which these
+// are the labels: platform and place.
+func Archives(labels map[string]string) (places []string) {
+	for k, v := range labels {
+		if platform, ok := platformOf(k); ok {
+			places = append(places, platform+" "+v)
+		}
+	}
+	slices.Sort(places)
+	return places
 }
 
 // sameWork says whether s is about the work that other is about.
@@ -67,13 +94,11 @@ func (s status) write(ctx context.Context, store images.Store, name string) erro
 		labels[LabelRetry] = s.retry.UTC().Format(time.RFC3339)
 	}
 	for k := range old.Labels {
-		if strings.HasPrefix(k, LabelArchive) {
+		if _, ok := platformOf(k); ok {
 			labels[k] = ""
 		}
 	}
-	for platform, archive := range s.archives {
-		labels[LabelArchive+platform] = archive
-	}
+	maps.Copy(labels, s.archives)
 	var changed []string
 	for k, v := range labels {
 		if old.Labels[k] != v {

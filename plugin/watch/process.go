@@ -3,9 +3,11 @@ package watch
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -22,7 +24,8 @@ import (
 	"github.com/beam-cloud/containerd-clip/plugin/publish"
 )
 
-// unpushed is the part of the directory where archives wait for being pushed.
+// unpushed is the part of the directory where archives are until they are
+// published.
 const unpushed = "unpushed"
 
 const (
@@ -69,7 +72,7 @@ func (w *Watcher) process(ctx context.Context, client *containerd.Client, k key,
 	if !ok {
 		return again{}
 	}
-	at, err := r.reference(image.Name)
+	at, err := r.place(image)
 	s := status{target: image.Target.Digest, plan: r.plan(at)}
 	if old := readStatus(image.Labels); old.sameWork(s) {
 		if old.err == "" || old.retry.IsZero() {
@@ -108,11 +111,11 @@ func (w *Watcher) process(ctx context.Context, client *containerd.Client, k key,
 // plan says in words what the rule does with an image: what is the same plan
 // for the same manifest is the same work.
 func (r rule) plan(at place) string {
-	return strings.Join([]string{r.action, r.selection.Name, at.repository}, " ")
+	return strings.TrimSpace(strings.Join([]string{r.action, r.selection.Name, at.repository, at.object}, " "))
 }
 
-// archives makes the archives of an image, by platform. What was made under
-// another of its names is taken from there.
+// archives makes the archives of an image, and returns where they are, by
+// label. What was made under another of its names is taken from there.
 func (w *Watcher) archives(ctx context.Context, j job) (map[string]string, error) {
 	if made, err := siblings(ctx, j); err != nil || made != nil {
 		return made, err
@@ -126,10 +129,17 @@ func (w *Watcher) archives(ctx context.Context, j job) (map[string]string, error
 	if err != nil {
 		return nil, err
 	}
+	if err := j.checkNames(manifests); err != nil {
+		return nil, err
+	}
 	made := map[string]string{}
 	for _, m := range manifests {
-		if made[platforms.Format(m.Platform)], err = w.archive(ctx, source, m, j); err != nil {
+		places, err := w.archive(ctx, source, m, j)
+		if err != nil {
 			return nil, err
+		}
+		for label, place := range places {
+			made[label+platforms.Format(m.Platform)] = place
 		}
 	}
 	return made, nil
@@ -151,17 +161,25 @@ func siblings(ctx context.Context, j job) (map[string]string, error) {
 	return nil, nil
 }
 
-// archive makes the archive of one manifest. It returns the digest of the
-// artifact in the registry, or else the name of the file. What could not be
-// pushed stays for the next attempt.
-func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.Manifest, j job) (string, error) {
-	path := filepath.Join(w.opts.Directory, fileName(j.at.repository, m.Descriptor.Digest))
-	if !j.rule.keep {
-		path = filepath.Join(w.opts.Directory, unpushed, filepath.Base(path))
+// checkNames makes sure that each of the manifests has an object of its own.
+func (j job) checkNames(manifests []export.Manifest) error {
+	if j.rule.to == nil {
+		return nil
 	}
+	var digests []digest.Digest
+	for _, m := range manifests {
+		digests = append(digests, m.Descriptor.Digest)
+	}
+	return j.rule.to.CheckNames(j.at.ref, digests)
+}
+
+// archive makes the archive of one manifest. It returns where it is, by label.
+// What could not be published stays for the next attempt.
+func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.Manifest, j job) (map[string]string, error) {
+	path := filepath.Join(w.opts.Directory, unpushed, fileName(j.at.repository, m.Descriptor.Digest))
 	if j.attempt == 0 || !isArchive(path, j.at.ref) {
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			return "", err
+			return nil, err
 		}
 		began := time.Now()
 		_, err := index.WriteArchive(ctx, source, m, j.at.ref, path, w.opts.Index)
@@ -171,34 +189,57 @@ func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.M
 		}
 		w.metrics.took.WithLabelValues(outcome).Observe(time.Since(began).Seconds())
 		if err != nil {
-			return "", err
+			return nil, err
 		}
 	}
-	made := path
+	places, err := j.publish(ctx, path, m.Descriptor.Digest)
+	if err != nil {
+		return nil, err
+	}
+	if j.rule.keep {
+		places[LabelFile] = filepath.Join(w.opts.Directory, filepath.Base(path))
+		err = os.Rename(path, places[LabelFile])
+	} else {
+		err = os.Remove(path)
+	}
+	if err != nil {
+		return nil, err
+	}
+	log.G(ctx).WithField("platform", platforms.Format(m.Platform)).WithField("archive", slices.Sorted(maps.Values(places))).Info("indexed")
+	return places, nil
+}
+
+// publish has the archive at path where others find it, and returns where that
+// is, by label. Both can be done again: the registry, which may refuse, comes
+// first.
+func (j job) publish(ctx context.Context, path string, manifest digest.Digest) (map[string]string, error) {
+	places := map[string]string{}
 	if j.rule.push {
 		id, _, err := publish.Push(ctx, path, j.at.ref)
 		if err != nil {
-			return "", err
+			return nil, err
 		}
-		made = id.String()
+		places[LabelArchive] = id.String()
 	}
-	if !j.rule.keep {
-		if err := os.Remove(path); err != nil {
-			return "", err
+	if j.rule.to != nil {
+		name, err := j.rule.to.Put(ctx, path, j.at.ref, manifest)
+		if err != nil {
+			return nil, err
 		}
+		places[LabelStored] = j.rule.to.URL(name)
 	}
-	log.G(ctx).WithField("platform", platforms.Format(m.Platform)).WithField("archive", made).Info("indexed")
-	return made, nil
+	return places, nil
 }
 
-// isArchive says whether there is an archive at path that stores ref.
+// isArchive says whether there is an archive at path that stores ref. If so it
+// is as good as new.
 func isArchive(path, ref string) bool {
 	a, err := archive.OpenFile(path)
 	if err != nil {
 		return false
 	}
 	defer a.Close()
-	return a.Info().StorageRef == ref
+	return a.Info().StorageRef == ref && os.Chtimes(path, time.Time{}, time.Now()) == nil
 }
 
 // fileName is of an archive that is kept: readable, and one for each manifest

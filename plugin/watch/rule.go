@@ -14,6 +14,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/plugin/bucket"
 	"github.com/beam-cloud/containerd-clip/plugin/export"
 )
 
@@ -34,6 +35,9 @@ type Rule struct {
 	// to, as a Go template of Name, Domain, Path, Tag and Digest of the image's
 	// name. Empty is {{.Name}}.
 	StorageRef string
+	// To is a bucket or directory that gets the archive, too, or instead if
+	// there is no Action: the text of a bucket.Location. Empty is none.
+	To string
 }
 
 // rule is a Rule made ready.
@@ -44,6 +48,7 @@ type rule struct {
 	keep, push bool
 	storageRef *template.Template
 	action     string
+	to         *bucket.Location // nil if there is none
 }
 
 func (r Rule) compile() (rule, error) {
@@ -59,10 +64,20 @@ func (r Rule) compile() (rule, error) {
 		c.push = true
 	case "both":
 		c.keep, c.push = true, true
+	case "":
+		c.action = "store"
+		if r.To == "" {
+			return c, errors.New(`there is neither an action (index, push or both) nor a bucket or directory "to"`)
+		}
 	default:
 		return c, fmt.Errorf("action %q is none of index, push, both", r.Action)
 	}
 	var err error
+	if r.To != "" {
+		if c.to, err = bucket.Parse(r.To); err != nil {
+			return c, fmt.Errorf("to: %w", err)
+		}
+	}
 	if c.selection, err = selection(r.Platforms); err != nil {
 		return c, err
 	}
@@ -153,10 +168,26 @@ func isPassing(name string) bool {
 	return strings.HasSuffix(name, "-tmp-reduced-platform") || strings.HasSuffix(name, "-tmp-esgz")
 }
 
-// place is where the layers of an image are, as its name says.
+// place is where the layers of an image are, and where its archive goes.
 type place struct {
 	ref        string // storage reference
 	repository string // of ref
+	object     string // URL in a bucket or directory; empty if the rule has none
+}
+
+// place says where what belongs to an image is. An image for several platforms
+// has an object for each; the one here stands for them.
+func (r rule) place(image images.Image) (place, error) {
+	at, err := r.reference(image.Name)
+	if err != nil || r.to == nil {
+		return at, err
+	}
+	name, err := r.to.Name(at.ref, image.Target.Digest)
+	if err != nil {
+		return place{}, err
+	}
+	at.object = r.to.URL(name)
+	return at, nil
 }
 
 // reference expands the rule's storage reference for an image.

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -14,13 +15,17 @@ import (
 // kept matches what fileName returns. Other files in the directory are not ours.
 var kept = regexp.MustCompile(`-[0-9a-f]{32}\.clip$`)
 
-// sweep removes archives that no image is labelled with, in any namespace.
+// abandoned is how long an archive that is not published is left alone: it was
+// to be tried again before.
+const abandoned = 2 * lastRetry
+
+// sweep removes archives that no image is labelled with, in any namespace, and
+// those whose image went away before they were published.
 func (w *Watcher) sweep(ctx context.Context, client *containerd.Client) {
-	var files []string
-	for _, dir := range []string{w.opts.Directory, filepath.Join(w.opts.Directory, unpushed)} {
-		entries, _ := os.ReadDir(dir) // what is not there holds nothing
-		for _, e := range entries {
-			files = append(files, filepath.Join(dir, e.Name()))
+	files := filesIn(w.opts.Directory)
+	for _, file := range filesIn(filepath.Join(w.opts.Directory, unpushed)) {
+		if st, err := os.Stat(file); err == nil && time.Since(st.ModTime()) > abandoned {
+			files = append(files, file)
 		}
 	}
 	needed, err := labelled(ctx, client)
@@ -38,6 +43,15 @@ func (w *Watcher) sweep(ctx context.Context, client *containerd.Client) {
 		}
 		log.G(ctx).WithField("archive", file).Info("removed the archive of an image that is gone")
 	}
+}
+
+// filesIn lists a directory. One that is not there holds nothing.
+func filesIn(dir string) (files []string) {
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		files = append(files, filepath.Join(dir, e.Name()))
+	}
+	return files
 }
 
 // labelled returns the archives that images are labelled with.

@@ -2,8 +2,9 @@
 //
 // A Watcher follows the image events of the namespaces it is told. An image
 // that a rule names is indexed once all its content is there, and its archive
-// kept as a file, pushed to its registry, or both. What became of it is said in
-// labels of the image; they are all the state there is. Events are not durable:
+// kept as a file, pushed to its registry, stored in a bucket, or several of these.
+// What became of it is said in labels of the image; they are all the state there
+// is. Events are not durable:
 // at the start, and whenever the stream of events was lost, all images are
 // looked at again.
 //
@@ -14,7 +15,7 @@
 // more.
 //
 // The package does not say where images come from: a build, an import and a
-// pull are the same to it. It removes nothing from registries.
+// pull are the same to it. It removes nothing from registries and buckets.
 package watch
 
 import (
@@ -82,6 +83,7 @@ const (
 // Run watches until ctx ends. It waits for a containerd that is not there yet,
 // or not there any more.
 func (w *Watcher) Run(ctx context.Context) error {
+	defer w.closeBuckets()
 	for wait := time.Second; ; wait = min(2*wait, reconnect) {
 		began := time.Now()
 		err := w.session(ctx)
@@ -96,6 +98,14 @@ func (w *Watcher) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-time.After(wait):
+		}
+	}
+}
+
+func (w *Watcher) closeBuckets() {
+	for _, r := range w.rules {
+		if r.to != nil {
+			_ = r.to.Close() // what was written is there
 		}
 	}
 }

@@ -3,6 +3,8 @@ package watch
 import (
 	"context"
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -14,6 +16,10 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
+
+	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/internal/testutil"
+	"github.com/beam-cloud/containerd-clip/plugin/export"
 )
 
 func TestNewRefuses(t *testing.T) {
@@ -23,14 +29,16 @@ func TestNewRefuses(t *testing.T) {
 		message string
 	}{
 		"no namespace":     {Options{Directory: "/d", Rules: []Rule{push}}, "no namespace"},
-		"no action":        {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{push, {}}}, `rule 2: action ""`},
+		"no action":        {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{push, {}}}, "rule 2: there is neither an action"},
+		"no such bucket":   {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{push, {To: "ftp://host"}}}, `rule 2: to: location "ftp://host"`},
+		"bad object name":  {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{{To: "s3://b/{{.Size}}.clip"}}}, "Size"},
 		"unknown action":   {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{{Action: "pull"}}}, `action "pull" is none of`},
 		"no directory":     {Options{Namespaces: []string{"default"}, Rules: []Rule{push}}, "no directory"},
 		"bad platform":     {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", Platforms: []string{"a/b/c/d"}}}}, `platform "a/b/c/d"`},
 		"bad template":     {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", StorageRef: "{{.Name"}}}, "storage_ref"},
 		"unknown field":    {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", StorageRef: "{{.Image}}"}}}, "Image"},
 		"not a reference":  {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{{Action: "push", StorageRef: "Not A Ref"}}}, "Not A Ref"},
-		"all that is good": {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{push, {Action: "index", Platforms: []string{"all"}}}}, ""},
+		"all that is good": {Options{Directory: "/d", Namespaces: []string{"default"}, Rules: []Rule{push, {Action: "index", Platforms: []string{"all"}}, {To: "s3://b"}, {Action: "both", To: "file:///d"}}}, ""},
 	} {
 		_, err := New(c.opts)
 		if c.message == "" {
@@ -97,12 +105,62 @@ func TestReference(t *testing.T) {
 	} {
 		got, err := compiled(t, Rule{StorageRef: c.text}).reference(c.name)
 		require.NoError(t, err, c.name)
-		require.Equal(t, place{c.ref, c.repository}, got)
+		require.Equal(t, place{ref: c.ref, repository: c.repository}, got)
 	}
 	_, err := compiled(t, Rule{}).reference("Not A Name")
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 	_, err = compiled(t, Rule{StorageRef: "registry.local/{{.Path}}:{{.Tag}}"}).reference("example.com/app@" + sha)
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument, "no tag")
+}
+
+// TestPlan has another place be another plan, and what a name has to do with it.
+func TestPlan(t *testing.T) {
+	image := images.Image{Name: "example.com/app:1", Target: ocispec.Descriptor{Digest: digest.FromString("target")}}
+	plan := func(r Rule) string {
+		c, err := r.compile()
+		require.NoError(t, err)
+		at, err := c.place(image)
+		require.NoError(t, err)
+		return c.plan(at)
+	}
+	here := platforms.DefaultString()
+	require.Equal(t, "push "+here+" example.com/app", plan(Rule{Action: "push"}))
+	require.Equal(t, "push "+here+" example.com/app s3://b/1.clip", plan(Rule{Action: "push", To: "s3://b/{{.Tag}}.clip?region=r"}))
+	require.Equal(t, "store "+here+" example.com/app file:///srv/app/sha256-"+image.Target.Digest.Encoded()+".clip", plan(Rule{To: "file:///srv/{{.Path}}"}))
+	c, err := Rule{To: "s3://b/{{slice .Tag 0 1}}.clip"}.compile()
+	require.NoError(t, err)
+	_, err = c.place(images.Image{Name: "example.com/app@" + image.Target.Digest.String(), Target: image.Target})
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument, "no tag")
+}
+
+// TestStore puts an archive into a directory.
+func TestStore(t *testing.T) {
+	img := testutil.NewImage(t, testutil.Tar(t, testutil.File{Name: "a", Data: "1"}))
+	dir, file := t.TempDir(), filepath.Join(t.TempDir(), "a.clip")
+	const ref = "registry.example.com/team/app:1"
+	img.WriteArchive(t, file, ref)
+	c, err := Rule{To: "file://" + dir + "/archives/{{.Path}}-{{.Tag}}.clip"}.compile()
+	require.NoError(t, err)
+	defer c.to.Close()
+	j := job{rule: c, at: place{ref: ref}}
+	for range 2 {
+		places, err := j.publish(t.Context(), file, img.Descriptor.Digest)
+		require.NoError(t, err)
+		stored := dir + "/archives/team/app-1.clip"
+		require.Equal(t, map[string]string{LabelStored: "file://" + stored}, places)
+		a, err := archive.OpenFile(stored)
+		require.NoError(t, err)
+		require.Equal(t, img.Descriptor.Digest, a.Info().Descriptor.Digest)
+		require.NoError(t, a.Close())
+	}
+	one := export.Manifest{Descriptor: img.Descriptor}
+	two := export.Manifest{Descriptor: ocispec.Descriptor{Digest: digest.FromString("another platform's")}}
+	require.NoError(t, j.checkNames([]export.Manifest{one}))
+	require.ErrorIs(t, j.checkNames([]export.Manifest{one, two}), errdefs.ErrInvalidArgument)
+	require.NoError(t, job{}.checkNames([]export.Manifest{one, two}))
+	require.NoError(t, os.Remove(file))
+	_, err = j.publish(t.Context(), file, img.Descriptor.Digest)
+	require.ErrorIs(t, err, os.ErrNotExist)
 }
 
 func TestSelection(t *testing.T) {
@@ -213,8 +271,8 @@ func TestStatus(t *testing.T) {
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	for _, s := range []status{
 		{target: target, plan: "push linux/amd64 example.com/app", err: "why", retry: at, archives: map[string]string{}},
-		{target: target, plan: "push linux/amd64 example.com/app", archives: map[string]string{"linux/arm/v7": "sha256:1", "linux/amd64": "sha256:2"}},
-		{target: target, plan: "index any example.com/app", archives: map[string]string{"linux/amd64": "/file"}},
+		{target: target, plan: "push linux/amd64 example.com/app", archives: map[string]string{LabelArchive + "linux/arm/v7": "sha256:1", LabelFile + "linux/arm/v7": "/b", LabelArchive + "linux/amd64": "sha256:2"}},
+		{target: target, plan: "index any example.com/app", archives: map[string]string{LabelFile + "linux/amd64": "/file", LabelStored + "linux/amd64": "s3://b/a.clip"}},
 	} {
 		require.NoError(t, s.write(t.Context(), r, "a:1"))
 		require.Equal(t, s, readStatus(r.image.Labels))
@@ -223,6 +281,7 @@ func TestStatus(t *testing.T) {
 		require.NoError(t, s.write(t.Context(), r, "a:1"))
 		require.Equal(t, before, r.updates, "nothing changed, nothing written: an update would be an event")
 	}
+	require.Equal(t, []string{"linux/amd64 /file", "linux/amd64 s3://b/a.clip"}, Archives(r.image.Labels))
 	long := status{target: target, err: strings.Repeat("ä", 5000)}
 	require.NoError(t, long.write(t.Context(), r, "a:1"))
 	require.Less(t, len(r.image.Labels[LabelError]), 1100)

@@ -193,23 +193,35 @@ func TestConvert(t *testing.T) {
 	require.Equal(t, after, w.manifest(w.builder, dst))
 }
 
+// startS3 starts an S3 server for which all programs have credentials. The options are for URLs of its buckets.
+func (w *world) startS3() (s3 *harness.S3, options string) {
+	w.Helper()
+	require.NoError(w, os.MkdirAll(w.lab.Path("home", ".aws"), 0o700))
+	credentials := fmt.Sprintf("[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n", harness.S3AccessKey, harness.S3SecretKey)
+	require.NoError(w, os.WriteFile(w.lab.Path("home", ".aws", "credentials"), []byte(credentials), 0o600))
+	s3, err := w.lab.StartS3(w.ctx)
+	require.NoError(w, err)
+	return s3, "?region=" + harness.S3Region + "&use_path_style=true&endpoint=" + s3.Endpoint()
+}
+
+// discoverIn has the daemon look for archives in two places instead of the registry.
+func (w *world) discoverIn(first, second string) {
+	w.Helper()
+	require.NoError(w, w.daemon.Stop())
+	config := fmt.Sprintf("[discover]\nreferrers = false\nsources = [%q, %q]\n", first, second)
+	require.NoError(w, os.WriteFile(w.daemon.Config, []byte(config), 0o600))
+	require.NoError(w, w.lab.RestartDaemon(w.ctx, w.daemon))
+}
+
 // TestBuckets keeps archives in a bucket of a real S3 server and in a directory. The snapshotter finds them there by the
 // same URL, under names made by the same template; the registry is asked for no archive.
 func TestBuckets(t *testing.T) {
 	w := newWorld(t)
-	require.NoError(t, os.MkdirAll(w.lab.Path("home", ".aws"), 0o700))
-	credentials := fmt.Sprintf("[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n", harness.S3AccessKey, harness.S3SecretKey)
-	require.NoError(t, os.WriteFile(w.lab.Path("home", ".aws", "credentials"), []byte(credentials), 0o600))
-	s3, err := w.lab.StartS3(w.ctx)
-	require.NoError(t, err)
+	s3, options := w.startS3()
 	require.NoError(t, s3.MakeBucket("archives"))
-	options := "?region=" + harness.S3Region + "&use_path_style=true&endpoint=" + s3.Endpoint()
 	inS3 := "s3://archives/by-name/{{.Path}}/{{.Tag}}.clip" + options
 	inFiles := "file://" + w.lab.Path("archives")
-	require.NoError(t, w.daemon.Stop())
-	config := fmt.Sprintf("[discover]\nreferrers = false\nsources = [%q, %q]\n", inS3, inFiles)
-	require.NoError(t, os.WriteFile(w.daemon.Config, []byte(config), 0o600))
-	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	w.discoverIn(inS3, inFiles)
 
 	for name, to := range map[string]string{images.SmallName: inS3, images.SiblingName: inFiles} {
 		w.registry.Reset()

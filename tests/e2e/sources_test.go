@@ -101,6 +101,13 @@ func TestPlatforms(t *testing.T) {
 	require.Len(t, w.referrers(ref, "amd64"), 1)
 	require.Equal(t, 2, referrers(), "the same archive is not pushed twice")
 
+	// One object cannot be two archives.
+	into := w.lab.Path("objects")
+	failed, err := w.builder.Clipctl(w.ctx, "index", ref, "--all-platforms", "--to", "file://"+into+"/{{.Tag}}.clip")
+	require.Error(t, err)
+	requireClear(t, failed.Stderr, "{{.Manifest}}", into)
+	require.NoDirExists(t, into)
+
 	require.Empty(t, w.pull(w.worker, lazy, ref).Gets(w.layers(images.BaseName)...))
 	if runtime.GOARCH == "amd64" {
 		require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
@@ -26,6 +27,8 @@ import (
 
 const (
 	labelArchive = "cloud.beam.clip/archive.linux/" + runtime.GOARCH
+	labelFile    = "cloud.beam.clip/file.linux/" + runtime.GOARCH
+	labelStored  = "cloud.beam.clip/stored.linux/" + runtime.GOARCH
 	labelError   = "cloud.beam.clip/error"
 	labelRetry   = "cloud.beam.clip/retry"
 )
@@ -40,17 +43,7 @@ type watched struct {
 
 func newWatched(t *testing.T) *watched {
 	w := &watched{world: newWorld(t)}
-	w.directory = w.lab.Path("kept")
-	var err error
-	w.watcher, err = w.lab.StartDaemon(w.ctx, "watcher", fmt.Sprintf(`
-[metrics]
-address = "unix://%s"
-[watch]
-containerd = %q
-namespaces = ["default", "second"]
-directory = %q
-cache_dir = %q
-
+	w.startWatcher(fmt.Sprintf(`
 [[watch.rules]]
 names = [%q]
 action = "push"
@@ -64,9 +57,25 @@ storage_ref = "%s/{{.Path}}:{{.Tag}}"
 names = ["example.com/labelled/*"]
 labels = {clip = "auto"}
 action = "index"
-`, w.lab.Path("watch-metrics"), w.builder.Socket, w.directory, w.lab.Path("watch-cache"), w.registry.Ref("auto/*"), w.registry.Host()))
-	require.NoError(t, err)
+`, w.registry.Ref("auto/*"), w.registry.Host()))
 	return w
+}
+
+// startWatcher has a daemon watch the builder by rules.
+func (w *watched) startWatcher(rules string) {
+	w.Helper()
+	w.directory = w.lab.Path("kept")
+	var err error
+	w.watcher, err = w.lab.StartDaemon(w.ctx, "watcher", fmt.Sprintf(`
+[metrics]
+address = "unix://%s"
+[watch]
+containerd = %q
+namespaces = ["default", "second"]
+directory = %q
+cache_dir = %q
+`, w.lab.Path("watch-metrics"), w.builder.Socket, w.directory, w.lab.Path("watch-cache"))+rules)
+	require.NoError(w, err)
 }
 
 // label is a label of a builder's image; empty if there is no such label or image.
@@ -78,19 +87,25 @@ func (w *watched) label(ref, label string) string {
 	return image.Labels[label]
 }
 
-// requireArchive waits until an image is labelled with its archive, and returns the label.
+// requireArchive waits until an image is labelled with its archive in the registry, and returns the label.
 func (w *watched) requireArchive(ref string) string {
 	w.Helper()
-	w.eventually("an archive of "+ref, func() bool { return w.label(ref, labelArchive) != "" })
+	return w.requireLabel(ref, labelArchive)
+}
+
+// requireLabel waits until an image has a label that says where its archive is, and returns it.
+func (w *watched) requireLabel(ref, label string) string {
+	w.Helper()
+	w.eventually("an archive of "+ref, func() bool { return w.label(ref, label) != "" })
 	require.Empty(w, w.label(ref, labelError))
 	require.Empty(w, w.label(ref, labelRetry))
-	return w.label(ref, labelArchive)
+	return w.label(ref, label)
 }
 
 // requireKept waits for an archive in a file, and checks what it is of.
 func (w *watched) requireKept(ref, storageRef string) {
 	w.Helper()
-	file := w.requireArchive(ref)
+	file := w.requireLabel(ref, labelFile)
 	require.Equal(w, w.directory, filepath.Dir(file))
 	a, err := archive.OpenFile(file)
 	require.NoError(w, err)
@@ -209,14 +224,14 @@ func TestWatchImages(t *testing.T) {
 	w.ctr(w.builder, "image", "tag", images.ZstdName, labelled)
 	w.ctr(w.builder, "image", "tag", images.ZstdName, "example.com/kept/last:1")
 	w.requireKept("example.com/kept/last:1", w.registry.Ref("kept/last:1"))
-	require.Empty(t, w.label(labelled, labelArchive))
+	require.Empty(t, w.label(labelled, labelFile))
 	w.ctr(w.builder, "image", "label", labelled, "clip=auto")
 	w.requireKept(labelled, labelled)
 	w.requireKept("example.com/kept/last:1", w.registry.Ref("kept/last:1"))
-	require.Empty(t, w.label(images.ZstdName, labelArchive))
+	require.Empty(t, w.label(images.ZstdName, labelFile))
 
 	// An archive goes with its image, and nobody else's.
-	gone, stays := w.label(kept, labelArchive), w.label(labelled, labelArchive)
+	gone, stays := w.label(kept, labelFile), w.label(labelled, labelFile)
 	mine := filepath.Join(w.directory, "mine.clip")
 	require.NoError(t, os.WriteFile(mine, nil, 0o600))
 	w.ctr(w.builder, "image", "rm", kept)
@@ -231,6 +246,84 @@ func TestWatchImages(t *testing.T) {
 	for _, name := range []string{`clip_index_duration_seconds_count{outcome="indexed"}`, "clip_index_bytes_total", `clip_index_layers_total{outcome="cached"}`} {
 		require.NotContains(t, []string{"", "0"}, got[name], name)
 	}
+}
+
+// TestWatchBuckets has archives go to a bucket that is made late, and to a directory beside registry and file. Workers
+// find them by the same URLs, and what became of them is in the status.
+func TestWatchBuckets(t *testing.T) {
+	w := &watched{world: newWorld(t)}
+	s3, options := w.startS3()
+	inS3, inFiles := "s3://archives/{{.Path}}/{{.Manifest}}.clip"+options, "file://"+w.lab.Path("objects")+"/{{.Path}}-{{.Tag}}.clip"
+	w.discoverIn(inS3, inFiles)
+	w.startWatcher(fmt.Sprintf(`
+[[watch.rules]]
+names = [%q]
+to = %q
+
+[[watch.rules]]
+names = ["example.com/all/*"]
+action = "both"
+storage_ref = "%s/{{.Path}}:{{.Tag}}"
+to = %q
+`, w.registry.Ref("stored/*"), inS3, w.registry.Host(), inFiles))
+
+	stored := w.registry.Ref("stored/app:1")
+	w.ctr(w.builder, "image", "tag", images.SmallName, stored)
+	w.ctr(w.builder, "image", "push", stored)
+	w.eventually("the reason", func() bool { return strings.Contains(w.label(stored, labelError), "NoSuchBucket") })
+	status := func() string {
+		result, err := w.builder.Clipctl(w.ctx, "status", "--clip-address", w.watcher.Socket)
+		require.NoError(t, err)
+		return result.Stdout
+	}
+	require.Regexp(t, "stored/app:1 +retry .*s3://archives.*NoSuchBucket", status())
+	require.NoError(t, s3.MakeBucket("archives"))
+	url := w.requireLabel(stored, labelStored)
+	require.Equal(t, "s3://archives/stored/app/"+strings.Replace(w.subject(stored, runtime.GOARCH).Digest.String(), ":", "-", 1)+".clip", url)
+	require.Empty(t, w.label(stored, labelArchive)+w.label(stored, labelFile))
+	require.Regexp(t, "stored/app:1 +yes +linux/"+runtime.GOARCH+" "+url, status())
+	require.Equal(t, 1, w.indexed("stored/app"), "indexed once, however often storing failed")
+	left, err := filepath.Glob(filepath.Join(w.directory, "unpushed", "*"))
+	require.NoError(t, err)
+	require.Empty(t, left)
+	w.requireLazy(stored)
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, stored, "sh", "/app/run.sh"))
+	_, err = w.builder.Clipctl(w.ctx, "inspect", filepath.Join(s3.Root, strings.TrimPrefix(url, "s3://")))
+	require.NoError(t, err)
+	again := w.registry.Ref("stored/app:2")
+	w.ctr(w.builder, "image", "tag", stored, again)
+	require.Equal(t, url, w.requireLabel(again, labelStored))
+	require.Equal(t, 1, w.indexed("stored/app"), "the object is the same")
+
+	// All places at once.
+	const first, second = "all/app:1", "all/other:1"
+	for name, of := range map[string]string{first: images.SiblingName, second: images.BaseName} {
+		w.ctr(w.builder, "image", "tag", of, w.registry.Ref(name))
+		w.ctr(w.builder, "image", "push", w.registry.Ref(name))
+		w.ctr(w.builder, "image", "tag", of, "example.com/"+name)
+		object := w.lab.Path("objects", strings.Replace(name, ":", "-", 1)+".clip")
+		require.Equal(t, "file://"+object, w.requireLabel("example.com/"+name, labelStored))
+		require.FileExists(t, object)
+		w.requireKept("example.com/"+name, w.registry.Ref(name))
+		require.Equal(t, []string{w.requireArchive("example.com/" + name)}, w.referrers(w.registry.Ref(name), runtime.GOARCH))
+		w.requireLazy(w.registry.Ref(name))
+	}
+
+	// What is kept stays as long as its image; what was never published goes after a while.
+	gone, stays := w.label("example.com/"+second, labelFile), w.label("example.com/"+first, labelFile)
+	fresh := filepath.Join(w.directory, "unpushed", "fresh-"+strings.Repeat("0", 32)+".clip")
+	old := strings.Replace(fresh, "fresh", "old", 1)
+	for _, file := range []string{fresh, old} {
+		require.NoError(t, os.WriteFile(file, nil, 0o600))
+	}
+	require.NoError(t, os.Chtimes(old, time.Time{}, time.Now().Add(-time.Hour)))
+	w.ctr(w.builder, "image", "rm", "example.com/"+second)
+	for _, file := range []string{gone, old} {
+		w.eventually("the archive is removed", func() bool { _, err := os.Stat(file); return os.IsNotExist(err) })
+	}
+	require.FileExists(t, stays)
+	require.FileExists(t, fresh)
+	require.FileExists(t, w.lab.Path("objects", "all", "other-1.clip"), "objects are for others to remove")
 }
 
 // TestWatchIncomplete has an image in the store before its layers are, as BuildKit publishes it.

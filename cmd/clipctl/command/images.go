@@ -128,12 +128,5 @@ func indexedAs(image images.Image) (indexed, what string) {
 		}
 		return "failed", reason
 	}
-	var archives []string
-	for k, v := range labels {
-		if platform, ok := strings.CutPrefix(k, watch.LabelArchive); ok {
-			archives = append(archives, platform+" "+v)
-		}
-	}
-	slices.Sort(archives)
-	return "yes", strings.Join(archives, ", ")
+	return "yes", strings.Join(watch.Archives(labels), ", ")
 }

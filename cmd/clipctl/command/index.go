@@ -12,11 +12,13 @@ import (
 	"github.com/containerd/log"
 	"github.com/containerd/platforms"
 	"github.com/docker/go-units"
+	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
 
 	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
+	"github.com/beam-cloud/containerd-clip/plugin/bucket"
 	"github.com/beam-cloud/containerd-clip/plugin/export"
 	"github.com/beam-cloud/containerd-clip/plugin/index"
 	"github.com/beam-cloud/containerd-clip/plugin/publish"
@@ -110,6 +112,9 @@ func runIndex(ctx context.Context, g *globals, image string, o indexOptions, std
 	if err != nil {
 		return err
 	}
+	if err := o.checkNames(ref, manifests); err != nil {
+		return err
+	}
 	several := len(manifests) > 1
 	for _, m := range manifests {
 		if o.engine == engineCLIP {
@@ -122,6 +127,23 @@ func runIndex(ctx context.Context, g *globals, image string, o indexOptions, std
 		}
 	}
 	return nil
+}
+
+// checkNames makes sure that each of the manifests gets an object of its own.
+func (o indexOptions) checkNames(ref string, manifests []export.Manifest) error {
+	if o.to == "" {
+		return nil
+	}
+	l, err := bucket.Parse(o.to)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	var digests []digest.Digest
+	for _, m := range manifests {
+		digests = append(digests, m.Descriptor.Digest)
+	}
+	return l.CheckNames(ref, digests)
 }
 
 // systemCacheDir is where root's layer indexes are kept.

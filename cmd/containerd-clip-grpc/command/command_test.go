@@ -210,13 +210,13 @@ func TestUnknownArguments(t *testing.T) {
 }
 
 func TestWatchConfig(t *testing.T) {
-	text := "[watch]\nnamespaces = ['default', 'k8s.io']\n[[watch.rules]]\nnames = ['a/*']\naction = 'both'\nlabels = {x = 'y'}\nplatforms = ['all']\nstorage_ref = 'r.example.com/{{.Path}}:{{.Tag}}'\n"
+	text := "[watch]\nnamespaces = ['default', 'k8s.io']\n[[watch.rules]]\nnames = ['a/*']\naction = 'both'\nlabels = {x = 'y'}\nplatforms = ['all']\nstorage_ref = 'r.example.com/{{.Path}}:{{.Tag}}'\nto = 's3://b/{{.Manifest}}.clip?region=r'\n"
 	c, err := LoadConfig(writeFile(t, text))
 	require.NoError(t, err)
 	require.NoError(t, c.Validate())
 	require.Equal(t, []WatchRule{{
 		Names: []string{"a/*"}, Labels: map[string]string{"x": "y"}, Platforms: []string{"all"},
-		Action: "both", StorageRef: "r.example.com/{{.Path}}:{{.Tag}}",
+		Action: "both", StorageRef: "r.example.com/{{.Path}}:{{.Tag}}", To: "s3://b/{{.Manifest}}.clip?region=r",
 	}}, c.Watch.Rules)
 	o := c.watchOptions()
 	require.Equal(t, "/var/lib/containerd-clip-grpc/archives", o.Directory)
@@ -231,6 +231,7 @@ func TestWatchConfig(t *testing.T) {
 
 	for broken, message := range map[string]string{
 		strings.Replace(text, "both", "all", 1):                         `watch: rule 1: action "all"`,
+		strings.Replace(text, "s3://", "ftp://", 1):                     `watch: rule 1: to: location "ftp://b`,
 		strings.Replace(text, "'default', 'k8s.io'", "", 1):             "watch: no namespace",
 		strings.Replace(text, "[watch]\n", "[watch]\nnice = -1\n", 1):   "nice",
 		strings.Replace(text, "[watch]\n", "[watch]\nworkers = 0\n", 1): "workers",

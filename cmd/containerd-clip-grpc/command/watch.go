@@ -28,7 +28,7 @@ type WatchConfig struct {
 	CacheDir   string      `toml:"cache_dir" comment:"where indexes of layers are kept"`
 	Workers    int         `toml:"workers" comment:"layers that are indexed at the same time"`
 	Nice       int         `toml:"nice" comment:"niceness of indexing, 0 to 19"`
-	Rules      []WatchRule `toml:"rules" comment:"[[watch.rules]] tables with names, labels, platforms, action and storage_ref: docs/operating.md; without one nothing is watched"`
+	Rules      []WatchRule `toml:"rules" comment:"[[watch.rules]] tables with names, labels, platforms, action, storage_ref and to: docs/operating.md; without one nothing is watched"`
 }
 
 // WatchRule is a watch.Rule in the configuration file.
@@ -38,6 +38,7 @@ type WatchRule struct {
 	Platforms  []string          `toml:"platforms"`
 	Action     string            `toml:"action"`
 	StorageRef string            `toml:"storage_ref"`
+	To         string            `toml:"to"`
 }
 
 func defaultWatchConfig() WatchConfig {
