@@ -159,7 +159,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	s.filler = fill.New(ctx, opts.Fill)
 	s.finder = discover.New(discover.Options{
 		Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher, Sources: opts.Sources,
-		Receive: func() discover.Stream { return s.layers.Receive() },
+		Receive: func() discover.Stream { return s.layers.Receive() }, Known: s.layers.Entries,
 	})
 	if s.noLazy = s.probe(ctx, cmp.Or(opts.Mount, root.Auto)); s.noLazy != nil {
 		log.G(ctx).WithError(s.noLazy).Warn("this machine cannot mount lazy roots; all images are unpacked")

@@ -50,10 +50,10 @@ type Stream interface {
 // adopt makes an archive for the image of which CLIP wrote the one at path.
 //
 // CLIP's archive has no layer indexes, and its file index is wrong where a tar
-// says more than CLIP keeps. So every layer is streamed from the registry once,
-// checked against the image's digests and indexed. The archive that comes out
-// is kept for the next time, what was streamed for the layers that are added
-// before r is forgotten.
+// says more than CLIP keeps. So every layer that no other image brought is
+// streamed from the registry once, checked against the image's digests and
+// indexed. The archive that comes out is kept for the next time, what was
+// streamed for the layers that are added before r is forgotten.
 func (f *Finder) adopt(ctx context.Context, r *result, ref string, manifest digest.Digest, path string) (*archive.Archive, error) {
 	start := time.Now()
 	fields := log.G(ctx).WithField("image", ref).WithField("path", path)
@@ -126,6 +126,10 @@ func (f *Finder) indexImage(ctx context.Context, r *result, ref string, manifest
 	if err := sameLayers(path, m); err != nil {
 		return nil, err
 	}
+	diffIDs, err := diffIDsOf(img.Config, len(m.Layers))
+	if err != nil {
+		return nil, err
+	}
 	img.Layers = make([]archive.Layer, len(m.Layers))
 	buffers := make(chan *layer.Buffers, adoptWorkers)
 	for range adoptWorkers {
@@ -134,6 +138,10 @@ func (f *Finder) indexImage(ctx context.Context, r *result, ref string, manifest
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(adoptWorkers)
 	for i, desc := range m.Layers {
+		if x := f.here(ctx, diffIDs[i], desc); x != nil {
+			img.Layers[i].Index = x
+			continue
+		}
 		g.Go(func() (err error) {
 			b := <-buffers
 			defer func() { buffers <- b }()
@@ -181,13 +189,44 @@ func sameLayers(path string, m ocispec.Manifest) error {
 		return err
 	}
 	defer u.Close()
-	img, _ := u.Image()
-	same := len(img.Layers) == len(m.Layers)
-	for i := 0; same && i < len(m.Layers); i++ {
-		same = img.Layers[i] == m.Layers[i].Digest.String()
+	if img, _ := u.Image(); !listsLayers(img, m) {
+		return errOtherLayers
 	}
-	if !same {
-		return fmt.Errorf("it lists other layers than the image's manifest: %w", errdefs.ErrInvalidArgument)
+	return nil
+}
+
+var errOtherLayers = fmt.Errorf("it lists other layers than the image's manifest: %w", errdefs.ErrInvalidArgument)
+
+// listsLayers says whether CLIP's archive of img lists the layers of m.
+func listsLayers(img archive.UpstreamImage, m ocispec.Manifest) bool {
+	return slices.EqualFunc(img.Layers, m.Layers, func(listed string, l ocispec.Descriptor) bool { return listed == l.Digest.String() })
+}
+
+// diffIDsOf returns the diff IDs of an image's layers.
+func diffIDsOf(config []byte, layers int) ([]digest.Digest, error) {
+	var c ocispec.Image
+	if err := json.Unmarshal(config, &c); err != nil {
+		return nil, fmt.Errorf("config: %w", err)
+	}
+	if len(c.RootFS.DiffIDs) != layers {
+		return nil, fmt.Errorf("the image's config describes %d layers, its manifest %d: %w", len(c.RootFS.DiffIDs), layers, errdefs.ErrInvalidArgument)
+	}
+	return c.RootFS.DiffIDs, nil
+}
+
+// here returns the index of a layer that is on the node already, because of
+// another image; nil if it is to be streamed. It is the index of these very
+// bytes: the same stream may come in another compression.
+func (f *Finder) here(ctx context.Context, diffID digest.Digest, desc ocispec.Descriptor) *layer.Index {
+	if f.opts.Known == nil {
+		return nil
+	}
+	x, err := f.opts.Known(diffID)
+	if err == nil && x.Digest == desc.Digest {
+		return x
+	}
+	if err != nil && !errdefs.IsNotFound(err) {
+		log.G(ctx).WithError(err).WithField("layer", desc.Digest).Warn("a layer that is here cannot be made use of; it is streamed anew")
 	}
 	return nil
 }

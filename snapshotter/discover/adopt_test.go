@@ -20,6 +20,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/internal/testutil"
 )
 
@@ -122,6 +123,48 @@ func TestAdoptKeepsStreams(t *testing.T) {
 	}
 }
 
+// What other images brought to the node is not streamed again, if it is the same blob.
+func TestAdoptKnown(t *testing.T) {
+	s := startServer(t, true)
+	f := s.finder(t)
+	img := s.pushed(t)
+	full, err := archive.Open(bytes.NewReader(archiveOf(t, img)), int64(len(archiveOf(t, img))))
+	require.NoError(t, err)
+	upstreamArchive(t, f, s.ref(), "")
+	f.opts.Known = func(diffID digest.Digest) (*layer.Index, error) {
+		switch diffID {
+		case img.DiffIDs[0]:
+			return full.Layer(0)
+		case img.DiffIDs[1]:
+			x, err := full.Layer(1)
+			x.Digest = digest.FromString("the same stream, compressed anew")
+			return x, err
+		}
+		return nil, errdefs.ErrNotFound
+	}
+	before := s.gets()
+	a, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	require.NoError(t, err)
+	defer release()
+	require.Equal(t, before+2, s.gets(), "config and one layer")
+	for i := range img.Layers {
+		want, err := full.Layer(i)
+		require.NoError(t, err)
+		got, err := a.Layer(i)
+		require.NoError(t, err)
+		require.Equal(t, want, got)
+	}
+
+	f = s.finder(t)
+	upstreamArchive(t, f, s.ref(), "")
+	f.opts.Known = func(digest.Digest) (*layer.Index, error) { return nil, errdefs.ErrDataLoss }
+	before = s.gets()
+	_, release, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	require.NoError(t, err)
+	release()
+	require.Equal(t, before+1+len(img.Layers), s.gets(), "what is damaged is streamed")
+}
+
 // The indexes of an archive are not used for one that took its place.
 func TestAdoptReplaced(t *testing.T) {
 	s := startServer(t, true)
@@ -211,12 +254,8 @@ func TestAdoptByReference(t *testing.T) {
 	f := s.finder(t)
 	img := s.pushed(t)
 	path := upstreamArchive(t, f, s.ref(), "")
-	m, err := clip.NewClipArchiver().ExtractMetadata(path)
-	require.NoError(t, err)
-	info := m.StorageInfo.(common.OCIStorageInfo)
-	info.ImageMetadata = nil
-	require.NoError(t, clip.NewClipArchiver().CreateRemoteArchive(info, m, path))
-	_, _, err = f.Find(t.Context(), Image{Ref: s.host + "/" + repo + ":2", Manifest: img.Descriptor.Digest})
+	rewrite(t, path, func(info *common.OCIStorageInfo) { info.ImageMetadata = nil })
+	_, _, err := f.Find(t.Context(), Image{Ref: s.host + "/" + repo + ":2", Manifest: img.Descriptor.Digest})
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
 	f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	a, release, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
@@ -240,12 +279,8 @@ func TestAdoptFails(t *testing.T) {
 	// It says that it is of another image.
 	f := s.finder(t)
 	path := upstreamArchive(t, f, s.host+"/"+repo+":2", "")
-	m, err := clip.NewClipArchiver().ExtractMetadata(path)
-	require.NoError(t, err)
-	info := m.StorageInfo.(common.OCIStorageInfo)
-	info.ImageMetadata.Digest = img.Descriptor.Digest.String()
-	require.NoError(t, clip.NewClipArchiver().CreateRemoteArchive(info, m, path))
-	_, _, err = f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	rewrite(t, path, func(info *common.OCIStorageInfo) { info.ImageMetadata.Digest = img.Descriptor.Digest.String() })
+	_, _, err := f.Find(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	require.ErrorContains(t, err, "other layers")
 	require.ErrorContains(t, err, path)
 

@@ -25,6 +25,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
 
 // Options configures New.
@@ -35,6 +36,9 @@ type Options struct {
 	// Receive returns what is given the uncompressed stream of a layer that is
 	// read to be indexed: it is worth keeping. Nil keeps nothing.
 	Receive func() Stream
+	// Known returns the index of a layer that is on the node already, by its
+	// diff ID, or errdefs.ErrNotFound. Nil knows none.
+	Known func(diffID digest.Digest) (*layer.Index, error)
 	// Referrers asks the image's registry for archives.
 	Referrers bool
 	// Fetcher returns a fetcher for the repository of an image reference.

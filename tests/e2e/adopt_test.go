@@ -70,6 +70,118 @@ func TestUpstreamArchive(t *testing.T) {
 	}
 }
 
+// TestUpstreamShared has CLIP's archives of two images with a layer in common. It is streamed once, whichever image comes
+// first, readers of both are served without a request, and so they are by another daemon.
+func TestUpstreamShared(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, clip.SetLogLevel("disabled"))
+	for _, name := range []string{images.PauseName, images.DockerName} {
+		w.publish(name)
+		w.upstreamArchive(w.ref(name), filepath.Join(w.daemon.Root, "archives", images.ShortName(name)+".clip"))
+	}
+	first, second := w.ref(images.PauseName), w.ref(images.DockerName)
+	shared, all := w.layers(images.PauseName), w.layers(images.DockerName)
+	require.Equal(t, shared, all[:1])
+	require.Len(t, w.pull(w.worker, lazy, first).Gets(shared...), 1)
+	pulled := w.pull(w.worker, lazy, second)
+	require.Empty(t, pulled.Gets(shared...), "the other image brought it")
+	for _, l := range all[1:] {
+		require.Len(t, pulled.Gets(l), 1, "each layer is streamed once:\n%s", pulled)
+	}
+	read := func() {
+		w.Helper()
+		w.registry.Reset()
+		for _, ref := range []string{first, second} {
+			w.run(w.worker, lazy, ref, "sh", "-c", "find / -xdev -type f -exec cat {} + | md5sum")
+		}
+		require.Empty(t, w.registry.Requests(), "all of it is here")
+	}
+	read()
+	require.NoError(t, w.daemon.Stop())
+	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	read()
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, second, "sh", "/app/run.sh"))
+	stock := w.stock()
+	w.pull(stock, eager, second)
+	requireSameRoot(w, stock, second)
+
+	// The image that brought the layer goes; the other one keeps it.
+	w.removeImage(w.worker, first)
+	w.registry.Reset()
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, second, "sh", "/app/run.sh"))
+	require.Empty(t, w.registry.Requests())
+}
+
+// upstreamArchive has CLIP itself make the archive of an image.
+func (w *world) upstreamArchive(ref, path string) {
+	w.Helper()
+	require.NoError(w, clip.SetLogLevel("disabled"))
+	require.NoError(w, clip.CreateFromOCIImage(w.ctx, clip.CreateFromOCIImageOptions{ImageRef: ref, OutputPath: path}))
+}
+
+// TestLoadUpstream makes images out of archives that CLIP wrote: what is not in them comes from the registry, each layer
+// once, and the image is the one that was built.
+func TestLoadUpstream(t *testing.T) {
+	w := newWorld(t)
+	w.publish(images.DockerName)
+	ref, layers, file := w.ref(images.DockerName), w.layers(images.DockerName), w.lab.Path("theirs.clip")
+	w.upstreamArchive(ref, file)
+	w.registry.Reset()
+	result, err := w.worker.Clipctl(w.ctx, "load", file)
+	require.NoError(t, err)
+	require.Contains(t, result.Stdout, ref)
+	requests := w.registry.Requests()
+	for _, l := range layers {
+		require.Len(t, requests.Gets(l), 1, "each layer is streamed once:\n%s", requests)
+	}
+	require.Equal(t, w.image(w.builder, ref).Target.Digest, w.image(w.worker, ref).Target.Digest)
+	require.Equal(t, w.image(w.builder, ref).Target.MediaType, w.image(w.worker, ref).Target.MediaType)
+	require.Equal(t, w.manifest(w.builder, ref), w.manifest(w.worker, ref))
+	w.registry.Reset()
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+	require.NoError(t, w.daemon.Stop())
+	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	w.ctr(w.worker, "content", "prune", "references")
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+	require.Empty(t, w.registry.Requests())
+	left, err := filepath.Glob(filepath.Join(w.daemon.Root, "archives", "*.clip"))
+	require.NoError(t, err)
+	require.Empty(t, left)
+	w.removeImage(w.worker, ref)
+	w.eventually("no snapshots", func() bool { return len(w.snapshots(w.ctx, w.worker, lazy)) == 0 })
+
+	// It may be somewhere else than the archive says, or nowhere.
+	elsewhere := w.lab.Path("elsewhere.clip")
+	require.NoError(t, clip.CreateFromOCIImage(w.ctx, clip.CreateFromOCIImageOptions{
+		ImageRef: ref, StorageImageRef: "127.0.0.1:1/team/app:1", OutputPath: elsewhere,
+	}))
+	_, err = w.worker.Clipctl(w.ctx, "load", elsewhere, "--from", ref, "--name", "example.com/mine:1")
+	require.NoError(t, err)
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, "example.com/mine:1", "sh", "/app/run.sh"))
+	w.removeImage(w.worker, "example.com/mine:1")
+	info := w.upstreamInfo(file)
+	metadata, err := clip.NewClipArchiver().ExtractMetadata(file)
+	require.NoError(t, err)
+	info.Layers = info.Layers[:2]
+	other := w.lab.Path("other.clip")
+	require.NoError(t, clip.NewClipArchiver().CreateRemoteArchive(info, metadata, other))
+	for path, says := range map[string][]string{
+		elsewhere: {"127.0.0.1:1/team/app", "connection refused", "--from"},
+		other:     {"other layers", other, ref},
+	} {
+		result, err := w.worker.Clipctl(w.ctx, "load", path)
+		require.Error(t, err)
+		requireClear(t, result.Stderr, says...)
+	}
+	require.NotContains(t, w.ctr(w.worker, "image", "ls", "-q"), "team/app")
+
+	_, err = w.worker.Clipctl(w.ctx, "load", file)
+	require.NoError(t, err)
+	stock := w.stock()
+	w.pull(stock, eager, ref)
+	requireSameRoot(w, stock, ref)
+}
+
 // TestUpstreamArchiveUnusable falls back to unpacking when CLIP's archive cannot be made use of, and says why.
 func TestUpstreamArchiveUnusable(t *testing.T) {
 	w := newWorld(t)

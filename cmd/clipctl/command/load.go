@@ -15,11 +15,14 @@ import (
 
 	"github.com/beam-cloud/containerd-clip/plugin/bucket"
 	"github.com/beam-cloud/containerd-clip/snapshotter/load"
+	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
 )
 
 type loadOptions struct {
 	name        string
 	snapshotter string
+	from        string
+	hosts       []string
 }
 
 func newLoadCommand(g *globals) *cobra.Command {
@@ -31,6 +34,9 @@ func newLoadCommand(g *globals) *cobra.Command {
 image's registry. The image has the digest that it was built with, and runs with
 the clip snapshotter; its files come from the registry when they are read.
 
+Of an archive that upstream CLIP wrote, manifest and config are fetched from the
+registry, and the daemon streams each layer once to index it.
+
 URL is http:// or https://, or an object in a bucket: s3://, gs://, azblob://.`,
 		Example: `  clipctl load app.clip && ctr run --snapshotter clip registry.example.com/team/app:1 app`,
 		Args:    cobra.ExactArgs(1),
@@ -38,8 +44,10 @@ URL is http:// or https://, or an object in a bucket: s3://, gs://, azblob://.`,
 			return runLoad(cmd.Context(), g, args[0], o, cmd.OutOrStdout())
 		},
 	}
-	cmd.Flags().StringVar(&o.name, "name", "", "name of the image (default: the reference that the archive stores)")
+	cmd.Flags().StringVar(&o.name, "name", "", "name of the image (default: the reference of --from, or else that of the archive)")
 	cmd.Flags().StringVar(&o.snapshotter, "snapshotter", "clip", "what containerd calls the clip snapshotter")
+	cmd.Flags().StringVar(&o.from, "from", "", "reference whose repository has the image (default: the one that the archive stores)")
+	cmd.Flags().StringSliceVar(&o.hosts, "hosts-dir", defaultHostsDirs, "directories with containerd's <host>/hosts.toml files")
 	return cmd
 }
 
@@ -59,7 +67,9 @@ func runLoad(ctx context.Context, g *globals, source string, o loadOptions, stdo
 		return err
 	}
 	defer client.Close()
-	l, err := load.Load(ctx, client, o.snapshotter, path, o.name)
+	l, err := load.Load(ctx, client, path, load.Options{
+		Snapshotter: o.snapshotter, Name: o.name, From: o.from, Registry: remote.New(remote.Options{ConfigPath: o.hosts}),
+	})
 	if err != nil {
 		return err
 	}
