@@ -51,6 +51,19 @@ func TestLoad(t *testing.T) {
 		w.eventually("no snapshots", func() bool { return len(w.snapshots(w.ctx, w.worker, lazy)) == 0 })
 	}
 
+	// From another repository than the archive says.
+	elsewhere := w.registry.Ref("elsewhere/copy:1")
+	w.ctr(w.builder, "image", "tag", ref, elsewhere)
+	w.ctr(w.builder, "image", "push", elsewhere)
+	w.registry.Reset()
+	_, err = w.worker.Clipctl(w.ctx, "load", file, "--from", elsewhere)
+	require.NoError(t, err)
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, elsewhere, "sh", "/app/run.sh"))
+	require.NotEmpty(t, w.registry.Requests())
+	for _, r := range w.registry.Requests() {
+		require.Contains(t, r.Path, "/elsewhere/copy/blobs/")
+	}
+
 	_, err = w.worker.Clipctl(w.ctx, "load", file)
 	require.NoError(t, err)
 	stock := w.stock()
