@@ -3,8 +3,8 @@
 // upstream CLIP that indexes out of the registry.
 //
 // Everything is real: buildkitd with its containerd worker, containerd, the daemon with its defaults, and a registry
-// whose bytes are counted. Every run has all of it for itself, new and empty. The two take turns, and a ratio is the
-// median over the rounds.
+// whose bytes are counted, on loopback and behind a link that all of a run goes through. Every run has all of it for
+// itself, new and empty. The two take turns, and a ratio is the median over the rounds.
 //
 // docs/benchmarks.md has the method in detail and the figures; `make bench-build` writes them.
 package main
@@ -16,12 +16,12 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"slices"
 	"syscall"
 
 	"github.com/rs/zerolog"
 
 	"github.com/beam-cloud/containerd-clip/tests/bench/report"
+	"github.com/beam-cloud/containerd-clip/tests/bench/testbed"
 )
 
 func main() {
@@ -49,23 +49,16 @@ func run(ctx context.Context, rounds int, size int64, file string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, p.remove()) }()
-	var ours, theirs []outcome
-	for round := range rounds {
-		runs := []func() error{
-			func() error { o, err := p.hooked(ctx); ours = append(ours, o); return err },
-			func() error { o, err := p.upstream(ctx); theirs = append(theirs, o); return err },
-		}
-		if round%2 == 1 {
-			slices.Reverse(runs)
-		}
-		for _, run := range runs {
-			if err := run(); err != nil {
-				return err
-			}
-		}
+	results := make([][]outcome, len(links)*len(contestants)) // those of a link beside each other
+	err = testbed.Turns(rounds, len(results), func(_, i int) error {
+		o, err := p.run(ctx, contestants[i%len(contestants)], links[i/len(contestants)])
+		results[i] = append(results[i], o)
+		return err
+	})
+	if err != nil {
+		return err
 	}
-	all := report.Report{Name: "build", Tables: []report.Table{table(p, ours, theirs)}}
-	return all.Write(file)
+	return report.Report{Name: "build", Tables: []report.Table{table(p, results)}}.Write(file)
 }
 
 // What the project claims.
@@ -74,49 +67,43 @@ const (
 	wantedShare = 0.97 // of the image's bytes that are not fetched: 2 GB of 2 GB, and the archive's own bytes
 )
 
-func table(p *prepared, ours, theirs []outcome) report.Table {
+func table(p *prepared, results [][]outcome) report.Table {
+	image := results[0][0].image
 	t := report.Table{
-		Title:  fmt.Sprintf("From the start of a build to an image that runs lazily (%d rounds)", len(ours)),
+		Title:  fmt.Sprintf("From the start of a build to an image that runs lazily (%d rounds)", len(results[0])),
 		Header: []string{"", "seconds", "build and push", "after that", "fetched MB", "sent MB", "time saved by ours, %", "network saved by ours, MB"},
-		Notes: fmt.Sprintf("The image has %.2f GB in the registry, %.2f GB of them in layers of its base. Wanted: time %s; network %s.",
-			float64(ours[0].image)/1e9, float64(p.base)/1e9,
-			report.AtLeast(saved(ours, theirs, loopback), wantedTime), report.AtLeast(less(ours, theirs), wantedShare*float64(ours[0].image)/1e6)),
+		Notes:  fmt.Sprintf("The image has %.2f GB in the registry, %.2f GB of them in layers of its base.", float64(image)/1e9, float64(p.base)/1e9),
 	}
-	median := func(all []outcome, of func(outcome) float64) string {
-		var values []float64
-		for _, o := range all {
-			values = append(values, of(o))
-		}
-		slices.Sort(values)
-		return report.Decimals(values[len(values)/2])
+	for i, l := range links {
+		ours, theirs := results[2*i], results[2*i+1]
+		t.Add(row(contestants[0].name+", "+l.Name, ours, "", "")...)
+		t.Add(row(contestants[1].name+", "+l.Name, theirs, report.Decimals(saved(ours, theirs)), report.Decimals(less(ours, theirs)))...)
+		t.Notes += fmt.Sprintf(" Wanted with %s: time %s; network %s.", l.Name,
+			report.AtLeast(saved(ours, theirs), wantedTime), report.AtLeast(less(ours, theirs), wantedShare*float64(image)/1e6))
 	}
-	mb := func(of func(outcome) int64) func(outcome) float64 {
-		return func(o outcome) float64 { return float64(of(o)) / 1e6 }
-	}
-	built := func(o outcome) float64 { return o.build.Seconds() }
-	after := func(o outcome) float64 { return (o.total - o.build).Seconds() }
-	afterLinked := func(o outcome) float64 { return (o.linked - o.build).Seconds() }
-	fetched, sent := mb(func(o outcome) int64 { return o.fetched }), mb(func(o outcome) int64 { return o.sent })
-	t.Add("ours, by itself", median(ours, loopback), median(ours, built), median(ours, after), median(ours, fetched), median(ours, sent), "", "")
-	t.Add("upstream CLIP", median(theirs, loopback), median(theirs, built), median(theirs, after), median(theirs, fetched), median(theirs, sent),
-		report.Decimals(saved(ours, theirs, loopback)), report.Decimals(less(ours, theirs)))
-	t.Add("upstream CLIP, 1 Gbit/s", median(theirs, linked), median(theirs, built), median(theirs, afterLinked), median(theirs, fetched), median(theirs, sent),
-		report.Decimals(saved(ours, theirs, linked)), report.Decimals(less(ours, theirs)))
 	return t
 }
 
-// loopback and linked are the seconds of a whole run.
-func loopback(o outcome) float64 { return o.total.Seconds() }
-func linked(o outcome) float64   { return o.linked.Seconds() }
+// row has the medians of all rounds.
+func row(name string, all []outcome, more ...string) []string {
+	median := func(of func(outcome) float64) string { return report.Decimals(testbed.MedianOf(all, of)) }
+	return append([]string{
+		name,
+		median(func(o outcome) float64 { return o.total.Seconds() }),
+		median(func(o outcome) float64 { return o.build.Seconds() }),
+		median(func(o outcome) float64 { return (o.total - o.build).Seconds() }),
+		median(func(o outcome) float64 { return float64(o.fetched) / 1e6 }),
+		median(func(o outcome) float64 { return float64(o.sent) / 1e6 }),
+	}, more...)
+}
 
 // saved is by how many per cent ours is faster, as the median over the rounds.
-func saved(ours, theirs []outcome, of func(outcome) float64) float64 {
+func saved(ours, theirs []outcome) float64 {
 	var all []float64
 	for i := range ours {
-		all = append(all, 100*(1-loopback(ours[i])/of(theirs[i])))
+		all = append(all, 100*(1-ours[i].total.Seconds()/theirs[i].total.Seconds()))
 	}
-	slices.Sort(all)
-	return all[len(all)/2]
+	return testbed.Median(all)
 }
 
 // less is how many MB ours moves less.
@@ -125,6 +112,5 @@ func less(ours, theirs []outcome) float64 {
 	for i := range ours {
 		all = append(all, float64(theirs[i].fetched+theirs[i].sent-ours[i].fetched-ours[i].sent)/1e6)
 	}
-	slices.Sort(all)
-	return all[len(all)/2]
+	return testbed.Median(all)
 }

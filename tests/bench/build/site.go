@@ -17,14 +17,18 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"golang.org/x/sys/unix"
 
 	"github.com/beam-cloud/containerd-clip/tests/bench/testbed"
 	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
 	"github.com/beam-cloud/containerd-clip/tests/internal/images"
 )
 
-// gigabit is the link of the row with one; it is between the registry and who fetches from it.
-var gigabit = harness.Link{Rate: 125e6, Latency: time.Millisecond / 2}
+// links are what lies between the registry and the builder in the runs: for base, push and archive alike.
+var links = []testbed.Link{
+	{Name: "loopback"},
+	{Name: "1 Gbit/s", Link: harness.Link{Rate: 125e6, Up: 125e6, Latency: time.Millisecond / 2}},
+}
 
 // prepared is what all runs build from.
 type prepared struct {
@@ -37,9 +41,21 @@ type prepared struct {
 // outcome is what a run took.
 type outcome struct {
 	build         time.Duration // until the build has pushed the image
-	total, linked time.Duration // until there is an archive; linked over the gigabit link
+	total         time.Duration // until there is an archive
 	image         int64         // bytes of the layers
 	fetched, sent int64         // bytes from and to the registry
+}
+
+// contestant is who makes the archive of an image that was built and pushed.
+type contestant struct {
+	name    string
+	watched bool // the builder's images are indexed by themselves
+	index   func(context.Context, *site) error
+}
+
+var contestants = []contestant{
+	{"ours, by itself", true, awaitArchive},
+	{"upstream CLIP", false, indexUpstream},
 }
 
 // prepare makes the build's context: an app with weights of a model, such that the image has size bytes.
@@ -162,105 +178,101 @@ func (p *prepared) newSite(ctx context.Context, watched bool) (_ *site, err erro
 	return s, err
 }
 
-// meter is the clock and the counts of a run.
-type meter struct {
-	began         time.Time
-	fetched, sent int64
-}
-
-func (s *site) start() meter {
+// run measures a contestant on a site of its own.
+func (p *prepared) run(ctx context.Context, c contestant, l testbed.Link) (o outcome, err error) {
+	s, err := p.newSite(ctx, c.watched)
+	if err != nil {
+		return o, err
+	}
+	defer func() { err = errors.Join(err, s.lab.Close()) }()
+	if err := flush(s.lab.Dir); err != nil { // what earlier runs left to write is not this one's business
+		return o, err
+	}
+	s.registry.Shape(l.Link)
 	_, fetched := s.registry.Traffic()
-	return meter{time.Now(), fetched, s.registry.Received()}
+	received := s.registry.Received()
+	began := time.Now()
+	if _, err := s.buildkit.BuildWith(ctx, p.context, "type=image,name="+s.ref+",push=true"); err != nil {
+		return o, err
+	}
+	o.build = time.Since(began)
+	if err := c.index(ctx, s); err != nil {
+		return o, err
+	}
+	o.total = time.Since(began)
+	_, o.fetched = s.registry.Traffic()
+	o.fetched -= fetched
+	o.sent = s.registry.Received() - received
+	s.registry.Shape(harness.Link{})
+	testbed.Say("%s, %s: build and push %.1f s, all %.1f s; fetched %.1f MB, sent %.1f MB",
+		c.name, l.Name, o.build.Seconds(), o.total.Seconds(), float64(o.fetched)/1e6, float64(o.sent)/1e6)
+	o.image, err = s.check(c)
+	return o, err
 }
 
-// stop ends a run.
-func (m meter) stop(s *site, o *outcome) {
-	o.total = time.Since(m.began)
-	_, fetched := s.registry.Traffic()
-	o.fetched, o.sent = fetched-m.fetched, s.registry.Received()-m.sent
-}
-
-// pushed builds and pushes the image.
-func (s *site) pushed(ctx context.Context, dir string, o *outcome, m meter) error {
-	_, err := s.buildkit.BuildWith(ctx, dir, "type=image,name="+s.ref+",push=true")
-	o.build = time.Since(m.began)
-	return err
-}
-
-// measureImage asks the registry how large the image is.
-func (s *site) measureImage(o *outcome) error {
-	ref, err := name.ParseReference(s.ref)
+func flush(dir string) error {
+	f, err := os.Open(dir)
 	if err != nil {
 		return err
+	}
+	defer f.Close()
+	return unix.Syncfs(int(f.Fd()))
+}
+
+// check makes sure that the archive is where it belongs, and returns how large the image is.
+func (s *site) check(c contestant) (size int64, err error) {
+	ref, err := name.ParseReference(s.ref)
+	if err != nil {
+		return 0, err
 	}
 	img, err := remote.Image(ref)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	o.image, err = layersSize(img)
-	return err
+	if c.watched {
+		id, err := img.Digest()
+		if err != nil {
+			return 0, err
+		}
+		list, err := remote.Referrers(ref.Context().Digest(id.String()))
+		if err != nil {
+			return 0, err
+		}
+		m, err := list.IndexManifest()
+		if err != nil {
+			return 0, err
+		}
+		if len(m.Manifests) != 1 {
+			return 0, fmt.Errorf("the registry has %d archives of the image", len(m.Manifests))
+		}
+	}
+	return layersSize(img)
 }
 
-func say(who string, o outcome) {
-	fmt.Fprintf(os.Stderr, "%s: build and push %.1f s, all %.1f s, over the link %.1f s; fetched %.1f MB, sent %.1f MB\n",
-		who, o.build.Seconds(), o.total.Seconds(), o.linked.Seconds(), float64(o.fetched)/1e6, float64(o.sent)/1e6)
-}
-
-// hooked runs a build whose image is indexed by itself.
-func (p *prepared) hooked(ctx context.Context) (o outcome, err error) {
-	s, err := p.newSite(ctx, true)
-	if err != nil {
-		return o, err
-	}
-	defer func() { err = errors.Join(err, s.lab.Close()) }()
-	const label = "cloud.beam.clip/archive.linux/" + runtime.GOARCH
-	m := s.start()
-	if err := s.pushed(ctx, p.context, &o, m); err != nil {
-		return o, err
-	}
+// awaitArchive waits until the watcher says that the archive is in the registry.
+func awaitArchive(ctx context.Context, s *site) error {
+	const labels = "cloud.beam.clip/"
 	for {
 		image, err := s.builder.Client().ImageService().Get(ctx, s.ref)
 		if err != nil {
-			return o, err
+			return err
 		}
-		if image.Labels[label] != "" {
-			break
+		if image.Labels[labels+"archive.linux/"+runtime.GOARCH] != "" {
+			return nil
+		}
+		if reason := image.Labels[labels+"error"]; reason != "" && image.Labels[labels+"retry"] == "" {
+			return fmt.Errorf("the watcher gave up: %s", reason)
 		}
 		select {
 		case <-ctx.Done():
-			return o, ctx.Err()
+			return ctx.Err()
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
-	m.stop(s, &o)
-	say("ours", o)
-	return o, s.measureImage(&o)
 }
 
-// upstream runs a build and then upstream CLIP's indexer, twice: as fast as loopback is, and over a link.
-func (p *prepared) upstream(ctx context.Context) (o outcome, err error) {
-	s, err := p.newSite(ctx, false)
-	if err != nil {
-		return o, err
-	}
-	defer func() { err = errors.Join(err, s.lab.Close()) }()
-	m := s.start()
-	if err := s.pushed(ctx, p.context, &o, m); err != nil {
-		return o, err
-	}
-	index := func() error {
-		return clip.CreateFromOCIImage(ctx, clip.CreateFromOCIImageOptions{ImageRef: s.ref, OutputPath: s.lab.Path("upstream.clip")})
-	}
-	if err := index(); err != nil {
-		return o, err
-	}
-	m.stop(s, &o)
-	s.registry.Shape(gigabit)
-	began := time.Now()
-	if err := index(); err != nil {
-		return o, err
-	}
-	o.linked = o.build + time.Since(began)
-	say("upstream CLIP", o)
-	return o, s.measureImage(&o)
+// indexUpstream has upstream CLIP's indexer read the image from the registry. What it writes would still have to be
+// brought to the workers.
+func indexUpstream(ctx context.Context, s *site) error {
+	return clip.CreateFromOCIImage(ctx, clip.CreateFromOCIImageOptions{ImageRef: s.ref, OutputPath: s.lab.Path("upstream.clip")})
 }

@@ -25,6 +25,7 @@ func TestProxy(t *testing.T) {
 	listener, err := net.Listen("unix", socket)
 	require.NoError(t, err)
 	backend := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body) // whoever sends sees what goes wrong
 		http.ServeContent(w, r, "", Request{}.At, strings.NewReader("0123456789"))
 	})}
 	go func() { _ = backend.Serve(listener) }()
@@ -139,6 +140,7 @@ func TestShape(t *testing.T) {
 	listener, err := net.Listen("unix", socket)
 	require.NoError(t, err)
 	backend := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body) // whoever sends sees what goes wrong
 		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(make([]byte, 2<<20)))
 	})}
 	go func() { _ = backend.Serve(listener) }()
@@ -181,8 +183,20 @@ func TestShape(t *testing.T) {
 	get(2 << 20)
 	requireAbout(t, time.Second/2, time.Since(began)-2*latency, "latency does not make the link slower")
 
+	put := func() time.Duration {
+		began := time.Now()
+		resp, err := http.Post("http://"+p.address, "application/octet-stream", bytes.NewReader(make([]byte, 2<<20)))
+		require.NoError(t, err)
+		require.NoError(t, resp.Body.Close())
+		return time.Since(began)
+	}
+	registry.Shape(Link{Up: rate / 2})
+	requireAbout(t, time.Second, put(), "the other direction")
+	require.Less(t, get(2<<20), time.Second/2, "has nothing to do with this one")
+
 	registry.Shape(Link{})
 	require.Less(t, get(2<<20), time.Second/2)
+	require.Less(t, put(), time.Second/2)
 }
 
 // requireAbout allows for a burst, and for a machine that is busy.

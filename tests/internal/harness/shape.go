@@ -13,7 +13,8 @@ import (
 //
 // A new connection costs a round trip before its first request. TCP's slow start and losses are not imitated.
 type Link struct {
-	Rate    int64         // bytes per second; 0 is no limit
+	Rate    int64         // bytes per second to clients; 0 is no limit
+	Up      int64         // bytes per second to the registry; 0 is no limit
 	Latency time.Duration // in each direction
 }
 
@@ -29,34 +30,38 @@ const (
 // wire is a Link in use.
 type wire struct {
 	Link
+	down, up lane
+}
 
+// lane is one direction of a wire.
+type lane struct {
 	mu   sync.Mutex // guards the fields below
 	free time.Time  // when everything sent so far is through
 	busy time.Time  // when somebody sent last
 }
 
-// pass waits until n bytes are through the wire, behind those that were sent before.
-func (w *wire) pass(n int) {
-	if w.Rate == 0 {
+// pass waits until n bytes are through at a rate, behind those that were sent before.
+func (l *lane) pass(n int, rate int64) {
+	if rate == 0 {
 		return
 	}
-	w.mu.Lock()
+	l.mu.Lock()
 	now := time.Now()
 	earliest := now
-	if now.Sub(w.busy) < linkIdle {
+	if now.Sub(l.busy) < linkIdle {
 		// The wire was in use all the time: whoever was woken late catches up.
 		earliest = now.Add(-linkLate)
 	}
-	if w.free.Before(earliest) {
-		w.free = earliest
+	if l.free.Before(earliest) {
+		l.free = earliest
 	}
-	w.free = w.free.Add(time.Duration(int64(n) * int64(time.Second) / w.Rate))
-	free := w.free
-	w.mu.Unlock()
+	l.free = l.free.Add(time.Duration(int64(n) * int64(time.Second) / rate))
+	free := l.free
+	l.mu.Unlock()
 	time.Sleep(time.Until(free))
-	w.mu.Lock()
-	w.busy = time.Now()
-	w.mu.Unlock()
+	l.mu.Lock()
+	l.busy = time.Now()
+	l.mu.Unlock()
 }
 
 // shapedListener puts connections behind the wire that is in use at the moment.
@@ -102,7 +107,9 @@ type parcel struct {
 // Read holds a request back for as long as it is on its way.
 func (c *shapedConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
-	if w := c.wire.Load(); n > 0 && w.Latency > 0 && c.turn.Swap(false) {
+	w := c.wire.Load()
+	w.up.pass(n, w.Up)
+	if n > 0 && w.Latency > 0 && c.turn.Swap(false) {
 		if !c.greeted {
 			time.Sleep(2 * w.Latency)
 		}
@@ -130,7 +137,7 @@ func (c *shapedConn) Write(p []byte) (n int, err error) {
 			return n + m, err
 		}
 		chunk := p[n:min(len(p), n+linkChunk)]
-		w.pass(len(chunk))
+		w.down.pass(len(chunk), w.Rate)
 		c.underway.Add(1)
 		c.sending <- parcel{slices.Clone(chunk), time.Now().Add(w.Latency)}
 		n += len(chunk)
