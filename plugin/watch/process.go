@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -29,20 +30,20 @@ import (
 const unpushed = "unpushed"
 
 const (
-	firstRetry = 2 * time.Second
+	firstRetry = time.Second
 	lastRetry  = 5 * time.Minute
+	// growth of the time between attempts. What is waited for, most often the
+	// push, may take seconds or minutes; this notices its end after a quarter more.
+	growth = 1.25
 	// quiet is how many failures in a row are nothing to tell: an image is in
 	// the store before its content is whole, and before it is pushed.
-	quiet = 2
+	quiet = 4
 )
 
-// backoff is how long to wait after so many failures: twice as long each time,
-// and not the same for all.
+// backoff is how long to wait after so many failures: longer each time, and not
+// the same for all.
 func backoff(attempt int) time.Duration {
-	d := lastRetry
-	if attempt < 8 {
-		d = min(firstRetry<<attempt, lastRetry)
-	}
+	d := time.Duration(min(float64(firstRetry)*math.Pow(growth, float64(attempt)), float64(lastRetry)))
 	return d*3/4 + rand.N(d/2)
 }
 

@@ -231,7 +231,7 @@ func TestQueue(t *testing.T) {
 }
 
 func TestBackoff(t *testing.T) {
-	for attempt, most := range map[int]time.Duration{0: 3 * time.Second, 1: 5 * time.Second, 7: 320 * time.Second, 8: 375 * time.Second, 100000: 375 * time.Second} {
+	for attempt, most := range map[int]time.Duration{0: 1250 * time.Millisecond, 1: 1563 * time.Millisecond, 10: 11642 * time.Millisecond, 26: 375 * time.Second, 100000: 375 * time.Second} {
 		for range 100 {
 			d := backoff(attempt)
 			require.LessOrEqual(t, d, most, attempt)
