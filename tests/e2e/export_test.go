@@ -152,6 +152,46 @@ func (w *world) image(c *harness.Containerd, ref string) containerdimages.Image 
 	return image
 }
 
+// TestExportClones exports on a file system that can clone files: what is exported takes no room, and whoever writes to
+// it spoils nothing. With --copy it takes room.
+func TestExportClones(t *testing.T) {
+	w := newWorld(t)
+	dir, image := w.lab.Path("xfs"), w.lab.Path("xfs.img")
+	require.NoError(t, os.Mkdir(dir, 0o755))
+	require.NoError(t, os.WriteFile(image, nil, 0o600))
+	require.NoError(t, os.Truncate(image, 512<<20))
+	for _, args := range [][]string{{"mkfs.xfs", "-q", "-m", "reflink=1", image}, {"mount", "-o", "loop", image, dir}} {
+		_, err := w.lab.Run(w.ctx, args[0], args[1:]...)
+		require.NoError(t, err)
+	}
+	store, clones, copies := filepath.Join(dir, "store"), filepath.Join(dir, "clones"), filepath.Join(dir, "copies")
+	_, err := w.builder.Clipctl(w.ctx, "export", images.SmallName, store)
+	require.NoError(t, err)
+	used := func() int64 {
+		var st unix.Statfs_t
+		unix.Sync()
+		require.NoError(t, unix.Statfs(dir, &st))
+		return int64(st.Blocks-st.Bfree) * st.Bsize
+	}
+	size, before := w.size(images.SmallName), used()
+	result, err := w.builder.Clipctl(w.ctx, "export", "oci:"+store, clones)
+	require.NoError(t, err)
+	require.Contains(t, result.Stdout, "7 shared")
+	requireLayout(t, clones)
+	require.Less(t, used()-before, size/2, "it shares what is there")
+	blob := strings.Replace(w.layers(images.SmallName)[0], ":", "/", 1)
+	var a, b unix.Stat_t
+	require.NoError(t, unix.Stat(filepath.Join(store, "blobs", blob), &a))
+	require.NoError(t, unix.Stat(filepath.Join(clones, "blobs", blob), &b))
+	require.NotEqual(t, a.Ino, b.Ino, "it is no link")
+
+	before = used()
+	result, err = w.builder.Clipctl(w.ctx, "export", "oci:"+store, copies, "--copy")
+	require.NoError(t, err)
+	require.Contains(t, result.Stdout, "0 shared")
+	require.Greater(t, used()-before, size/2)
+}
+
 // requireClones fails where files cannot be cloned: blobs must be hard links then.
 func requireClones(t *testing.T, dir string) {
 	t.Helper()

@@ -265,7 +265,17 @@ names = ["example.com/all/*"]
 action = "both"
 storage_ref = "%s/{{.Path}}:{{.Tag}}"
 to = %q
-`, w.registry.Ref("stored/*"), inS3, w.registry.Host(), inFiles))
+
+[[watch.rules]]
+names = [%q]
+platforms = ["all"]
+to = %q
+
+[[watch.rules]]
+names = ["example.com/one-name/*"]
+platforms = ["linux/amd64", "linux/arm64"]
+to = %q
+`, w.registry.Ref("stored/*"), inS3, w.registry.Host(), inFiles, images.PlatformName, inS3, inFiles))
 
 	stored := w.registry.Ref("stored/app:1")
 	w.ctr(w.builder, "image", "tag", images.SmallName, stored)
@@ -308,6 +318,19 @@ to = %q
 		require.Equal(t, []string{w.requireArchive("example.com/" + name)}, w.referrers(w.registry.Ref(name), runtime.GOARCH))
 		w.requireLazy(w.registry.Ref(name))
 	}
+
+	// An object for each platform, or a reason that nobody tries again.
+	for _, arch := range []string{"amd64", "arm64"} {
+		url := w.requireLabel(images.PlatformName, "cloud.beam.clip/stored.linux/"+arch)
+		a, err := archive.OpenFile(filepath.Join(s3.Root, strings.TrimPrefix(url, "s3://")))
+		require.NoError(t, err)
+		require.Equal(t, w.subject(images.PlatformName, arch).Digest, a.Info().Descriptor.Digest)
+		require.NoError(t, a.Close())
+	}
+	const one = "example.com/one-name/app:1"
+	w.ctr(w.builder, "image", "tag", images.PlatformName, one)
+	w.eventually("the reason", func() bool { return strings.Contains(w.label(one, labelError), "{{.Manifest}}") })
+	require.Empty(t, w.label(one, labelRetry))
 
 	// What is kept stays as long as its image; what was never published goes after a while.
 	gone, stays := w.label("example.com/"+second, labelFile), w.label("example.com/"+first, labelFile)
