@@ -206,7 +206,7 @@ func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.M
 	if err != nil {
 		return nil, err
 	}
-	log.G(ctx).WithField("platform", platforms.Format(m.Platform)).WithField("archive", slices.Sorted(maps.Values(places))).Info("indexed")
+	log.G(ctx).WithField("platform", platforms.Format(m.Platform)).WithField("archive", strings.Join(slices.Sorted(maps.Values(places)), ", ")).Info("indexed")
 	return places, nil
 }
 
