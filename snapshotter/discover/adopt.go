@@ -145,7 +145,7 @@ func (f *Finder) indexImage(ctx context.Context, r *result, ref string, manifest
 		g.Go(func() (err error) {
 			b := <-buffers
 			defer func() { buffers <- b }()
-			img.Layers[i], err = f.indexLayer(ctx, r, fetcher, desc, b)
+			img.Layers[i], err = f.indexOnce(ctx, r, fetcher, desc, b)
 			return err
 		})
 	}
@@ -229,6 +229,49 @@ func (f *Finder) here(ctx context.Context, diffID digest.Digest, desc ocispec.De
 		log.G(ctx).WithError(err).WithField("layer", desc.Digest).Warn("a layer that is here cannot be made use of; it is streamed anew")
 	}
 	return nil
+}
+
+// streamed is a layer that is being streamed, or that was for an image that is
+// still being added.
+type streamed struct {
+	done  chan struct{}
+	layer archive.Layer // valid after done
+	err   error         // valid after done
+}
+
+// indexOnce is indexLayer, unless that is being done for another image, or for
+// this one, which may have a layer twice. What goes wrong there may not go
+// wrong here.
+func (f *Finder) indexOnce(ctx context.Context, r *result, fetcher remotes.Fetcher, desc ocispec.Descriptor, b *layer.Buffers) (archive.Layer, error) {
+	for {
+		f.mu.Lock()
+		s, others := f.streamed[desc.Digest]
+		if !others {
+			s = &streamed{done: make(chan struct{})}
+			f.streamed[desc.Digest] = s
+		}
+		f.mu.Unlock()
+		if !others {
+			s.layer, s.err = f.indexLayer(ctx, r, fetcher, desc, b)
+			f.mu.Lock()
+			if s.err == nil {
+				r.layers = append(r.layers, desc.Digest)
+			} else {
+				delete(f.streamed, desc.Digest)
+			}
+			f.mu.Unlock()
+			close(s.done)
+			return s.layer, s.err
+		}
+		select {
+		case <-s.done:
+		case <-ctx.Done():
+			return archive.Layer{}, context.Cause(ctx)
+		}
+		if s.err == nil {
+			return s.layer, nil
+		}
+	}
 }
 
 // indexLayer streams a layer. One that is sound but cannot be read lazily has

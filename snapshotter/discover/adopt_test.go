@@ -3,9 +3,11 @@ package discover
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -163,6 +165,57 @@ func TestAdoptKnown(t *testing.T) {
 	require.NoError(t, err)
 	release()
 	require.Equal(t, before+1+len(img.Layers), s.gets(), "what is damaged is streamed")
+}
+
+// Two images that are pulled at once, one of which has a layer twice, stream what they share once.
+func TestAdoptAtOnce(t *testing.T) {
+	s := startServer(t, true)
+	shared, own := testutil.Tar(t, testutil.File{Name: "a", Data: "shared"}), testutil.Tar(t, testutil.File{Name: "b", Data: "own"})
+	one, two := testutil.NewImage(t, shared), testutil.NewImage(t, shared, own, shared)
+	f := s.finder(t)
+	for tag, img := range map[string]*testutil.Image{"one": one, "two": two} {
+		img.Push(t, s.host, repo)
+		testutil.PutManifest(t, s.host, repo, tag, img.Descriptor.MediaType, img.Manifest)
+		path := upstreamArchive(t, f, s.host+"/"+repo+":"+tag, "")
+		require.NoError(t, os.Rename(path, filepath.Join(f.opts.Dir, tag+".clip")))
+	}
+	// The shared layer comes when the other one has been asked for.
+	held, asked := make(chan struct{}), make(chan struct{})
+	fetcher := f.opts.Fetcher
+	f.opts.Fetcher = func(ctx context.Context, ref string) (remotes.Fetcher, error) {
+		inner, err := fetcher(ctx, ref)
+		return remotes.FetcherFunc(func(ctx context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {
+			switch desc.Digest {
+			case one.Layers[0].Digest:
+				close(held) // a second time it would panic
+				<-asked
+			case two.Layers[1].Digest:
+				close(asked)
+			}
+			return inner.Fetch(ctx, desc)
+		}), err
+	}
+	f.opts.Referrers = false
+	found := make(chan error, 2)
+	for tag, img := range map[string]*testutil.Image{"one": one, "two": two} {
+		find := func() {
+			a, release, err := f.Find(t.Context(), Image{Ref: s.host + "/" + repo + ":" + tag, Manifest: img.Descriptor.Digest})
+			if err == nil {
+				defer release()
+				if !slices.Equal(img.DiffIDs, a.DiffIDs()) {
+					err = errors.New("the archive is of another image")
+				}
+			}
+			found <- err
+		}
+		go find()
+	}
+	<-held
+	for range 2 {
+		require.NoError(t, <-found)
+	}
+	f.Close()
+	require.Empty(t, f.streamed)
 }
 
 // The indexes of an archive are not used for one that took its place.

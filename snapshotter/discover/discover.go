@@ -62,9 +62,10 @@ type Source interface {
 type Finder struct {
 	opts Options
 
-	mu    sync.Mutex // guards the fields below
-	local map[string]localFile
-	known map[Image]*result
+	mu       sync.Mutex // guards the fields below
+	local    map[string]localFile
+	known    map[Image]*result
+	streamed map[digest.Digest]*streamed
 }
 
 // Image is what an archive is searched for.
@@ -109,6 +110,7 @@ type result struct {
 	err     error            // valid after done
 	users   int              // guarded by Finder.mu: callers that use it, and the map
 	streams []Stream         // guarded by Finder.mu: those that were read on the way
+	layers  []digest.Digest  // guarded by Finder.mu: what they are in Finder.streamed
 }
 
 // How long outcomes are remembered. A pull asks for its layers within seconds;
@@ -130,7 +132,7 @@ const (
 
 // New returns a finder. The caller closes it.
 func New(opts Options) *Finder {
-	return &Finder{opts: opts, local: map[string]localFile{}, known: map[Image]*result{}}
+	return &Finder{opts: opts, local: map[string]localFile{}, known: map[Image]*result{}, streamed: map[digest.Digest]*streamed{}}
 }
 
 // Find returns the archive of an image. One that the image links to is of
@@ -212,6 +214,11 @@ func (f *Finder) release(r *result) {
 		return
 	}
 	<-r.done
+	f.mu.Lock()
+	for _, d := range r.layers {
+		delete(f.streamed, d)
+	}
+	f.mu.Unlock()
 	for _, s := range r.streams { // nobody else has r any more
 		s.Close()
 	}
