@@ -122,17 +122,21 @@ func stack(uppers []*upper) (*Node, error) {
 		todo = todo[:len(todo)-1]
 		names = names[:0]
 		for rank, d := range dirs {
-			for name, in := range d.kids {
+			for name, in := range d.kids.all() {
 				names = append(names, held{name, rank, in})
 			}
+		}
+		if len(dirs) > 1 || !dirs[0].kids.ordered() {
+			slices.SortFunc(names, func(a, b held) int {
+				if c := strings.Compare(a.name, b.name); c != 0 {
+					return c
+				}
+				return cmp.Compare(a.rank, b.rank)
+			})
+		}
+		for _, d := range dirs {
 			d.kids = nil
 		}
-		slices.SortFunc(names, func(a, b held) int {
-			if c := strings.Compare(a.name, b.name); c != 0 {
-				return c
-			}
-			return cmp.Compare(a.rank, b.rank)
-		})
 		var err error
 		if todo, err = fill(dirs, names, todo); err != nil {
 			return nil, err

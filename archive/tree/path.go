@@ -57,10 +57,18 @@ type resolved struct {
 // cleanPath is path.Clean, quicker for the names that tars have.
 func cleanPath(name string) string {
 	s := strings.TrimPrefix(name, "./")
-	if s == "" || s[0] == '.' || s[0] == '/' || strings.Contains(s, "//") || strings.Contains(s, "/.") {
+	if s == "" || s[0] == '.' || s[0] == '/' {
 		return path.Clean(name)
 	}
-	return strings.TrimSuffix(s, "/")
+	for rest := s; ; {
+		i := strings.IndexByte(rest, '/') + 1
+		if i == 0 || i == len(rest) {
+			return strings.TrimSuffix(s, "/")
+		}
+		if rest = rest[i:]; rest[0] == '.' || rest[0] == '/' {
+			return path.Clean(name)
+		}
+	}
 }
 
 // childPath joins a place's path and a name in it.
@@ -91,7 +99,7 @@ func (u *upper) resolveNext(p string) (at place, err error) {
 		case below.in == nil:
 			at = place{path: p}
 		case below.in.dir():
-			at = place{p, below.in.kids[base]}
+			at = place{p, below.in.kids.get(base)}
 		}
 	}
 	if at.path == "" || at.in != nil && at.in.symlink() {
@@ -145,7 +153,7 @@ func (u *upper) resolvePlain(name string) (at place, plain bool, err error) {
 			return place{}, false, unix.ENAMETOOLONG
 		}
 		if in != nil {
-			if in = in.kids[elem]; in != nil && in.symlink() {
+			if in = in.kids.get(elem); in != nil && in.symlink() {
 				return place{}, false, nil
 			}
 		}
@@ -244,7 +252,7 @@ func (u *upper) lstat(p string) (*inode, error) {
 		if len(elem) > maxName {
 			return nil, unix.ENAMETOOLONG
 		}
-		in := dirs[len(dirs)-1].kids[elem]
+		in := dirs[len(dirs)-1].kids.get(elem)
 		switch {
 		case in == nil:
 			return nil, unix.ENOENT

@@ -31,7 +31,7 @@ const (
 // inode is a Node under construction.
 type inode struct {
 	Node
-	kids   map[string]*inode // directories only; nil once merged
+	kids   *kids // directories only; nil once merged
 	opaque bool
 }
 
@@ -65,7 +65,7 @@ type upper struct {
 type placed struct{ dir, base string }
 
 func newUpper(index int, parents []*upper, work *budget) *upper {
-	root := &inode{kids: map[string]*inode{}}
+	root := &inode{kids: new(kids)}
 	root.Mode = unix.S_IFDIR | 0o755
 	root.Nlink = 2
 	return &upper{index: index, parents: parents, root: root, work: work}
@@ -104,11 +104,10 @@ func refused(i int, e *layer.Entry, err error) error {
 
 // apply does with one entry what containerd's archive.Apply does.
 func (u *upper) apply(e *layer.Entry) error {
-	name := cleanPath(e.Name)
-	if strings.IndexByte(name, 0) >= 0 {
+	parent, base := u.split(e.Name)
+	if strings.IndexByte(base, 0) >= 0 || strings.IndexByte(parent, 0) >= 0 {
 		return unix.EINVAL
 	}
-	parent, base := path.Split(name)
 	at, err := u.resolveCached(parent)
 	if err != nil {
 		return err
@@ -129,7 +128,7 @@ func (u *upper) apply(e *layer.Entry) error {
 	if len(base) > maxName || len(at.path)+1+len(base) > maxPath {
 		return unix.ENAMETOOLONG
 	}
-	in := at.in.kids[base]
+	in := at.in.kids.get(base)
 	if in != nil && !(in.dir() && e.Type == layer.TypeDir) {
 		u.remove(at.in, base)
 		in = nil
@@ -138,12 +137,22 @@ func (u *upper) apply(e *layer.Entry) error {
 		if in, err = u.create(at.in, e); err != nil {
 			return err
 		}
-		at.in.kids[base] = in
+		at.in.kids.set(base, in)
 	}
 	if len(u.parents) == 0 {
 		u.unpacked = append(u.unpacked, placed{at.path, base})
 	}
 	return describe(in, e)
+}
+
+// split cleans an entry's name and splits it, quickly if the entry is in the
+// directory of the one before it.
+func (u *upper) split(name string) (parent, base string) {
+	parent, base = path.Split(name)
+	if parent != u.last.name || isRoot(base) {
+		parent, base = path.Split(cleanPath(name))
+	}
+	return parent, base
 }
 
 // describe gives an inode the attributes of an entry.
@@ -206,13 +215,13 @@ func (u *upper) applyWhiteout(at place, base string) error {
 		u.remove(at.in, name)
 		return nil
 	}
-	if at.in.kids[name] != nil {
+	if at.in.kids.get(name) != nil {
 		return unix.EEXIST
 	}
 	in := &inode{}
 	in.Mode = unix.S_IFCHR
 	in.Nlink = 1
-	at.in.kids[name] = in
+	at.in.kids.set(name, in)
 	return nil
 }
 
@@ -236,10 +245,10 @@ func (u *upper) clear(at place) error {
 	for len(todo) > 0 {
 		dir := todo[len(todo)-1]
 		todo = todo[:len(todo)-1]
-		for name, in := range dir.in.kids {
-			if err := u.work.spend(1); err != nil {
-				return err
-			}
+		if err := u.work.spend(dir.in.kids.steps()); err != nil {
+			return err
+		}
+		for name, in := range dir.in.kids.all() {
 			p := childPath(dir.path, name)
 			if _, ok := u.indexed[p]; !ok {
 				u.remove(dir.in, name)
@@ -253,18 +262,18 @@ func (u *upper) clear(at place) error {
 
 // remove unlinks a name and everything below it. A missing name is no error.
 func (u *upper) remove(dir *inode, name string) {
-	in := dir.kids[name]
+	in := dir.kids.get(name)
 	if in == nil {
 		return
 	}
-	delete(dir.kids, name)
+	dir.kids.set(name, nil)
 	u.removed, u.last = true, resolved{}
 	todo := []*inode{in}
 	for len(todo) > 0 {
 		in := todo[len(todo)-1]
 		todo = todo[:len(todo)-1]
 		in.Nlink--
-		for _, kid := range in.kids {
+		for _, kid := range in.kids.all() {
 			todo = append(todo, kid)
 		}
 	}
@@ -286,7 +295,7 @@ func (u *upper) create(parent *inode, e *layer.Entry) (*inode, error) {
 		in.Sparse = append([]layer.Extent{}, e.Extents...)
 	case layer.TypeDir:
 		in.Mode = unix.S_IFDIR
-		in.kids = map[string]*inode{}
+		in.kids = new(kids)
 	case layer.TypeSymlink:
 		if err := checkTarget(e.Link); err != nil {
 			return nil, fmt.Errorf("target %q: %w", e.Link, err)
@@ -346,14 +355,14 @@ func (u *upper) mkparent(at place, e *layer.Entry) (*inode, error) {
 			i += start
 		}
 		name := at.path[start:i]
-		if in := cur.kids[name]; in != nil {
+		if in := cur.kids.get(name); in != nil {
 			cur = in // a directory: resolving the path has seen to that
 			continue
 		}
 		if len(name) > maxName || i > maxPath {
 			return nil, unix.ENAMETOOLONG
 		}
-		in := &inode{kids: map[string]*inode{}}
+		in := &inode{kids: new(kids)}
 		in.Mode = unix.S_IFDIR
 		in.Nlink = 1
 		in.inherit(cur)
@@ -362,7 +371,7 @@ func (u *upper) mkparent(at place, e *layer.Entry) (*inode, error) {
 		if err := u.copyUp(at.path[:i], in); err != nil {
 			return nil, err
 		}
-		cur.kids[name] = in
+		cur.kids.set(name, in)
 		cur = in
 	}
 	return cur, nil
