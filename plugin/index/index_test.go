@@ -171,7 +171,12 @@ func TestCancel(t *testing.T) {
 
 func TestLargestFirst(t *testing.T) {
 	layers := []ocispec.Descriptor{{Size: 1}, {Size: 9}, {Size: 5}, {Size: 9}}
-	require.Equal(t, []int{1, 3, 2, 0}, largestFirst(layers))
+	cached := func(sizes ...int64) func(ocispec.Descriptor) bool {
+		return func(desc ocispec.Descriptor) bool { return slices.Contains(sizes, desc.Size) }
+	}
+	require.Equal(t, []int{1, 3, 2, 0}, largestFirst(layers, cached()))
+	require.Equal(t, []int{2, 0, 1, 3}, largestFirst(layers, cached(9)), "what is cached comes last")
+	require.Equal(t, []int{1, 3, 2, 0}, largestFirst(layers, cached(1, 5, 9)))
 }
 
 // TestMemory indexes a large layer and many layers: what that needs depends on
