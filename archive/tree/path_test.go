@@ -22,7 +22,7 @@ func TestCleanPath(t *testing.T) {
 
 // TestSplit has entries follow each other in one directory and leave it.
 func TestSplit(t *testing.T) {
-	u := newUpper(0, nil, &budget{left: baseSteps})
+	u := newUpper(0, nil, newBudget(baseSteps))
 	for _, name := range []string{
 		"a/b/c", "a/b/d", "a/b/.", "a/b/..", "a/b/", "a/b/.wh.c", "a/b//e", "./a/b/f", "a/b/g", "h", "i", ".", "./j", "/k", "/l", "/.", "//m", "../n", "../o", "../..",
 	} {

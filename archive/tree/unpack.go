@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"path"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -45,14 +46,15 @@ func (in *inode) whiteout() bool { return in.format() == unix.S_IFCHR && in.Rdev
 
 // upper is the directory that one layer is unpacked into.
 type upper struct {
-	index     int      // of the layer
-	parents   []*upper // the layers below, the nearest first
-	root      *inode
-	rootTimed bool // an entry said when the root was modified
-	work      *budget
+	finder
+	index     int
+	below     []*upper      // the layers below, the bottom one first
+	lowers    []lower       // the same, the nearest first; made when they are needed
+	rootTimed bool          // an entry said when the root was modified
+	done      chan struct{} // closed when the layer is unpacked, or is not going to be
+	err       error         // why it is not; read only after done
 
 	last    resolved // the directory of the previous entry
-	below   place    // where copyUp looked last, in a layer that is complete
 	removed bool     // something was removed: earlier resolutions may be void
 
 	// Bottom layer only: what an opaque marker needs to know.
@@ -64,35 +66,36 @@ type upper struct {
 // placed is where an entry went: a directory's path and a name in it.
 type placed struct{ dir, base string }
 
-func newUpper(index int, parents []*upper, work *budget) *upper {
+func newUpper(index int, below []*upper, work *budget) *upper {
 	root := &inode{kids: new(kids)}
 	root.Mode = unix.S_IFDIR | 0o755
 	root.Nlink = 2
-	return &upper{index: index, parents: parents, root: root, work: work}
+	return &upper{finder: finder{root, work}, index: index, below: below, done: make(chan struct{})}
 }
 
-// unpack applies a layer's entries in order to a new upper directory. below
-// holds the lower layers, the bottom one first.
-func unpack(index int, l *layer.Index, below []*upper, work *budget) (*upper, error) {
-	parents := make([]*upper, len(below))
-	for i, b := range below {
-		parents[len(below)-1-i] = b
-	}
-	u := newUpper(index, parents, work)
-	for i := range l.Entries {
-		if err := u.apply(&l.Entries[i]); err != nil {
-			return nil, refused(i, &l.Entries[i], err)
+// unpack applies a layer's entries in order to its new upper directory.
+func (u *upper) unpack(l *layer.Index) error {
+	defer close(u.done)
+	u.err = u.applyAll(l.Entries)
+	u.unpacked, u.indexed, u.opaqued, u.lowers = nil, nil, nil, nil
+	return u.err
+}
+
+func (u *upper) applyAll(entries []layer.Entry) error {
+	for i := range entries {
+		if err := u.apply(&entries[i]); err != nil {
+			return refused(i, &entries[i], err)
 		}
 	}
-	if u.removed {
-		for i := range l.Entries {
-			if err := u.retime(&l.Entries[i]); err != nil {
-				return nil, refused(i, &l.Entries[i], err)
-			}
+	if !u.removed {
+		return nil
+	}
+	for i := range entries {
+		if err := u.retime(&entries[i]); err != nil {
+			return refused(i, &entries[i], err)
 		}
 	}
-	u.unpacked, u.indexed, u.opaqued = nil, nil, nil
-	return u, nil
+	return nil
 }
 
 func refused(i int, e *layer.Entry, err error) error {
@@ -139,7 +142,7 @@ func (u *upper) apply(e *layer.Entry) error {
 		}
 		at.in.kids.set(base, in)
 	}
-	if len(u.parents) == 0 {
+	if len(u.below) == 0 {
 		u.unpacked = append(u.unpacked, placed{at.path, base})
 	}
 	return describe(in, e)
@@ -198,7 +201,7 @@ func isRoot(base string) bool {
 // applyWhiteout handles an entry named .wh.*, whatever its type.
 func (u *upper) applyWhiteout(at place, base string) error {
 	if base == opaqueMarker {
-		if len(u.parents) == 0 {
+		if len(u.below) == 0 {
 			return u.clear(at)
 		}
 		at.in.opaque = true
@@ -211,7 +214,7 @@ func (u *upper) applyWhiteout(at place, base string) error {
 	if len(name) > maxName || len(at.path)+1+len(name) > maxPath {
 		return unix.ENAMETOOLONG
 	}
-	if len(u.parents) == 0 {
+	if len(u.below) == 0 {
 		u.remove(at.in, name)
 		return nil
 	}
@@ -381,10 +384,19 @@ func (u *upper) mkparent(at place, e *layer.Entry) (*inode, error) {
 // nearest directory of that path in a lower layer. Each layer is searched on
 // its own, following its own symlinks only.
 func (u *upper) copyUp(p string, to *inode) error {
-	for _, parent := range u.parents {
+	if u.lowers == nil {
+		for _, b := range slices.Backward(u.below) {
+			u.lowers = append(u.lowers, lower{finder: b.finder, of: b})
+		}
+	}
+	for i := range u.lowers {
+		parent := &u.lowers[i]
+		if <-parent.of.done; parent.of.err != nil {
+			return parent.of.err
+		}
 		at, err := parent.resolveNext(p)
 		if err != nil {
-			return fmt.Errorf("in layer %d: %w", parent.index, err)
+			return fmt.Errorf("in layer %d: %w", parent.of.index, err)
 		}
 		if at.in == nil {
 			continue
