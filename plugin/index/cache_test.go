@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
 
 	"github.com/beam-cloud/containerd-clip/archive"
@@ -26,6 +27,14 @@ func openCache(t *testing.T, size int64) *Cache {
 	c, err := OpenCache(filepath.Join(t.TempDir(), "cache"), size)
 	require.NoError(t, err)
 	return c
+}
+
+// pathOf is the file of the layer's index.
+func (c *Cache) pathOf(t *testing.T, desc ocispec.Descriptor) string {
+	t.Helper()
+	opts, err := layer.Options{}.Normalize()
+	require.NoError(t, err)
+	return c.path(desc, opts)
 }
 
 // runCounted runs and returns which layers were read.
@@ -154,9 +163,7 @@ func TestCacheVersion(t *testing.T) {
 func TestCacheOfAnotherVersion(t *testing.T) {
 	img, cache := testImage(t, 1), openCache(t, DefaultCacheSize)
 	_, first := runCounted(t, img, Options{Cache: cache})
-	opts, err := layer.Options{}.Normalize()
-	require.NoError(t, err)
-	path := cache.path(img.Layers[0], opts)
+	path := cache.pathOf(t, img.Layers[0])
 	other := strings.TrimSuffix(path, ".v"+cacheVersion) + ".v1"
 	require.NotEqual(t, path, other)
 	require.NoError(t, os.Rename(path, other))
