@@ -62,6 +62,8 @@ type Image struct {
 type Layer struct {
 	Index  *layer.Index
 	Reason string // why the layer cannot be read lazily; empty if Index is set
+
+	encoded *EncodedIndex // of Index; nil if it was not encoded yet, or Index is another one by now
 }
 
 // Info is the JSON document that describes an archive.
@@ -213,7 +215,15 @@ func (a *Archive) Spans(i int) (*layer.Index, error) {
 }
 
 // Layer returns the whole index of layer i.
-func (a *Archive) Layer(i int) (*layer.Index, error) {
+func (a *Archive) Layer(i int) (*layer.Index, error) { return a.layer(i, (*layer.Index).DecodeEntries) }
+
+// check decodes the index of layer i and keeps nothing of it.
+func (a *Archive) check(i int) error {
+	_, err := a.layer(i, (*layer.Index).CheckEntries)
+	return err
+}
+
+func (a *Archive) layer(i int, decode func(*layer.Index, []byte) error) (*layer.Index, error) {
 	x, err := a.Spans(i)
 	if err != nil {
 		return nil, err
@@ -222,7 +232,7 @@ func (a *Archive) Layer(i int) (*layer.Index, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := x.DecodeEntries(raw); err != nil {
+	if err := decode(x, raw); err != nil {
 		return nil, fmt.Errorf("%w: layer %d: %w", ErrCorrupt, i, err)
 	}
 	return x, nil

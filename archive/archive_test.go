@@ -360,10 +360,11 @@ type section struct {
 func forge(tb testing.TB, sections []section, alter func([]record)) []byte {
 	tb.Helper()
 	b := bytes.NewBuffer(append(bytes.Clone(clipMagic), make([]byte, clipHeaderSize-len(clipMagic))...))
-	s, err := newSectionWriter()
+	enc, err := newEncoder()
 	require.NoError(tb, err)
+	s := new(sectionWriter)
 	for _, sec := range sections {
-		s.add(sec.kind, sec.layer, sec.raw)
+		s.add(sec.kind, sec.layer, compress(enc, sec.raw))
 	}
 	if alter != nil {
 		alter(s.table)

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
-	"iter"
 	"math"
 	"slices"
 	"strings"
@@ -60,7 +59,7 @@ func compatPart(img *Image, m ocispec.Manifest, root *tree.Node) ([][]byte, int,
 	if root == nil {
 		root = &tree.Node{Mode: unix.S_IFDIR | 0o755, Nlink: 2}
 	}
-	index, err := detgob.EncodeSlice(nodes.walk(root))
+	index, err := detgob.EncodeSlice[*common.ClipNode](nodes.walk(root))
 	if err != nil {
 		return nil, 0, err
 	}
@@ -98,93 +97,6 @@ func length(pieces [][]byte) (n int) {
 		n += len(p)
 	}
 	return n
-}
-
-// clipNodes turns a tree into upstream's flat list of nodes.
-type clipNodes struct {
-	img    *Image
-	node   common.ClipNode       // the current one
-	remote common.RemoteRef      // its data
-	inode  uint64                // the last one given away
-	linked map[*tree.Node]uint64 // inodes of files with several names
-	paths  int
-}
-
-// walk lists root and everything below it, without recursion: an image may
-// nest directories deeper than a stack should grow. Each node is valid until
-// the next one.
-func (c *clipNodes) walk(root *tree.Node) iter.Seq[*common.ClipNode] {
-	type item struct {
-		path string
-		node *tree.Node
-	}
-	return func(yield func(*common.ClipNode) bool) {
-		stack := []item{{"/", root}}
-		for len(stack) > 0 {
-			it := stack[len(stack)-1]
-			stack = stack[:len(stack)-1]
-			if c.set(it.path, it.node) && !yield(&c.node) {
-				return
-			}
-			prefix := it.path
-			if prefix != "/" {
-				prefix += "/"
-			}
-			for i := len(it.node.Children) - 1; i >= 0; i-- {
-				child := it.node.Children[i]
-				stack = append(stack, item{prefix + child.Name, child.Node})
-			}
-		}
-	}
-}
-
-// number returns the inode number of n. The root comes first and is inode 1,
-// as FUSE wants it.
-func (c *clipNodes) number(n *tree.Node) uint64 {
-	if ino := c.linked[n]; ino != 0 {
-		return ino
-	}
-	c.inode++
-	if n.Nlink > 1 && n.Mode&unix.S_IFMT != unix.S_IFDIR {
-		c.linked[n] = c.inode
-	}
-	return c.inode
-}
-
-// set makes n at path the current node, if CLIP has words for it: it has none
-// for devices, FIFOs and holes. A name that is missing does less harm than
-// content that is wrong.
-func (c *clipNodes) set(path string, n *tree.Node) bool {
-	c.paths++
-	if n.Sparse != nil {
-		return false
-	}
-	c.node = common.ClipNode{Path: path}
-	a := &c.node.Attr
-	a.Ino, a.Mode, a.Nlink = c.number(n), n.Mode, n.Nlink
-	a.Uid, a.Gid = n.UID, n.GID
-	sec := uint64(max(n.ModTime, 0)) // CLIP's times are unsigned
-	a.Mtime, a.Ctime, a.Atime = sec, sec, sec
-	a.Mtimensec, a.Ctimensec, a.Atimensec = n.ModNsec, n.ModNsec, n.ModNsec
-	switch n.Mode & unix.S_IFMT {
-	case unix.S_IFDIR:
-		c.node.NodeType = common.DirNode
-	case unix.S_IFLNK:
-		c.node.NodeType, c.node.Target = common.SymLinkNode, n.Target
-		a.Size = uint64(len(n.Target))
-	case unix.S_IFREG:
-		c.node.NodeType = common.FileNode
-		a.Size, a.Blocks = uint64(n.Size), (uint64(n.Size)+511)/512
-		c.remote = common.RemoteRef{
-			LayerDigest: c.img.Layers[n.Layer].Index.Digest.String(),
-			UOffset:     int64(n.Off),
-			ULength:     n.Size,
-		}
-		c.node.Remote = &c.remote
-	default:
-		return false
-	}
-	return true
 }
 
 // storageInfo says where the layers are, in upstream's words.

@@ -14,8 +14,10 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/beam-cloud/containerd-clip/archive/internal/detgob"
 	"github.com/beam-cloud/containerd-clip/archive/internal/testimage"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
+	"github.com/beam-cloud/containerd-clip/archive/tree"
 )
 
 // extract reads an archive with upstream's own code.
@@ -77,6 +79,37 @@ func TestUpstreamNodes(t *testing.T) {
 			t.Errorf("%s: its reference points at other bytes", path)
 		}
 	}
+}
+
+// Nodes are written field by field: that must be what gob makes of them.
+func TestNodesAreGob(t *testing.T) {
+	img := newImage(t, testStreams(t)...)
+	root, err := img.root()
+	require.NoError(t, err)
+	nodes := &clipNodes{img: &img.Image, linked: map[*tree.Node]uint64{}}
+	seen := map[common.ClipNodeType]int{}
+	for appendNode := range nodes.walk(root) {
+		n := nodes.node
+		seen[n.NodeType]++
+		requireGob(t, n, string(nodes.path), appendNode)
+	}
+	require.Len(t, seen, 3)
+
+	// Everything that set can set has a value; what is missing here is never sent.
+	nodes.path = []byte("/path")
+	nodes.node = common.ClipNode{NodeType: common.FileNode, Target: "target", Attr: fuse.Attr{
+		Ino: 1, Size: 2, Blocks: 3, Atime: 4, Mtime: 5, Ctime: 6, Atimensec: 7, Mtimensec: 8, Ctimensec: 9,
+		Mode: 10, Nlink: 11, Owner: fuse.Owner{Uid: 12, Gid: 13},
+	}, Remote: &common.RemoteRef{LayerDigest: "digest", UOffset: 14, ULength: 15}}
+	requireGob(t, nodes.node, "/path", nodes.append)
+}
+
+func requireGob(t *testing.T, n common.ClipNode, path string, appendNode func([]byte) []byte) {
+	t.Helper()
+	n.Path = path
+	want, err := detgob.Append(nil, &n)
+	require.NoError(t, err)
+	require.Equal(t, want, appendNode(nil), path)
 }
 
 func TestUpstreamStorageInfo(t *testing.T) {

@@ -72,29 +72,46 @@ const (
 	maxDocument = 8 << 20 // of info, manifest and config: containerd's own bound for manifests
 )
 
-// sectionWriter compresses sections and collects their table, in which offsets
-// count from the first section.
+// frame is a section as it is stored.
+type frame struct {
+	stored []byte // a zstd frame
+	raw    uint64 // bytes after decompression
+	sha256 [32]byte
+}
+
+// newEncoder returns the encoder of frames: one goroutine and a fixed level, so
+// that a section always becomes the same frame.
+func newEncoder() (*zstd.Encoder, error) {
+	// What repeats in a section is near: a larger window would cost memory only.
+	return zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(1<<20))
+}
+
+func compress(enc *zstd.Encoder, raw []byte) frame {
+	stored := enc.EncodeAll(raw, nil)
+	return frame{stored, uint64(len(raw)), sha256.Sum256(stored)}
+}
+
+// sectionWriter collects sections and their table, in which offsets count from
+// the first section.
 type sectionWriter struct {
-	enc    *zstd.Encoder
 	stored [][]byte
 	off    uint64
 	table  []record
 }
 
-func newSectionWriter() (*sectionWriter, error) {
-	// What repeats in a section is near: a larger window would cost memory only.
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(1<<20))
-	return &sectionWriter{enc: enc}, err
-}
-
-func (s *sectionWriter) add(kind, layer int, raw []byte) {
-	stored := s.enc.EncodeAll(raw, nil)
+func (s *sectionWriter) add(kind, layer int, f frame) {
 	s.table = append(s.table, record{
 		Kind: uint32(kind), Layer: uint32(layer),
-		Offset: s.off, Stored: uint64(len(stored)), Raw: uint64(len(raw)), SHA256: sha256.Sum256(stored),
+		Offset: s.off, Stored: uint64(len(f.stored)), Raw: f.raw, SHA256: f.sha256,
 	})
-	s.off += uint64(len(stored))
-	s.stored = append(s.stored, stored)
+	s.off += uint64(len(f.stored))
+	s.stored = append(s.stored, f.stored)
+}
+
+// addIndex adds the sections of a layer's index.
+func (s *sectionWriter) addIndex(layer int, e *EncodedIndex) {
+	s.add(kindSpans, layer, e.spans)
+	s.add(kindEntries, layer, e.entries)
 }
 
 // finish returns the sections with their table and footer, in pieces, for a
@@ -220,39 +237,49 @@ func (s *sections) has(kind, layer int) bool {
 	return slices.ContainsFunc(s.table, func(rec record) bool { return rec.Kind == uint32(kind) && rec.Layer == uint32(layer) })
 }
 
-// read returns the decompressed section of a kind, which may have at most max bytes.
+// read returns the decompressed section of a kind, which may have at most most bytes.
 func (s *sections) read(kind, layer int, most uint64) ([]byte, error) {
+	f, err := s.frame(kind, layer, most)
+	if err != nil {
+		return nil, err
+	}
+	return f.inflate()
+}
+
+// frame returns the section of a kind, checked against its digest.
+func (s *sections) frame(kind, layer int, most uint64) (frame, error) {
 	for _, rec := range s.table {
 		if rec.Kind != uint32(kind) || rec.Layer != uint32(layer) {
 			continue
 		}
 		if rec.Raw > most || rec.Stored > most+most/64+1024 {
-			return nil, fmt.Errorf("%w: section %d of layer %d declares %d bytes, more than %d", ErrCorrupt, kind, layer, rec.Raw, most)
+			return frame{}, fmt.Errorf("%w: section %d of layer %d declares %d bytes, more than %d", ErrCorrupt, kind, layer, rec.Raw, most)
 		}
 		stored, err := s.at(rec.Offset, rec.Stored)
 		if err != nil {
-			return nil, err
+			return frame{}, err
 		}
 		if sha256.Sum256(stored) != rec.SHA256 {
-			return nil, fmt.Errorf("%w: section %d of layer %d does not match its digest", ErrCorrupt, kind, layer)
+			return frame{}, fmt.Errorf("%w: section %d of layer %d does not match its digest", ErrCorrupt, kind, layer)
 		}
-		return inflateSection(stored, rec.Raw)
+		return frame{stored, rec.Raw, rec.SHA256}, nil
 	}
-	return nil, fmt.Errorf("%w: section %d of layer %d is missing", ErrCorrupt, kind, layer)
+	return frame{}, fmt.Errorf("%w: section %d of layer %d is missing", ErrCorrupt, kind, layer)
 }
 
-func inflateSection(stored []byte, raw uint64) ([]byte, error) {
-	dec, err := zstd.NewReader(nil, zstd.WithDecoderMaxMemory(max(raw, 1<<10)), zstd.WithDecoderConcurrency(1))
+// inflate decompresses the section.
+func (f frame) inflate() ([]byte, error) {
+	dec, err := zstd.NewReader(nil, zstd.WithDecoderMaxMemory(max(f.raw, 1<<10)), zstd.WithDecoderConcurrency(1))
 	if err != nil {
 		return nil, err
 	}
 	defer dec.Close()
-	b, err := dec.DecodeAll(stored, nil)
+	b, err := dec.DecodeAll(f.stored, nil)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
-	if uint64(len(b)) != raw {
-		return nil, fmt.Errorf("%w: a section has %d bytes instead of %d", ErrCorrupt, len(b), raw)
+	if uint64(len(b)) != f.raw {
+		return nil, fmt.Errorf("%w: a section has %d bytes instead of %d", ErrCorrupt, len(b), f.raw)
 	}
 	return b, nil
 }

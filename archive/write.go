@@ -77,10 +77,7 @@ func verify(r io.ReaderAt, size int64, img *Image) error {
 		if l.Index == nil {
 			continue
 		}
-		g.Go(func() error {
-			_, err := a.Layer(i)
-			return err
-		})
+		g.Go(func() error { return a.check(i) })
 	}
 	return g.Wait()
 }
@@ -113,17 +110,24 @@ func Write(w io.Writer, img *Image) (Stats, error) {
 	}
 	st.Sections = int64(length(sections))
 	st.Size = st.Compat + st.Sections
-	for _, piece := range append(compat, sections...) {
-		if _, err := w.Write(piece); err != nil {
-			return Stats{}, err
-		}
+	if err := writeAll(w, append(compat, sections...)); err != nil {
+		return Stats{}, err
 	}
 	return st, nil
 }
 
+func writeAll(w io.Writer, pieces [][]byte) error {
+	for _, p := range pieces {
+		if _, err := w.Write(p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // sections returns the sections, not yet placed in the file.
 func (img *Image) sections(m ocispec.Manifest) (*sectionWriter, error) {
-	s, err := newSectionWriter()
+	enc, err := newEncoder()
 	if err != nil {
 		return nil, err
 	}
@@ -131,21 +135,25 @@ func (img *Image) sections(m ocispec.Manifest) (*sectionWriter, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.add(kindInfo, 0, info)
-	s.add(kindManifest, 0, img.Manifest)
-	s.add(kindConfig, 0, img.Config)
-	var raw []byte
+	s := new(sectionWriter)
+	s.add(kindInfo, 0, compress(enc, info))
+	s.add(kindManifest, 0, compress(enc, img.Manifest))
+	s.add(kindConfig, 0, compress(enc, img.Config))
+	indexes := &IndexEncoder{enc: enc}
 	for i, l := range img.Layers {
 		if l.Index == nil {
 			continue
 		}
-		raw = l.Index.AppendSpans(raw[:0])
-		s.add(kindSpans, i, raw)
-		raw = l.Index.AppendEntries(raw[:0])
-		s.add(kindEntries, i, raw)
+		e := l.encoded
+		if e == nil || e.index != l.Index {
+			if e, err = indexes.Encode(l.Index); err != nil {
+				return nil, err
+			}
+		}
+		s.addIndex(i, e)
 	}
 	if img.Prefetch != nil {
-		s.add(kindPrefetch, 0, img.Prefetch.append(nil))
+		s.add(kindPrefetch, 0, compress(enc, img.Prefetch.append(nil)))
 	}
 	return s, nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 
@@ -54,8 +55,12 @@ func (x *Index) AppendSpans(b []byte) []byte {
 	return b
 }
 
+// entrySize is about what an entry takes in bytes.
+const entrySize = 96
+
 // AppendEntries appends the encoded entry part.
 func (x *Index) AppendEntries(b []byte) []byte {
+	b = slices.Grow(b, entrySize*len(x.Entries))
 	b = binary.AppendUvarint(b, uint64(len(x.Entries)))
 	var off inflate.Out
 	var modTime int64
@@ -199,58 +204,84 @@ func (x *Index) spansFollowPoints() bool {
 // DecodeEntries decodes an entry part into x, whose spans are there already:
 // file contents must lie inside its stream. Errors wrap ErrFormat.
 func (x *Index) DecodeEntries(b []byte) error {
-	r := &cursor{b: b}
+	var entries []Entry
+	err := x.readEntries(b, func(i, n int) *Entry {
+		if entries == nil {
+			entries = make([]Entry, n)
+		}
+		return &entries[i]
+	})
+	if err == nil {
+		x.Entries = entries
+	}
+	return err
+}
+
+// CheckEntries says what DecodeEntries would, and leaves x as it is.
+func (x *Index) CheckEntries(b []byte) error {
+	var e Entry
+	return x.readEntries(b, func(int, int) *Entry {
+		e = Entry{}
+		return &e
+	})
+}
+
+// readEntries decodes each of n entries into the zero value that place returns
+// for it.
+func (x *Index) readEntries(b []byte, place func(i, n int) *Entry) error {
+	r := &entryCursor{cursor: cursor{b: b, all: string(b)}, end: x.OutSize}
 	n := r.count(8, "entries")
 	if r.check(n <= DefaultMaxEntries, "number of entries"); r.err != nil {
 		return r.err
 	}
-	var entries []Entry
-	if n > 0 {
-		entries = make([]Entry, 0, n)
-	}
-	var off inflate.Out
-	var modTime int64
-	var t totals
-	for range n {
-		e := Entry{Name: r.string(maxString, "name"), Type: r.byte()}
-		e.Mode = uint32(r.uint(0o7777, "mode"))
-		e.UID = uint32(r.uint(math.MaxUint32, "uid"))
-		e.GID = uint32(r.uint(math.MaxUint32, "gid"))
-		modTime += r.int()
-		e.ModTime = modTime
-		e.ModNsec = uint32(r.uint(999_999_999, "nanoseconds"))
-		switch e.Type {
-		case TypeReg:
-			e.Size = int64(r.uint(uint64(x.OutSize), "file size"))
-			off += inflate.Out(r.uint(uint64(x.OutSize-off), "file offset"))
-			e.Off = off
-			r.check(inflate.Out(e.Size) <= x.OutSize-off, "file beyond the end of its layer")
-		case TypeSparse:
-			e.Size = int64(r.uint(math.MaxInt64, "file size"))
-			off += inflate.Out(r.uint(uint64(x.OutSize-off), "file offset"))
-			e.Off = off
-			e.Extents = r.extents(&e, x.OutSize)
-		case TypeLink, TypeSymlink:
-			e.Link = r.string(maxString, "link")
-		case TypeChar, TypeBlock:
-			e.DevMajor = uint32(r.uint(math.MaxUint32, "device number"))
-			e.DevMinor = uint32(r.uint(math.MaxUint32, "device number"))
-		case TypeDir, TypeFifo:
-		default:
-			r.check(false, "entry type")
-		}
-		e.Xattrs = r.xattrs()
-		r.check(t.add(&e) == nil, "holes or xattrs beyond their bounds")
-		if r.err != nil {
+	for i := range n {
+		if r.entry(place(i, n)); r.err != nil {
 			return r.err
 		}
-		entries = append(entries, e)
 	}
-	if r.check(len(r.b) == 0, "bytes after its end"); r.err != nil {
-		return r.err
+	r.check(len(r.b) == 0, "bytes after its end")
+	return r.err
+}
+
+// entryCursor reads entries, each of which says what is new since the last.
+type entryCursor struct {
+	cursor
+	end     inflate.Out // of the layer
+	off     inflate.Out
+	modTime int64
+	totals  totals
+}
+
+func (r *entryCursor) entry(e *Entry) {
+	e.Name, e.Type = r.string(maxString, "name"), r.byte()
+	e.Mode = uint32(r.uint(0o7777, "mode"))
+	e.UID = uint32(r.uint(math.MaxUint32, "uid"))
+	e.GID = uint32(r.uint(math.MaxUint32, "gid"))
+	r.modTime += r.int()
+	e.ModTime = r.modTime
+	e.ModNsec = uint32(r.uint(999_999_999, "nanoseconds"))
+	switch e.Type {
+	case TypeReg:
+		e.Size = int64(r.uint(uint64(r.end), "file size"))
+		r.off += inflate.Out(r.uint(uint64(r.end-r.off), "file offset"))
+		e.Off = r.off
+		r.check(inflate.Out(e.Size) <= r.end-r.off, "file beyond the end of its layer")
+	case TypeSparse:
+		e.Size = int64(r.uint(math.MaxInt64, "file size"))
+		r.off += inflate.Out(r.uint(uint64(r.end-r.off), "file offset"))
+		e.Off = r.off
+		e.Extents = r.extents(e, r.end)
+	case TypeLink, TypeSymlink:
+		e.Link = r.string(maxString, "link")
+	case TypeChar, TypeBlock:
+		e.DevMajor = uint32(r.uint(math.MaxUint32, "device number"))
+		e.DevMinor = uint32(r.uint(math.MaxUint32, "device number"))
+	case TypeDir, TypeFifo:
+	default:
+		r.check(false, "entry type")
 	}
-	x.Entries = entries
-	return nil
+	e.Xattrs = r.xattrs()
+	r.check(r.totals.add(e) == nil, "holes or xattrs beyond their bounds")
 }
 
 // extents reads where the sparse file e has data; end is the end of its layer.
@@ -297,7 +328,8 @@ const maxString = 1 << 20
 
 // cursor reads an encoded index; after the first error it yields zeros.
 type cursor struct {
-	b   []byte
+	b   []byte // what is left
+	all string // what there was, for strings to be parts of: one allocation in place of thousands
 	err error
 }
 
@@ -309,6 +341,15 @@ func (r *cursor) check(ok bool, what string) {
 }
 
 func (r *cursor) uint(most uint64, what string) uint64 {
+	if len(r.b) > 0 && r.b[0] < 0x80 && uint64(r.b[0]) <= most { // as most are
+		v := r.b[0]
+		r.b = r.b[1:]
+		return uint64(v)
+	}
+	return r.long(most, what)
+}
+
+func (r *cursor) long(most uint64, what string) uint64 {
 	v, n := binary.Uvarint(r.b)
 	if r.check(n > 0 && v <= most, what); r.err != nil {
 		return 0
@@ -344,10 +385,15 @@ func (r *cursor) bytes(n int) []byte {
 }
 
 func (r *cursor) string(most uint64, what string) string {
-	return string(r.bytes(int(r.uint(most, what))))
+	n := int(r.uint(most, what))
+	start := len(r.all) - len(r.b)
+	if len(r.bytes(n)) == 0 {
+		return ""
+	}
+	return r.all[start : start+n]
 }
 
-// blob is string for bytes; none are nil.
+// blob is string for bytes that are a copy of their own; none are nil.
 func (r *cursor) blob(most uint64, what string) []byte {
 	return append([]byte(nil), r.bytes(int(r.uint(most, what)))...)
 }
@@ -358,7 +404,7 @@ func (r *cursor) count(size int, what string) int {
 }
 
 func (r *cursor) digest() digest.Digest {
-	d := digest.Digest(r.string(256, "digest"))
+	d := digest.Digest(r.blob(256, "digest"))
 	r.check(d.Validate() == nil, "digest")
 	return d
 }

@@ -143,6 +143,7 @@ func TestDecodeEntriesMalformed(t *testing.T) {
 		err := (&layer.Index{OutSize: x.OutSize}).DecodeEntries(x.AppendEntries(nil))
 		require.ErrorIs(t, err, layer.ErrFormat, c.want)
 		require.ErrorContains(t, err, c.want)
+		require.Equal(t, err, (&layer.Index{OutSize: x.OutSize}).CheckEntries(x.AppendEntries(nil)))
 	}
 	fine := layer.Entry{Type: layer.TypeSparse, Size: 3 << 29, Extents: []layer.Extent{{Pos: 512, Len: 512}}} // more than half
 	err := (&layer.Index{OutSize: 512}).DecodeEntries((&layer.Index{Entries: []layer.Entry{fine, fine}}).AppendEntries(nil))
@@ -160,6 +161,12 @@ func TestDecodeEntriesMalformed(t *testing.T) {
 		require.ErrorIs(t, x.DecodeEntries(b[:n]), layer.ErrFormat, "%d bytes", n)
 	}
 	require.Len(t, x.Entries, 9, "a failure leaves the index as it was")
+
+	// What was decoded does not change with what it was decoded from.
+	require.NoError(t, x.DecodeEntries(b))
+	require.NoError(t, (&layer.Index{OutSize: x.OutSize}).CheckEntries(b))
+	clear(b)
+	require.Equal(t, gzipIndex(t).Entries, x.Entries)
 }
 
 func FuzzDecodeSpans(f *testing.F) {
@@ -200,7 +207,9 @@ func FuzzDecodeEntries(f *testing.F) {
 	f.Add(x.AppendEntries(nil), int64(x.OutSize))
 	f.Fuzz(func(t *testing.T, b []byte, size int64) {
 		x := &layer.Index{OutSize: inflate.Out(max(size, 0))}
-		if err := x.DecodeEntries(b); err != nil {
+		err := x.DecodeEntries(b)
+		require.Equal(t, err, (&layer.Index{OutSize: x.OutSize}).CheckEntries(b))
+		if err != nil {
 			require.ErrorIs(t, err, layer.ErrFormat)
 			return
 		}

@@ -4,8 +4,11 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
@@ -22,33 +25,55 @@ var ErrUnsupported = errors.New("unsupported layer")
 
 // Merge stacks layers, the bottom one first, and returns the root directory.
 // Errors wrap ErrInvalid or ErrUnsupported and name the layer and the entry.
+// Layers are unpacked side by side; what comes out does not depend on it.
 //
 // An empty stack gives an empty root.
 func Merge(layers []*layer.Index) (*Node, error) {
-	work := &budget{left: baseSteps}
+	steps := baseSteps
 	chunks, total := int64(0), Total{}
 	for _, l := range layers {
 		if err := total.Add(l); err != nil {
 			return nil, err
 		}
-		work.left += stepsPerEntry * len(l.Entries)
+		steps += stepsPerEntry * len(l.Entries)
 		chunks += sparseChunks(l.Entries)
 	}
 	if chunks > maxChunks {
 		return nil, fmt.Errorf("%w: sparse files of %d pieces", ErrUnsupported, chunks)
 	}
-	uppers := make([]*upper, 0, len(layers))
-	for i, l := range layers {
-		u, err := unpack(i, l, uppers, work)
-		if err != nil {
-			return nil, fmt.Errorf("layer %d: %w", i, err)
-		}
-		uppers = append(uppers, u)
+	uppers, err := unpackAll(layers, steps, runtime.GOMAXPROCS(0))
+	if err != nil {
+		// Several layers may be wrong, and they share what work they may take.
+		// In their order it is always the same one that fails first.
+		uppers, err = unpackAll(layers, steps, 1)
 	}
-	if len(uppers) == 0 {
-		uppers = append(uppers, newUpper(0, nil, work))
+	if err != nil {
+		return nil, err
 	}
 	return stack(uppers)
+}
+
+// unpackAll unpacks the layers, at most atOnce of them at the same time. A
+// layer starts before those above it, which may wait for it.
+func unpackAll(layers []*layer.Index, steps, atOnce int) ([]*upper, error) {
+	work := newBudget(steps)
+	if len(layers) == 0 {
+		return []*upper{newUpper(0, nil, work)}, nil
+	}
+	uppers := make([]*upper, 0, len(layers))
+	var g errgroup.Group
+	g.SetLimit(atOnce)
+	for i, l := range layers {
+		u := newUpper(i, uppers, work)
+		uppers = append(uppers, u)
+		g.Go(func() error {
+			if err := u.unpack(l); err != nil {
+				return fmt.Errorf("layer %d: %w", i, err)
+			}
+			return nil
+		})
+	}
+	return uppers, g.Wait()
 }
 
 // What an image may have in all. Docker's limit is 127 layers; images of a
@@ -122,17 +147,21 @@ func stack(uppers []*upper) (*Node, error) {
 		todo = todo[:len(todo)-1]
 		names = names[:0]
 		for rank, d := range dirs {
-			for name, in := range d.kids {
+			for name, in := range d.kids.all() {
 				names = append(names, held{name, rank, in})
 			}
+		}
+		if len(dirs) > 1 || !dirs[0].kids.ordered() {
+			slices.SortFunc(names, func(a, b held) int {
+				if c := strings.Compare(a.name, b.name); c != 0 {
+					return c
+				}
+				return cmp.Compare(a.rank, b.rank)
+			})
+		}
+		for _, d := range dirs {
 			d.kids = nil
 		}
-		slices.SortFunc(names, func(a, b held) int {
-			if c := strings.Compare(a.name, b.name); c != 0 {
-				return c
-			}
-			return cmp.Compare(a.rank, b.rank)
-		})
 		var err error
 		if todo, err = fill(dirs, names, todo); err != nil {
 			return nil, err

@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"os"
+	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -330,5 +333,39 @@ func TestEmptyStack(t *testing.T) {
 	root, err := tree.Merge(nil)
 	if err != nil || root.Mode != unix.S_IFDIR|0o755 || len(root.Children) != 0 {
 		t.Errorf("got %+v, %v", root, err)
+	}
+}
+
+// TestSideBySide merges random layers one after the other and side by side.
+func TestSideBySide(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(0))
+	merged, refused := 0, 0
+	for seed := range uint64(400) {
+		g := &generator{r: rand.New(rand.NewPCG(seed, 2))}
+		var layers []*layer.Index
+		for range 2 + g.r.IntN(5) {
+			next := append(layers[:len(layers):len(layers)], indexTar(t, makeTar(t, g.layer())))
+			if _, err := tree.Merge(next); err != nil && !g.chance(20) {
+				continue // few stacks would be fine otherwise
+			}
+			layers = next
+		}
+		runtime.GOMAXPROCS(1)
+		want, wantErr := tree.Merge(layers)
+		runtime.GOMAXPROCS(8)
+		for range 5 {
+			got, err := tree.Merge(layers)
+			if fmt.Sprint(err) != fmt.Sprint(wantErr) || !reflect.DeepEqual(got, want) {
+				t.Fatalf("seed %d: got %v, want %v, or another tree", seed, err, wantErr)
+			}
+		}
+		if wantErr != nil {
+			refused++
+		} else {
+			merged++
+		}
+	}
+	if merged < 50 || refused < 50 {
+		t.Errorf("%d merged and %d refused stacks are too few", merged, refused)
 	}
 }

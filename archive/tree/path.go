@@ -4,6 +4,7 @@ import (
 	"errors"
 	"path"
 	"strings"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -31,14 +32,26 @@ const (
 	stepsPerEntry = 1 << 8
 )
 
-// budget counts down the steps that are left.
-type budget struct{ left int }
+// budget counts down the steps that are left for all layers together.
+type budget struct{ left atomic.Int64 }
+
+func newBudget(steps int) *budget {
+	b := new(budget)
+	b.left.Store(int64(steps))
+	return b
+}
 
 func (b *budget) spend(n int) error {
-	if b.left -= n; b.left < 0 {
+	if b.left.Add(-int64(n)) < 0 {
 		return ErrUnsupported
 	}
 	return nil
+}
+
+// finder resolves paths in one layer.
+type finder struct {
+	root *inode
+	work *budget
 }
 
 // place is a resolved path: absolute inside the layer, clean, free of
@@ -57,10 +70,18 @@ type resolved struct {
 // cleanPath is path.Clean, quicker for the names that tars have.
 func cleanPath(name string) string {
 	s := strings.TrimPrefix(name, "./")
-	if s == "" || s[0] == '.' || s[0] == '/' || strings.Contains(s, "//") || strings.Contains(s, "/.") {
+	if s == "" || s[0] == '.' || s[0] == '/' {
 		return path.Clean(name)
 	}
-	return strings.TrimSuffix(s, "/")
+	for rest := s; ; {
+		i := strings.IndexByte(rest, '/') + 1
+		if i == 0 || i == len(rest) {
+			return strings.TrimSuffix(s, "/")
+		}
+		if rest = rest[i:]; rest[0] == '.' || rest[0] == '/' {
+			return path.Clean(name)
+		}
+	}
 }
 
 // childPath joins a place's path and a name in it.
@@ -82,26 +103,33 @@ func (u *upper) resolveCached(name string) (place, error) {
 	return at, err
 }
 
-// resolveNext is resolve for a clean path in a layer that is complete. It is
-// quick if the path's parent was asked for before it.
-func (u *upper) resolveNext(p string) (at place, err error) {
+// lower is a layer below one that is being unpacked, as that one sees it.
+type lower struct {
+	finder
+	of    *upper
+	below place // where resolveNext looked last
+}
+
+// resolveNext is resolve for a clean path. It is quick if the path's parent was
+// asked for before it.
+func (l *lower) resolveNext(p string) (at place, err error) {
 	dir, base := path.Split(p)
-	if below := u.below; below.path != "" && len(base) <= maxName && below.path+"/" == dir {
+	if below := l.below; below.path != "" && len(base) <= maxName && below.path+"/" == dir {
 		switch {
 		case below.in == nil:
 			at = place{path: p}
 		case below.in.dir():
-			at = place{p, below.in.kids[base]}
+			at = place{p, below.in.kids.get(base)}
 		}
 	}
 	if at.path == "" || at.in != nil && at.in.symlink() {
-		if at, err = u.resolve(p); err != nil {
+		if at, err = l.resolve(p); err != nil {
 			return place{}, err
 		}
 	}
-	u.below = place{}
+	l.below = place{}
 	if at.path == p {
-		u.below = at
+		l.below = at
 	}
 	return at, nil
 }
@@ -109,16 +137,16 @@ func (u *upper) resolveNext(p string) (at place, err error) {
 // resolve follows a path from the layer's root, all symlinks included, as
 // containerd does: ".." stops at the root, and what does not exist is no
 // symlink. A non-directory may only come last.
-func (u *upper) resolve(name string) (place, error) {
-	at, plain, err := u.resolvePlain(name)
+func (f *finder) resolve(name string) (place, error) {
+	at, plain, err := f.resolvePlain(name)
 	if plain || err != nil {
 		return at, err
 	}
-	p, err := u.followAll(name)
+	p, err := f.followAll(name)
 	if err != nil {
 		return place{}, err
 	}
-	in, err := u.lstat(p)
+	in, err := f.lstat(p)
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return place{}, err
 	}
@@ -127,10 +155,10 @@ func (u *upper) resolve(name string) (place, error) {
 
 // resolvePlain resolves a path in one go. It gives up, with plain false, when
 // it meets a symlink or "..".
-func (u *upper) resolvePlain(name string) (at place, plain bool, err error) {
+func (f *finder) resolvePlain(name string) (at place, plain bool, err error) {
 	var clean strings.Builder
 	clean.Grow(len(name) + 1)
-	in := u.root
+	in := f.root
 	for rest := name; rest != ""; {
 		var elem string
 		elem, rest, _ = strings.Cut(rest, "/")
@@ -145,7 +173,7 @@ func (u *upper) resolvePlain(name string) (at place, plain bool, err error) {
 			return place{}, false, unix.ENAMETOOLONG
 		}
 		if in != nil {
-			if in = in.kids[elem]; in != nil && in.symlink() {
+			if in = in.kids.get(elem); in != nil && in.symlink() {
 				return place{}, false, nil
 			}
 		}
@@ -166,11 +194,11 @@ func (u *upper) resolvePlain(name string) (at place, plain bool, err error) {
 // until a pass finds none. The result depends on doing exactly that: a pass
 // joins a relative target to the part already walked by text, even if that
 // part ends in a symlink again.
-func (u *upper) followAll(name string) (string, error) {
+func (f *finder) followAll(name string) (string, error) {
 	links := 0
 	for {
 		before := links
-		next, err := u.followOnce(name, &links)
+		next, err := f.followOnce(name, &links)
 		if err != nil {
 			return "", err
 		}
@@ -185,7 +213,7 @@ func (u *upper) followAll(name string) (string, error) {
 }
 
 // followOnce replaces every element of a path that is a symlink by its target.
-func (u *upper) followOnce(name string, links *int) (string, error) {
+func (f *finder) followOnce(name string, links *int) (string, error) {
 	cur := ""
 	if strings.HasPrefix(name, "/") {
 		cur = "/"
@@ -200,7 +228,7 @@ func (u *upper) followOnce(name string, links *int) (string, error) {
 			return "", unix.ELOOP
 		}
 		p := path.Join("/", cur, elem)
-		in, err := u.lstat(p)
+		in, err := f.lstat(p)
 		switch {
 		case err != nil && !errors.Is(err, unix.ENOENT):
 			return "", err
@@ -220,14 +248,14 @@ func (u *upper) followOnce(name string, links *int) (string, error) {
 // lstat finds an inode as the kernel does: symlinks on the way are followed,
 // the last element is not. The kernel would follow an absolute target, or
 // enough "..", out of the layer into the host; nothing is found there.
-func (u *upper) lstat(p string) (*inode, error) {
+func (f *finder) lstat(p string) (*inode, error) {
 	if len(p) > maxPath {
 		return nil, unix.ENAMETOOLONG
 	}
-	dirs := []*inode{u.root} // from the root to the current directory
+	dirs := []*inode{f.root} // from the root to the current directory
 	links := 0
 	for rest := strings.Trim(p, "/"); rest != ""; {
-		if err := u.work.spend(1); err != nil {
+		if err := f.work.spend(1); err != nil {
 			return nil, err
 		}
 		var elem string
@@ -244,7 +272,7 @@ func (u *upper) lstat(p string) (*inode, error) {
 		if len(elem) > maxName {
 			return nil, unix.ENAMETOOLONG
 		}
-		in := dirs[len(dirs)-1].kids[elem]
+		in := dirs[len(dirs)-1].kids.get(elem)
 		switch {
 		case in == nil:
 			return nil, unix.ENOENT

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"path"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -31,7 +32,7 @@ const (
 // inode is a Node under construction.
 type inode struct {
 	Node
-	kids   map[string]*inode // directories only; nil once merged
+	kids   *kids // directories only; nil once merged
 	opaque bool
 }
 
@@ -45,14 +46,15 @@ func (in *inode) whiteout() bool { return in.format() == unix.S_IFCHR && in.Rdev
 
 // upper is the directory that one layer is unpacked into.
 type upper struct {
-	index     int      // of the layer
-	parents   []*upper // the layers below, the nearest first
-	root      *inode
-	rootTimed bool // an entry said when the root was modified
-	work      *budget
+	finder
+	index     int
+	below     []*upper      // the layers below, the bottom one first
+	lowers    []lower       // the same, the nearest first; made when they are needed
+	rootTimed bool          // an entry said when the root was modified
+	done      chan struct{} // closed when the layer is unpacked, or is not going to be
+	err       error         // why it is not; read only after done
 
 	last    resolved // the directory of the previous entry
-	below   place    // where copyUp looked last, in a layer that is complete
 	removed bool     // something was removed: earlier resolutions may be void
 
 	// Bottom layer only: what an opaque marker needs to know.
@@ -64,35 +66,36 @@ type upper struct {
 // placed is where an entry went: a directory's path and a name in it.
 type placed struct{ dir, base string }
 
-func newUpper(index int, parents []*upper, work *budget) *upper {
-	root := &inode{kids: map[string]*inode{}}
+func newUpper(index int, below []*upper, work *budget) *upper {
+	root := &inode{kids: new(kids)}
 	root.Mode = unix.S_IFDIR | 0o755
 	root.Nlink = 2
-	return &upper{index: index, parents: parents, root: root, work: work}
+	return &upper{finder: finder{root, work}, index: index, below: below, done: make(chan struct{})}
 }
 
-// unpack applies a layer's entries in order to a new upper directory. below
-// holds the lower layers, the bottom one first.
-func unpack(index int, l *layer.Index, below []*upper, work *budget) (*upper, error) {
-	parents := make([]*upper, len(below))
-	for i, b := range below {
-		parents[len(below)-1-i] = b
-	}
-	u := newUpper(index, parents, work)
-	for i := range l.Entries {
-		if err := u.apply(&l.Entries[i]); err != nil {
-			return nil, refused(i, &l.Entries[i], err)
+// unpack applies a layer's entries in order to its new upper directory.
+func (u *upper) unpack(l *layer.Index) error {
+	defer close(u.done)
+	u.err = u.applyAll(l.Entries)
+	u.unpacked, u.indexed, u.opaqued, u.lowers = nil, nil, nil, nil
+	return u.err
+}
+
+func (u *upper) applyAll(entries []layer.Entry) error {
+	for i := range entries {
+		if err := u.apply(&entries[i]); err != nil {
+			return refused(i, &entries[i], err)
 		}
 	}
-	if u.removed {
-		for i := range l.Entries {
-			if err := u.retime(&l.Entries[i]); err != nil {
-				return nil, refused(i, &l.Entries[i], err)
-			}
+	if !u.removed {
+		return nil
+	}
+	for i := range entries {
+		if err := u.retime(&entries[i]); err != nil {
+			return refused(i, &entries[i], err)
 		}
 	}
-	u.unpacked, u.indexed, u.opaqued = nil, nil, nil
-	return u, nil
+	return nil
 }
 
 func refused(i int, e *layer.Entry, err error) error {
@@ -104,11 +107,10 @@ func refused(i int, e *layer.Entry, err error) error {
 
 // apply does with one entry what containerd's archive.Apply does.
 func (u *upper) apply(e *layer.Entry) error {
-	name := cleanPath(e.Name)
-	if strings.IndexByte(name, 0) >= 0 {
+	parent, base := u.split(e.Name)
+	if strings.IndexByte(base, 0) >= 0 || strings.IndexByte(parent, 0) >= 0 {
 		return unix.EINVAL
 	}
-	parent, base := path.Split(name)
 	at, err := u.resolveCached(parent)
 	if err != nil {
 		return err
@@ -129,7 +131,7 @@ func (u *upper) apply(e *layer.Entry) error {
 	if len(base) > maxName || len(at.path)+1+len(base) > maxPath {
 		return unix.ENAMETOOLONG
 	}
-	in := at.in.kids[base]
+	in := at.in.kids.get(base)
 	if in != nil && !(in.dir() && e.Type == layer.TypeDir) {
 		u.remove(at.in, base)
 		in = nil
@@ -138,12 +140,22 @@ func (u *upper) apply(e *layer.Entry) error {
 		if in, err = u.create(at.in, e); err != nil {
 			return err
 		}
-		at.in.kids[base] = in
+		at.in.kids.set(base, in)
 	}
-	if len(u.parents) == 0 {
+	if len(u.below) == 0 {
 		u.unpacked = append(u.unpacked, placed{at.path, base})
 	}
 	return describe(in, e)
+}
+
+// split cleans an entry's name and splits it, quickly if the entry is in the
+// directory of the one before it.
+func (u *upper) split(name string) (parent, base string) {
+	parent, base = path.Split(name)
+	if parent != u.last.name || isRoot(base) {
+		parent, base = path.Split(cleanPath(name))
+	}
+	return parent, base
 }
 
 // describe gives an inode the attributes of an entry.
@@ -189,7 +201,7 @@ func isRoot(base string) bool {
 // applyWhiteout handles an entry named .wh.*, whatever its type.
 func (u *upper) applyWhiteout(at place, base string) error {
 	if base == opaqueMarker {
-		if len(u.parents) == 0 {
+		if len(u.below) == 0 {
 			return u.clear(at)
 		}
 		at.in.opaque = true
@@ -202,17 +214,17 @@ func (u *upper) applyWhiteout(at place, base string) error {
 	if len(name) > maxName || len(at.path)+1+len(name) > maxPath {
 		return unix.ENAMETOOLONG
 	}
-	if len(u.parents) == 0 {
+	if len(u.below) == 0 {
 		u.remove(at.in, name)
 		return nil
 	}
-	if at.in.kids[name] != nil {
+	if at.in.kids.get(name) != nil {
 		return unix.EEXIST
 	}
 	in := &inode{}
 	in.Mode = unix.S_IFCHR
 	in.Nlink = 1
-	at.in.kids[name] = in
+	at.in.kids.set(name, in)
 	return nil
 }
 
@@ -236,10 +248,10 @@ func (u *upper) clear(at place) error {
 	for len(todo) > 0 {
 		dir := todo[len(todo)-1]
 		todo = todo[:len(todo)-1]
-		for name, in := range dir.in.kids {
-			if err := u.work.spend(1); err != nil {
-				return err
-			}
+		if err := u.work.spend(dir.in.kids.steps()); err != nil {
+			return err
+		}
+		for name, in := range dir.in.kids.all() {
 			p := childPath(dir.path, name)
 			if _, ok := u.indexed[p]; !ok {
 				u.remove(dir.in, name)
@@ -253,18 +265,18 @@ func (u *upper) clear(at place) error {
 
 // remove unlinks a name and everything below it. A missing name is no error.
 func (u *upper) remove(dir *inode, name string) {
-	in := dir.kids[name]
+	in := dir.kids.get(name)
 	if in == nil {
 		return
 	}
-	delete(dir.kids, name)
+	dir.kids.set(name, nil)
 	u.removed, u.last = true, resolved{}
 	todo := []*inode{in}
 	for len(todo) > 0 {
 		in := todo[len(todo)-1]
 		todo = todo[:len(todo)-1]
 		in.Nlink--
-		for _, kid := range in.kids {
+		for _, kid := range in.kids.all() {
 			todo = append(todo, kid)
 		}
 	}
@@ -286,7 +298,7 @@ func (u *upper) create(parent *inode, e *layer.Entry) (*inode, error) {
 		in.Sparse = append([]layer.Extent{}, e.Extents...)
 	case layer.TypeDir:
 		in.Mode = unix.S_IFDIR
-		in.kids = map[string]*inode{}
+		in.kids = new(kids)
 	case layer.TypeSymlink:
 		if err := checkTarget(e.Link); err != nil {
 			return nil, fmt.Errorf("target %q: %w", e.Link, err)
@@ -346,14 +358,14 @@ func (u *upper) mkparent(at place, e *layer.Entry) (*inode, error) {
 			i += start
 		}
 		name := at.path[start:i]
-		if in := cur.kids[name]; in != nil {
+		if in := cur.kids.get(name); in != nil {
 			cur = in // a directory: resolving the path has seen to that
 			continue
 		}
 		if len(name) > maxName || i > maxPath {
 			return nil, unix.ENAMETOOLONG
 		}
-		in := &inode{kids: map[string]*inode{}}
+		in := &inode{kids: new(kids)}
 		in.Mode = unix.S_IFDIR
 		in.Nlink = 1
 		in.inherit(cur)
@@ -362,7 +374,7 @@ func (u *upper) mkparent(at place, e *layer.Entry) (*inode, error) {
 		if err := u.copyUp(at.path[:i], in); err != nil {
 			return nil, err
 		}
-		cur.kids[name] = in
+		cur.kids.set(name, in)
 		cur = in
 	}
 	return cur, nil
@@ -372,10 +384,19 @@ func (u *upper) mkparent(at place, e *layer.Entry) (*inode, error) {
 // nearest directory of that path in a lower layer. Each layer is searched on
 // its own, following its own symlinks only.
 func (u *upper) copyUp(p string, to *inode) error {
-	for _, parent := range u.parents {
+	if u.lowers == nil {
+		for _, b := range slices.Backward(u.below) {
+			u.lowers = append(u.lowers, lower{finder: b.finder, of: b})
+		}
+	}
+	for i := range u.lowers {
+		parent := &u.lowers[i]
+		if <-parent.of.done; parent.of.err != nil {
+			return parent.of.err
+		}
 		at, err := parent.resolveNext(p)
 		if err != nil {
-			return fmt.Errorf("in layer %d: %w", parent.index, err)
+			return fmt.Errorf("in layer %d: %w", parent.of.index, err)
 		}
 		if at.in == nil {
 			continue

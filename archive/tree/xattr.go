@@ -91,6 +91,9 @@ func checkCapability(v string) error {
 }
 
 func (in *inode) findXattr(name string) (int, bool) {
+	if len(in.Xattrs) == 0 { // as most are
+		return 0, false
+	}
 	return slices.BinarySearchFunc(in.Xattrs, name, func(x layer.Xattr, name string) int {
 		return strings.Compare(x.Name, name)
 	})

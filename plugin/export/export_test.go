@@ -317,6 +317,11 @@ func TestRefusals(t *testing.T) {
 		"foreign layer": {func(t *testing.T, s *Source, all testutil.Blobs) {
 			remanifest(t, s, all, func(m *ocispec.Manifest) { m.Layers[0].MediaType = images.MediaTypeDockerSchema2LayerForeignGzip })
 		}, errdefs.ErrInvalidArgument, []string{"is foreign", img.Layers[0].Digest.String()}},
+		"foreign OCI layer": {func(t *testing.T, s *Source, all testutil.Blobs) {
+			remanifest(t, s, all, func(m *ocispec.Manifest) {
+				m.Layers[1].MediaType = "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd"
+			})
+		}, errdefs.ErrInvalidArgument, []string{"is foreign", img.Layers[1].Digest.String()}},
 		"no manifest": {func(_ *testing.T, s *Source, _ testutil.Blobs) {
 			s.Target.MediaType = "text/plain"
 		}, errdefs.ErrInvalidArgument, []string{"text/plain is neither a manifest nor an index"}},

@@ -1,11 +1,8 @@
 package index
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -16,9 +13,9 @@ import (
 	"time"
 
 	"github.com/containerd/log"
-	"github.com/klauspost/compress/zstd"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
 
@@ -26,9 +23,8 @@ import (
 // many images have it. It is safe for concurrent use, by several processes too.
 //
 // Each index is a file named by the layer's digest and the options it was made
-// with. It holds the SHA-256 of what follows: a zstd frame with the length of
-// the span part (a varint), the span part and the entry part. A file that is
-// not whole counts as missing.
+// with. It holds the index as archives do, in sections with digests, and they
+// are what an archive gets. A file that is not whole counts as missing.
 type Cache struct {
 	dir string
 	max int64
@@ -39,8 +35,9 @@ type Cache struct {
 const DefaultCacheSize = 1 << 30
 
 // cacheVersion is part of the names of files. It changes when the encoding of
-// an index or what Build puts into one does.
-const cacheVersion = "1"
+// an index, its compression or what Build puts into one does: an archive is the
+// same whether its indexes come from the cache or not.
+const cacheVersion = "2"
 
 // partial is the prefix of files that are being written; staleAfter is when
 // their writer must be dead.
@@ -64,43 +61,53 @@ func (c *Cache) path(desc ocispec.Descriptor, opts layer.Options) string {
 	return filepath.Join(c.dir, name)
 }
 
+// has says whether there is a file for the layer's index.
+func (c *Cache) has(desc ocispec.Descriptor, opts layer.Options) bool {
+	_, err := os.Stat(c.path(desc, opts))
+	return err == nil
+}
+
 // get returns the index of the layer, or nil if it is not there.
-func (c *Cache) get(ctx context.Context, desc ocispec.Descriptor, opts layer.Options) *layer.Index {
+func (c *Cache) get(ctx context.Context, desc ocispec.Descriptor, opts layer.Options) *archive.EncodedIndex {
 	path := c.path(desc, opts)
-	b, err := os.ReadFile(path)
+	e, err := readCached(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	var x *layer.Index
-	if err == nil {
-		x, err = decodeCached(b)
-	}
-	if err == nil && (x.Digest != desc.Digest || int64(x.Size) != desc.Size || len(x.Entries) > opts.MaxEntries) {
 		return nil
 	}
 	if err != nil {
 		log.G(ctx).WithError(err).WithField("file", path).Warn("cached layer index is unusable; indexing the layer again")
 		return nil
 	}
+	if x := e.Index(); x.Digest != desc.Digest || int64(x.Size) != desc.Size || len(x.Entries) > opts.MaxEntries {
+		return nil
+	}
 	now := time.Now()
 	if err := os.Chtimes(path, now, now); err != nil {
 		log.G(ctx).WithError(err).Debug("cached layer index may be removed too early")
 	}
-	return x
+	return e
+}
+
+func readCached(path string) (*archive.EncodedIndex, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return archive.ReadIndex(f, st.Size())
 }
 
 // put stores the index of a layer.
-func (c *Cache) put(x *layer.Index, desc ocispec.Descriptor, opts layer.Options) (err error) {
-	b, err := encodeCached(x)
-	if err != nil {
-		return err
-	}
+func (c *Cache) put(e *archive.EncodedIndex, desc ocispec.Descriptor, opts layer.Options) error {
 	tmp, err := os.CreateTemp(c.dir, partial)
 	if err != nil {
 		return err
 	}
-	_, err = tmp.Write(b)
-	if err = errors.Join(err, tmp.Close()); err == nil {
+	if err = errors.Join(e.Write(tmp), tmp.Close()); err == nil {
 		err = os.Rename(tmp.Name(), c.path(desc, opts))
 	}
 	if err != nil {
@@ -146,49 +153,4 @@ func (c *Cache) evict() error {
 		total -= st.Size()
 	}
 	return nil
-}
-
-func encodeCached(x *layer.Index) ([]byte, error) {
-	spans := x.AppendSpans(nil)
-	raw := binary.AppendUvarint(nil, uint64(len(spans)))
-	raw = append(raw, spans...)
-	raw = x.AppendEntries(raw)
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedFastest))
-	if err != nil {
-		return nil, err
-	}
-	b := enc.EncodeAll(raw, make([]byte, sha256.Size))
-	sum := sha256.Sum256(b[sha256.Size:])
-	copy(b, sum[:])
-	return b, nil
-}
-
-// errCached is wrapped when a file of the cache is not whole.
-var errCached = errors.New("file is truncated or altered")
-
-func decodeCached(b []byte) (*layer.Index, error) {
-	if len(b) < sha256.Size {
-		return nil, errCached
-	}
-	if sum := sha256.Sum256(b[sha256.Size:]); !bytes.Equal(sum[:], b[:sha256.Size]) {
-		return nil, errCached
-	}
-	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1))
-	if err != nil {
-		return nil, err
-	}
-	defer dec.Close()
-	raw, err := dec.DecodeAll(b[sha256.Size:], nil)
-	if err != nil {
-		return nil, err
-	}
-	size, n := binary.Uvarint(raw)
-	if n <= 0 || size > uint64(len(raw)-n) {
-		return nil, errCached
-	}
-	x, err := layer.DecodeSpans(raw[n : n+int(size)])
-	if err != nil {
-		return nil, err
-	}
-	return x, x.DecodeEntries(raw[n+int(size):])
 }

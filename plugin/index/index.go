@@ -1,17 +1,18 @@
 // Package index turns an image at hand into an archive.
 //
 // Layers are indexed side by side, the largest first, so that the last one to
-// end is a small one. What was indexed once is taken from a cache: a digest
-// names the same bytes for ever.
+// end is a small one. What was indexed once is taken from a cache, after the
+// layers that are more work: a digest names the same bytes for ever.
 package index
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"runtime"
-	"sort"
+	"slices"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/log"
@@ -77,25 +78,23 @@ func Run(ctx context.Context, p content.Provider, img Image, opts Options) (*arc
 		Config:     img.Config,
 		Layers:     make([]archive.Layer, len(img.Layers)),
 	}
-	buffers := make(chan *layer.Buffers, opts.Workers)
+	idle := make(chan *worker, opts.Workers)
 	for range opts.Workers {
-		buffers <- new(layer.Buffers)
+		w := &worker{Options: opts, provider: p}
+		w.Layer.Buffers = new(layer.Buffers)
+		idle <- w
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(opts.Workers)
-	for _, i := range largestFirst(img.Layers) {
+	for _, i := range largestFirst(img.Layers, opts.cached) {
 		g.Go(func() error {
-			opts := opts
-			opts.Layer.Buffers = <-buffers
-			defer func() { buffers <- opts.Layer.Buffers }()
-			x, how, err := one(ctx, p, img.Layers[i], i, opts)
+			w := <-idle
+			defer func() { idle <- w }()
+			l, how, err := w.layer(ctx, img.Layers[i], i)
 			if err != nil {
 				return fmt.Errorf("layer %d of %d: %w", i+1, len(img.Layers), err)
 			}
-			out.Layers[i].Index = x
-			if how.NotLazy != nil {
-				out.Layers[i].Reason = how.NotLazy.Error()
-			}
+			out.Layers[i] = l
 			if opts.Progress != nil {
 				opts.Progress.Done(i, how)
 			}
@@ -105,50 +104,72 @@ func Run(ctx context.Context, p content.Provider, img Image, opts Options) (*arc
 	return out, g.Wait()
 }
 
-// one returns the index of layer i, or none if it cannot be read lazily.
-func one(ctx context.Context, p content.Provider, desc ocispec.Descriptor, i int, opts Options) (*layer.Index, Outcome, error) {
+// cached says whether the layer's index seems to be in the cache.
+func (o Options) cached(desc ocispec.Descriptor) bool {
+	return o.Cache != nil && !o.Force && desc.Digest.Validate() == nil && o.Cache.has(desc, o.Layer)
+}
+
+// worker takes one layer after the other.
+type worker struct {
+	Options
+	provider content.Provider
+	encoder  archive.IndexEncoder
+}
+
+// layer returns layer i of an image. A layer that cannot be read lazily has a
+// reason instead of an index.
+func (w *worker) layer(ctx context.Context, desc ocispec.Descriptor, i int) (archive.Layer, Outcome, error) {
 	if err := desc.Digest.Validate(); err != nil {
-		return nil, Outcome{}, fmt.Errorf("digest %q: %w", desc.Digest, err)
+		return archive.Layer{}, Outcome{}, fmt.Errorf("digest %q: %w", desc.Digest, err)
 	}
-	if opts.Cache != nil && !opts.Force {
-		if x := opts.Cache.get(ctx, desc, opts.Layer); x != nil {
-			return x, Outcome{Cached: true}, nil
+	if w.Cache != nil && !w.Force {
+		if e := w.Cache.get(ctx, desc, w.Layer); e != nil {
+			return e.Layer(), Outcome{Cached: true}, nil
 		}
 	}
-	x, err := build(ctx, p, desc, i, opts)
+	x, err := w.build(ctx, desc, i)
 	if errors.Is(err, layer.ErrUnsupported) {
-		return nil, Outcome{NotLazy: err}, nil
+		return archive.Layer{Reason: err.Error()}, Outcome{NotLazy: err}, nil
 	}
 	if err != nil {
-		return nil, Outcome{}, err
+		return archive.Layer{}, Outcome{}, err
 	}
-	if opts.Cache != nil {
-		if err := opts.Cache.put(x, desc, opts.Layer); err != nil {
+	e, err := w.encoder.Encode(x)
+	if err != nil {
+		return archive.Layer{}, Outcome{}, err
+	}
+	if w.Cache != nil {
+		if err := w.Cache.put(e, desc, w.Layer); err != nil {
 			log.G(ctx).WithError(err).WithField("layer", desc.Digest).Warn("cannot keep the layer's index; it will be made again the next time")
 		}
 	}
-	return x, Outcome{}, nil
+	return e.Layer(), Outcome{}, nil
 }
 
-func build(ctx context.Context, p content.Provider, desc ocispec.Descriptor, i int, opts Options) (*layer.Index, error) {
-	ra, err := p.ReaderAt(ctx, desc)
+func (w *worker) build(ctx context.Context, desc ocispec.Descriptor, i int) (*layer.Index, error) {
+	ra, err := w.provider.ReaderAt(ctx, desc)
 	if err != nil {
 		return nil, err
 	}
 	defer ra.Close()
-	lo := opts.Layer
-	if opts.Progress != nil {
-		lo.Progress = func(n int64) { opts.Progress.Read(i, n) }
+	opts := w.Layer
+	if w.Progress != nil {
+		opts.Progress = func(n int64) { w.Progress.Read(i, n) }
 	}
-	return layer.Build(ctx, io.NewSectionReader(ra, 0, ra.Size()), desc, lo)
+	return layer.Build(ctx, io.NewSectionReader(ra, 0, ra.Size()), desc, opts)
 }
 
-// largestFirst returns the numbers of the layers by falling size.
-func largestFirst(layers []ocispec.Descriptor) []int {
-	order := make([]int, len(layers))
-	for i := range order {
-		order[i] = i
+// largestFirst returns the numbers of the layers in the order in which to take
+// them: by falling size, and those that are cached last.
+func largestFirst(layers []ocispec.Descriptor, cached func(ocispec.Descriptor) bool) []int {
+	order, work := make([]int, len(layers)), make([]int64, len(layers))
+	for i, l := range layers {
+		if order[i] = i; !cached(l) {
+			work[i] = 1 + l.Size
+		}
 	}
-	sort.SliceStable(order, func(a, b int) bool { return layers[order[a]].Size > layers[order[b]].Size })
+	slices.SortStableFunc(order, func(a, b int) int {
+		return cmp.Or(cmp.Compare(work[b], work[a]), cmp.Compare(layers[b].Size, layers[a].Size))
+	})
 	return order
 }

@@ -16,7 +16,9 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
 
@@ -103,6 +105,34 @@ func TestProgressAndNotLazyLayer(t *testing.T) {
 	}
 }
 
+// TestMediaTypes has layers of every kind that an image may say it has.
+func TestMediaTypes(t *testing.T) {
+	tarball := testutil.Tar(t, testutil.File{Name: "file", Data: strings.Repeat("data", 10_000)})
+	enc, err := zstd.NewWriter(nil)
+	require.NoError(t, err)
+	blobs := testutil.Blobs{}
+	for mediaType, c := range map[string]struct {
+		blob []byte
+		want layer.Compression
+	}{
+		ocispec.MediaTypeImageLayer:            {tarball, layer.Uncompressed},
+		images.MediaTypeDockerSchema2Layer:     {tarball, layer.Uncompressed},
+		ocispec.MediaTypeImageLayerGzip:        {testutil.Gzip(t, tarball), layer.Gzip},
+		images.MediaTypeDockerSchema2LayerGzip: {testutil.Gzip(t, tarball), layer.Gzip},
+		ocispec.MediaTypeImageLayerZstd:        {enc.EncodeAll(tarball, nil), layer.Zstd},
+		images.MediaTypeDockerSchema2LayerZstd: {enc.EncodeAll(tarball, nil), layer.Zstd},
+	} {
+		desc := blobs.Add(mediaType, c.blob)
+		out, err := Run(t.Context(), blobs, Image{Layers: []ocispec.Descriptor{desc}}, Options{})
+		require.NoError(t, err, mediaType)
+		x := out.Layers[0].Index
+		require.NotNil(t, x, mediaType)
+		require.Equal(t, c.want, x.Compression, mediaType)
+		require.Equal(t, digest.FromBytes(tarball), x.DiffID, mediaType)
+		require.Len(t, x.Entries, 1, mediaType)
+	}
+}
+
 func TestDamageEndsTheRun(t *testing.T) {
 	img := testImage(t, 3)
 	d := img.Layers[1].Digest
@@ -171,7 +201,12 @@ func TestCancel(t *testing.T) {
 
 func TestLargestFirst(t *testing.T) {
 	layers := []ocispec.Descriptor{{Size: 1}, {Size: 9}, {Size: 5}, {Size: 9}}
-	require.Equal(t, []int{1, 3, 2, 0}, largestFirst(layers))
+	cached := func(sizes ...int64) func(ocispec.Descriptor) bool {
+		return func(desc ocispec.Descriptor) bool { return slices.Contains(sizes, desc.Size) }
+	}
+	require.Equal(t, []int{1, 3, 2, 0}, largestFirst(layers, cached()))
+	require.Equal(t, []int{2, 0, 1, 3}, largestFirst(layers, cached(9)), "what is cached comes last")
+	require.Equal(t, []int{1, 3, 2, 0}, largestFirst(layers, cached(1, 5, 9)))
 }
 
 // TestMemory indexes a large layer and many layers: what that needs depends on

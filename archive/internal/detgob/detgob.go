@@ -52,23 +52,18 @@ func Encode(v any) ([]byte, error) {
 const chunkSize = 1 << 20
 
 // EncodeSlice returns the gob stream of a []T, in pieces, without having all of
-// its elements at once. The next element may overwrite the one before.
-func EncodeSlice[T any](elements iter.Seq[T]) ([][]byte, error) {
+// its elements at once. Each of elements appends one to a buffer, as Append
+// does, and is done with before the next one is asked for.
+func EncodeSlice[T any](elements iter.Seq[func([]byte) []byte]) ([][]byte, error) {
 	c := &compiler{types: map[reflect.Type]*wire{}, next: firstID}
 	list, err := c.compile(reflect.TypeFor[[]T]())
 	if err != nil {
 		return nil, err
 	}
-	elem, err := c.compile(reflect.TypeFor[T]())
-	if err != nil {
-		return nil, err
-	}
 	pieces, length := [][]byte{nil}, 0
 	chunk, n := make([]byte, 0, chunkSize), uint64(0)
-	for v := range elements {
-		if chunk, err = elem.append(chunk, reflect.ValueOf(v)); err != nil {
-			return nil, err
-		}
+	for element := range elements {
+		chunk = element(chunk)
 		n++
 		if len(chunk) > chunkSize*15/16 {
 			pieces, length = append(pieces, chunk), length+len(chunk)
@@ -81,6 +76,69 @@ func EncodeSlice[T any](elements iter.Seq[T]) ([][]byte, error) {
 	pieces[0] = append(appendUint(c.defs, uint64(len(head)+length)), head...)
 	return pieces, nil
 }
+
+// Append appends v as an element of a slice. It finds its way through v as
+// Encode does; Fields is quicker for who knows the type.
+func Append[T any](b []byte, v T) ([]byte, error) {
+	c := &compiler{types: map[reflect.Type]*wire{}, next: firstID}
+	w, err := c.compile(reflect.TypeFor[T]())
+	if err != nil {
+		return nil, err
+	}
+	return w.append(b, reflect.ValueOf(v))
+}
+
+// Fields appends a struct field by field, in their order. The caller names them
+// by their numbers, which count from 0 and leave out what is not exported. Those
+// that are zero are not sent, as gob has it, but for structs.
+type Fields struct {
+	b    []byte
+	next int // number of the field behind the last one sent
+}
+
+// NewFields returns the fields of a struct that is appended to b.
+func NewFields(b []byte) Fields { return Fields{b: b} }
+
+func (f *Fields) field(n int) {
+	f.b = appendUint(f.b, uint64(n+1-f.next))
+	f.next = n + 1
+}
+
+// Uint sends a field of an unsigned type.
+func (f *Fields) Uint(n int, v uint64) {
+	if v != 0 {
+		f.field(n)
+		f.b = appendUint(f.b, v)
+	}
+}
+
+// Int sends a field of a signed type.
+func (f *Fields) Int(n int, v int64) {
+	if v != 0 {
+		f.field(n)
+		f.b = appendInt(f.b, v)
+	}
+}
+
+// String sends a string or a byte slice.
+func String[T string | []byte](f *Fields, n int, v T) {
+	if len(v) > 0 {
+		f.field(n)
+		f.b = append(appendUint(f.b, uint64(len(v))), v...)
+	}
+}
+
+// Struct starts a field that is a struct or points to one.
+func (f *Fields) Struct(n int) Fields {
+	f.field(n)
+	return Fields{b: f.b}
+}
+
+// EndStruct ends the field that Struct started.
+func (f *Fields) EndStruct(inner Fields) { f.b = inner.End() }
+
+// End returns the buffer with the whole struct.
+func (f *Fields) End() []byte { return append(f.b, 0) }
 
 // wire is how one Go type is sent.
 type wire struct {

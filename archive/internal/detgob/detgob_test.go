@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/gob"
 	"math"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -67,6 +69,72 @@ func TestLoneSlice(t *testing.T) {
 	var got []*inner
 	require.NoError(t, gob.NewDecoder(bytes.NewReader(b)).Decode(&got))
 	require.Equal(t, []*inner{{A: 5}, {B: 6}}, got)
+}
+
+func TestFields(t *testing.T) {
+	type part struct {
+		A int64
+		B uint32
+	}
+	type whole struct {
+		Name   string
+		hidden int
+		Part   part
+		Skip   string
+		Bytes  []byte
+		Ptr    *part
+		Count  uint64
+	}
+	for _, v := range []whole{
+		{},
+		{Name: "n"},
+		{Bytes: []byte{0}, Count: math.MaxUint64},
+		{Part: part{A: -1}, Ptr: &part{}},
+		{Name: "näme", hidden: 1, Part: part{math.MinInt64, math.MaxUint32}, Bytes: []byte("b"), Ptr: &part{127, 128}, Count: 1},
+	} {
+		want, err := Append([]byte("before"), v)
+		require.NoError(t, err)
+		f := NewFields([]byte("before"))
+		String(&f, 0, v.Name)
+		p := f.Struct(1)
+		p.Int(0, v.Part.A)
+		p.Uint(1, uint64(v.Part.B))
+		f.EndStruct(p)
+		String(&f, 3, v.Bytes)
+		if v.Ptr != nil {
+			p := f.Struct(4)
+			p.Int(0, v.Ptr.A)
+			p.Uint(1, uint64(v.Ptr.B))
+			f.EndStruct(p)
+		}
+		f.Uint(5, v.Count)
+		require.Equal(t, want, f.End(), "%+v", v)
+	}
+}
+
+// TestEncodeSlice has more than one piece and elements that overwrite each other.
+func TestEncodeSlice(t *testing.T) {
+	var want []*outer
+	pieces, err := EncodeSlice[*outer](func(yield func(func([]byte) []byte) bool) {
+		v := sample()
+		for i := range 3 * chunkSize / 1000 {
+			v.Name = strings.Repeat("x", i%2000)
+			c := v
+			want = append(want, &c)
+			if !yield(func(b []byte) []byte {
+				b, err := Append(b, &v)
+				require.NoError(t, err)
+				return b
+			}) {
+				return
+			}
+		}
+	})
+	require.NoError(t, err)
+	require.Greater(t, len(pieces), 3)
+	whole, err := Encode(want)
+	require.NoError(t, err)
+	require.True(t, bytes.Equal(whole, slices.Concat(pieces...)))
 }
 
 func TestSameBytesEveryTime(t *testing.T) {
