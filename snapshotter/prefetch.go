@@ -13,6 +13,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
 	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
@@ -36,7 +37,11 @@ func (s *Snapshotter) fetchList(ctx context.Context, a *archive.Archive, ref str
 	if list == nil {
 		return
 	}
-	wants, unknown := s.wants(a.DiffIDs(), list.Spans)
+	wants, unknown, err := s.wants(a, list.Spans)
+	if err != nil {
+		logger.WithError(err).Warn("ignoring the archive's prefetch list")
+		return
+	}
 	if unknown > 0 {
 		logger.WithField("ranges", unknown).Warn("ignoring a part of the archive's prefetch list: its layers do not have these spans")
 	}
@@ -44,22 +49,29 @@ func (s *Snapshotter) fetchList(ctx context.Context, a *archive.Archive, ref str
 	s.filler.Prefetch(wants)
 }
 
-// wants returns the spans of a list that exist, and how many of its ranges are
-// of others.
-func (s *Snapshotter) wants(diffIDs []digest.Digest, spans []archive.SpanRange) (wants []fill.Want, unknown int) {
-	layers := make([]*cache.Layer, len(diffIDs))
-	for i, diffID := range diffIDs {
-		layers[i], _ = s.layers.Layer(diffID) // the list may name one that is not there
-	}
-	for _, r := range spans {
-		l := layers[r.Layer]
-		if l == nil || r.End() > l.All()[0].End {
+// wants returns the spans of a's list that exist, and how many of its ranges are
+// of others. A layer that came with another archive may have spans of another
+// size than a says.
+func (s *Snapshotter) wants(a *archive.Archive, list []archive.SpanRange) (wants []fill.Want, unknown int, err error) {
+	indexes := make([]*layer.Index, len(a.DiffIDs()))
+	layers := make([]*cache.Layer, len(a.DiffIDs()))
+	for _, r := range list {
+		if indexes[r.Layer] == nil && a.NotLazy(r.Layer) == "" {
+			if indexes[r.Layer], err = a.Spans(r.Layer); err != nil {
+				return nil, 0, err
+			}
+			layers[r.Layer], _ = s.layers.Layer(a.DiffIDs()[r.Layer]) // the list may name one that is not there
+		}
+		x, l := indexes[r.Layer], layers[r.Layer]
+		if l == nil || r.End() > len(x.Spans) {
 			unknown++
 			continue
 		}
-		wants = append(wants, fill.Want{Layer: l, Spans: cache.Spans{First: r.First, End: r.End()}})
+		from, _ := x.SpanRange(r.First)
+		_, to := x.SpanRange(r.End() - 1)
+		wants = append(wants, fill.Want{Layer: l, Spans: l.Cover(int64(from), int64(to))})
 	}
-	return wants, unknown
+	return wants, unknown, nil
 }
 
 // Recording implements record.Source: it returns what was recorded under a
@@ -150,7 +162,7 @@ func (o *ownRoots) closeAll() {
 // record returns the recording of a new root of c and the files that are its
 // devices. The caller closes the files.
 func (s *Snapshotter) record(ctx context.Context, c chain) (rec *record.Recording, files *layerfs.FS, layers []root.Layer, err error) {
-	if files, err = layerfs.NewExact(ctx, s.session); err != nil {
+	if files, err = layerfs.NewBrief(ctx, s.session); err != nil {
 		return nil, nil, nil, err
 	}
 	rec = record.New(record.Document{Image: c.Image, ChainID: c.ChainID, Layers: c.Layers})
@@ -170,13 +182,14 @@ func (s *Snapshotter) record(ctx context.Context, c chain) (rec *record.Recordin
 
 // mountOwn makes sure that the snapshot id has a root of its own and returns the
 // directory that is the container's root. The kernel has nothing of that root in
-// memory and does not read ahead in it, so what is read of it is what was asked for.
+// memory, so it reads what it would read on a machine that sees the image for the
+// first time.
 func (s *Snapshotter) mountOwn(ctx context.Context, id string, own *ownRoot, c chain) (string, error) {
 	st := s.roots.get(id)
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	r := s.root(id, c)
-	r.Exact = true
+	r.Brief = true
 	if st.mounted {
 		return r.Path(), nil
 	}

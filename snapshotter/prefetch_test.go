@@ -23,7 +23,9 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/internal/testutil"
+	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
 	"github.com/beam-cloud/containerd-clip/snapshotter/record"
@@ -98,9 +100,9 @@ func TestRecordedRoot(t *testing.T) {
 			require.NoError(t, err)
 			layers, bytes := touchedLayers(doc)
 			layers = slices.Compact(layers)
-			if mode != root.FUSE { // where the kernel reads ahead
+			if mode != root.FUSE { // where the kernel reads farther ahead
 				require.Equal(t, []int{0, 1, 0}, layers)
-				require.LessOrEqual(t, bytes, int64(6*16<<10), "what was read, and no read-ahead: %v", doc.Touches)
+				require.LessOrEqual(t, bytes, int64(3*2*128<<10), "what was read, and its read-ahead: %v", doc.Touches)
 			}
 			require.Contains(t, layers, 1)
 			require.Equal(t, img.DiffIDs, doc.Layers)
@@ -259,14 +261,48 @@ func TestUselessList(t *testing.T) {
 	img := bigImage(t)
 	ref, _ := publishImage(t, sn.dir, img)
 	pull(t, sn, img, ref)
-	wants, unknown := sn.wants(img.DiffIDs, []archive.SpanRange{
+	a, err := archive.OpenFile(filepath.Join(sn.dir, "archives", "a.clip"))
+	require.NoError(t, err)
+	defer a.Close()
+	wants, unknown, err := sn.wants(a, []archive.SpanRange{
 		{Layer: 0, First: 1 << 29, Count: 1}, {Layer: 1, First: 0, Count: 1 << 30}, {Layer: 1, First: 1, Count: 1},
 	})
+	require.NoError(t, err)
 	require.Equal(t, 2, unknown)
 	require.Len(t, wants, 1)
-	wants, unknown = sn.wants([]digest.Digest{digest.FromString("another")}, []archive.SpanRange{{Layer: 0, First: 0, Count: 1}})
-	require.Equal(t, 1, unknown)
-	require.Empty(t, wants)
+	_, unknown, err = open(t, t.TempDir()).wants(a, []archive.SpanRange{{Layer: 0, First: 0, Count: 1}})
+	require.NoError(t, err)
+	require.Equal(t, 1, unknown, "the layer is not there")
+}
+
+// TestListOfOtherSpans has a list that counts spans of another size than those
+// of the layer, which came with an earlier archive.
+func TestListOfOtherSpans(t *testing.T) {
+	sn := open(t, t.TempDir())
+	img := bigImage(t)
+	ref, _ := publishImage(t, sn.dir, img)
+	pull(t, sn, img, ref)
+	path := filepath.Join(sn.dir, "archives", "a.clip")
+	a, err := archive.OpenFile(path)
+	require.NoError(t, err)
+	again, err := a.Image()
+	require.NoError(t, err)
+	require.NoError(t, a.Close())
+	for i, desc := range img.Layers {
+		again.Layers[i].Index, err = layer.Build(t.Context(), bytes.NewReader(img.Blobs[desc.Digest]), desc, layer.Options{SpanSize: 64 << 10})
+		require.NoError(t, err)
+	}
+	again.Prefetch = &archive.Prefetch{Recorded: time.Unix(1, 0), Spans: []archive.SpanRange{{Layer: 0, First: 5, Count: 4}}}
+	_, err = archive.WriteFile(path, again)
+	require.NoError(t, err)
+	a, err = archive.OpenFile(path)
+	require.NoError(t, err)
+	defer a.Close()
+	wants, unknown, err := sn.wants(a, again.Prefetch.Spans)
+	require.NoError(t, err)
+	require.Zero(t, unknown)
+	require.Len(t, wants, 1)
+	require.Equal(t, cache.Spans{First: 1, End: 3}, wants[0].Spans, "[320, 576) KiB in spans of 256 KiB")
 }
 
 func chainOf(img *testutil.Image) digest.Digest {

@@ -103,6 +103,9 @@ func FuzzRead(f *testing.F) {
 	})
 }
 
+// fuzzAt are offsets of points that are close to others, to each other, and not.
+var fuzzAt = []Out{0, 1, WindowSize + 257, WindowSize + 259, 3*WindowSize + 1, 3*WindowSize + 2, 4*WindowSize + 1, 8 * WindowSize}
+
 // FuzzResume resumes from every seek point of whatever decodes.
 func FuzzResume(f *testing.F) {
 	addStreams(f)
@@ -110,7 +113,7 @@ func FuzzResume(f *testing.F) {
 	f.Fuzz(func(t *testing.T, gz []byte) {
 		var points []Point
 		var wantErr error
-		if wantErr = z.Reset(bytes.NewReader(gz), Options{Interval: WindowSize, OnPoint: func(p Point) error {
+		if wantErr = z.Reset(bytes.NewReader(gz), Options{Interval: 2 * WindowSize, At: fuzzAt, OnPoint: func(p Point) error {
 			points = append(points, p)
 			return nil
 		}}); wantErr != nil {

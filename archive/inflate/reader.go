@@ -14,6 +14,10 @@ type Options struct {
 	// next block starts, or inside a block if none starts within another
 	// eighth of Interval. Zero asks for no points.
 	Interval Out
+	// At asks for more points, at or just before these uncompressed offsets,
+	// which ascend. Where there is a point within about WindowSize before one
+	// already, that one has to do.
+	At []Out
 	// OnPoint receives the seek points in stream order, the first at Out 0,
 	// each when Read has come WindowSize bytes further or to the end of the
 	// stream: only then is it known what the window is needed for. It owns
@@ -36,6 +40,7 @@ type Reader struct {
 	check bool   // it was decoded from its start, so its trailer can be checked
 
 	next    Out   // the next point is due at or after this output offset
+	at      []Out // what is left of Options.At
 	point   Point // waiting for its window
 	waiting bool
 
@@ -60,7 +65,7 @@ func (z *Reader) Reset(r io.Reader, opts Options) error {
 		opts.Interval = min(max(opts.Interval, WindowSize), maxOffset)
 	}
 	z.reset(r, 0, 0)
-	z.opts = opts
+	z.opts, z.at = opts, opts.At
 	if err := readHeader(&z.d.in); err != nil {
 		z.err = z.fail(noEOF(err))
 		return z.err
@@ -73,7 +78,7 @@ func (z *Reader) reset(r io.Reader, in In, out Out) {
 	z.d.reset(r, in)
 	z.opts = Options{}
 	z.out, z.err, z.check = out, nil, false
-	z.next, z.point, z.waiting = 0, Point{}, false
+	z.next, z.at, z.point, z.waiting = 0, nil, Point{}, false
 }
 
 // Resume returns a reader that continues a gzip stream at p; r delivers the

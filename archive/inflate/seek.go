@@ -18,8 +18,8 @@ func (z *Reader) untilVisit() Out {
 		return math.MaxInt64
 	case z.waiting:
 		return z.point.Out + WindowSize - z.out
-	case z.out < z.latest():
-		return z.latest() - z.out
+	case z.out < z.latest() && z.out < z.wanted():
+		return min(z.latest(), z.wanted()) - z.out
 	}
 	return Out(z.d.matchLen) // the point is overdue, only a match is in the way
 }
@@ -27,6 +27,15 @@ func (z *Reader) untilVisit() Out {
 // latest returns where the next point is taken inside a block if no block
 // starts before.
 func (z *Reader) latest() Out { return z.next + z.opts.Interval/8 }
+
+// wanted returns where the next point of Options.At is taken: so early that
+// the match that may be in the way there ends in time.
+func (z *Reader) wanted() Out {
+	if len(z.at) == 0 {
+		return math.MaxInt64
+	}
+	return z.at[0] - maxMatch
+}
 
 // visit completes the point that waits for its window, if all that can use the
 // window has been decoded, and takes the next point if it is due here.
@@ -43,13 +52,17 @@ func (z *Reader) visit() error {
 		}
 	}
 	d := &z.d
-	if z.out < z.next || d.place != atHeader && z.out < z.latest() || d.matchLen > 0 {
+	due := z.out >= z.next && (d.place == atHeader || z.out >= z.latest()) || z.out >= z.wanted()
+	if !due || d.matchLen > 0 {
 		return nil
 	}
 	bit := d.in.bitPos()
 	z.point = Point{Out: z.out, In: In(bit >> 3), Bit: uint8(bit & 7), State: d.state()}
 	z.waiting = true
 	z.next = z.out + z.opts.Interval
+	for len(z.at) > 0 && z.wanted() < z.out+WindowSize {
+		z.at = z.at[1:] // this point serves it
+	}
 	d.startMark()
 	return nil
 }

@@ -2,9 +2,11 @@ package inflate
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"io"
 	"reflect"
+	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -17,11 +19,11 @@ type index struct {
 	step   int
 }
 
-// buildIndex reads s with seek points, step bytes at a time.
-func buildIndex(t testing.TB, s stream, interval Out, step int) index {
+// buildIndex reads s with seek points, also at some offsets, step bytes at a time.
+func buildIndex(t testing.TB, s stream, interval Out, step int, at ...Out) index {
 	t.Helper()
 	x := index{step: step}
-	z, err := NewReader(bytes.NewReader(s.gz), Options{Interval: interval, OnPoint: func(p Point) error {
+	z, err := NewReader(bytes.NewReader(s.gz), Options{Interval: interval, At: at, OnPoint: func(p Point) error {
 		x.points = append(x.points, p)
 		return nil
 	}})
@@ -82,6 +84,47 @@ func TestPointsAreInOrder(t *testing.T) {
 			require.Less(t, Out(len(s.data))-last, least+least/8+maxMatch, s.name)
 		}
 	}
+}
+
+// TestPointsAt has points close before the offsets that are asked for.
+func TestPointsAt(t *testing.T) {
+	exact, inBlock := 0, 0
+	for _, s := range streams(t) {
+		rng := newRand(11)
+		var at []Out
+		for off := Out(rng.IntN(50_000)); off < Out(len(s.data)); off += Out(rng.IntN(200_000)) {
+			at = append(at, off)
+		}
+		points := buildIndex(t, s, 300_000, 97_003, at...).points
+		require.True(t, reflect.DeepEqual(points, buildIndex(t, s, 300_000, 1<<20, at...).points), s.name)
+		for _, off := range at {
+			i, found := slices.BinarySearchFunc(points, off, func(p Point, off Out) int { return cmp.Compare(p.Out, off) })
+			if !found {
+				i--
+			}
+			require.GreaterOrEqual(t, i, 0)
+			far := off - points[i].Out
+			require.LessOrEqual(t, far, Out(WindowSize+2*maxMatch), s.name)
+			if far <= maxMatch {
+				exact++
+			}
+		}
+		for i, p := range points {
+			if i > 0 {
+				require.GreaterOrEqual(t, p.Out-points[i-1].Out, Out(WindowSize), s.name)
+			}
+			if len(p.State) > 0 {
+				inBlock++
+			}
+			z, err := Resume(bytes.NewReader(s.gz[p.In:]), p)
+			require.NoError(t, err, s.name)
+			data, err := io.ReadAll(z)
+			require.NoError(t, err, "%s at %d", s.name, p.Out)
+			require.True(t, bytes.Equal(s.data[p.Out:], data), "%s at %d", s.name, p.Out)
+		}
+	}
+	require.Greater(t, exact, 20)
+	require.Greater(t, inBlock, 20)
 }
 
 // TestPointsDoNotDependOnReads reads in small and large pieces.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -30,7 +31,10 @@ const (
 type Options struct {
 	SpanSize      inflate.Out // uncompressed bytes per span, a multiple of 64; default 256 KiB
 	PointInterval inflate.Out // least distance of seek points, uncompressed bytes; default 1 MiB
-	MaxEntries    int         // entries that a layer may have; default and most 8 Mi
+	// PointsAt are uncompressed offsets, ascending, close before which there
+	// shall be seek points as well. Only gzip can have them.
+	PointsAt   []inflate.Out
+	MaxEntries int // entries that a layer may have; default and most 8 Mi
 	// Buffers, if set, is memory for one Build at a time, which the next one
 	// uses again: an image has many small layers.
 	Buffers *Buffers
@@ -59,6 +63,9 @@ func (o Options) Normalize() (Options, error) {
 	}
 	if o.MaxEntries > DefaultMaxEntries {
 		return o, fmt.Errorf("%d entries: a reader accepts at most %d", o.MaxEntries, DefaultMaxEntries)
+	}
+	if !slices.IsSorted(o.PointsAt) {
+		return o, errors.New("offsets of seek points do not ascend")
 	}
 	if o.PointInterval < o.SpanSize {
 		return o, fmt.Errorf("seek point interval %d: must be at least the span size %d", o.PointInterval, o.SpanSize)
@@ -230,7 +237,7 @@ func (b *builder) open(blob *bufio.Reader) (io.Reader, func() inflate.In, error)
 	switch {
 	case bytes.HasPrefix(head, magicGzip):
 		b.idx.Compression = Gzip
-		z, err := inflate.NewReader(blob, inflate.Options{Interval: b.opts.PointInterval, OnPoint: b.addPoint})
+		z, err := inflate.NewReader(blob, inflate.Options{Interval: b.opts.PointInterval, At: b.opts.PointsAt, OnPoint: b.addPoint})
 		if err != nil {
 			return nil, nil, err
 		}

@@ -14,7 +14,9 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
@@ -375,4 +377,31 @@ func FuzzSources(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestMendedWithOtherSpans has an index written anew that cuts the layer up
+// differently, as a newer archive may: nobody reads by both, and after a restart
+// the layer is fetched by the new one.
+func TestMendedWithOtherSpans(t *testing.T) {
+	dir, stream := t.TempDir(), testTar(t, 20)
+	blob := gzipped(t, stream)
+	src := &blobs{blob: blob}
+	x := build(t, blob)
+	desc := ocispec.Descriptor{Digest: x.Digest, Size: int64(x.Size)}
+	y, err := layer.Build(t.Context(), bytes.NewReader(blob), desc, layer.Options{SpanSize: x.SpanSize / 4})
+	require.NoError(t, err)
+
+	s, l := open(t, dir, src, x)
+	_, err = l.ReadAt(t.Context(), make([]byte, 1), 0)
+	require.NoError(t, err)
+	require.NoError(t, s.Mend(y, "example.com/a:1"))
+	l.mu.Lock()
+	l.index = nil // as after a while without fetches
+	l.mu.Unlock()
+	_, err = l.ReadAt(t.Context(), make([]byte, 1), l.Size()-1)
+	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
+	require.NoError(t, s.Close())
+
+	_, l = open(t, dir, src, y)
+	requireStream(t, l, stream)
 }

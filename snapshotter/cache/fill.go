@@ -15,6 +15,12 @@ type Spans struct{ First, End int }
 // All returns all spans of the layer.
 func (l *Layer) All() []Spans { return []Spans{{0, l.spans}} }
 
+// Cover returns the spans that the bytes [off, end) of the stream lie in.
+func (l *Layer) Cover(off, end int64) Spans {
+	size := int64(l.head.SpanSize)
+	return Spans{First: int(off / size), End: int((end + size - 1) / size)}
+}
+
 // Expect says that readers are about to ask for these spans, so that one who
 // does holds no fill back that is expected as well.
 func (l *Layer) Expect(spans Spans) {
@@ -76,7 +82,11 @@ func (l *Layer) Fill(ctx context.Context, f Fill) (done Filled, err error) {
 		l.mu.Unlock()
 		return done, err
 	}
-	r := l.fillLocked(x, want, f.Bytes)
+	near := int64(nearRun)
+	if f.Expected {
+		near = nearList
+	}
+	r := l.fillLocked(x, want, f.Bytes, near)
 	r.pace, r.expected = f.Pace, f.Expected
 	done.Bytes = max(int64(x.Spans[r.end-1].InEnd-l.inBefore(x, r.pos)), 1)
 	life := l.beginLocked(r)
@@ -118,7 +128,7 @@ func (l *Layer) nextWantedLocked(want []Spans, span int) int {
 
 // fillLocked returns a run for the first of the wanted spans. The caller holds
 // l.mu and has made sure that there is one.
-func (l *Layer) fillLocked(x *layer.Index, want []Spans, n int64) *run {
+func (l *Layer) fillLocked(x *layer.Index, want []Spans, n, near int64) *run {
 	span := l.nextWantedLocked(want, 0)
 	end := span + 1
 	for {
@@ -128,7 +138,7 @@ func (l *Layer) fillLocked(x *layer.Index, want []Spans, n int64) *run {
 			break // where another run can go on
 		}
 		next := l.nextWantedLocked(want, end)
-		if next == l.spans || !l.nearLocked(x, end, next) {
+		if next == l.spans || !l.nearLocked(x, end, next, near) {
 			break
 		}
 		end = next + 1
@@ -139,9 +149,9 @@ func (l *Layer) fillLocked(x *layer.Index, want []Spans, n int64) *run {
 }
 
 // nearLocked says whether a run that comes to the span at should go on to the
-// span next: all in between is missing, and costs less than another request.
-// The caller holds l.mu.
-func (l *Layer) nearLocked(x *layer.Index, at, next int) bool {
+// span next: all in between is missing, and has at most so many compressed
+// bytes. The caller holds l.mu.
+func (l *Layer) nearLocked(x *layer.Index, at, next int, most int64) bool {
 	for i := at; i < next; i++ {
 		if !l.missingLocked(i, nil) {
 			return false
@@ -149,5 +159,5 @@ func (l *Layer) nearLocked(x *layer.Index, at, next int) bool {
 	}
 	start, _ := l.spanRange(next)
 	decoded, _ := x.DecodeRange(start)
-	return l.inBefore(x, l.head.SpanAt(min(decoded, start)))-l.inBefore(x, at) <= nearRun
+	return int64(l.inBefore(x, l.head.SpanAt(min(decoded, start)))-l.inBefore(x, at)) <= most
 }

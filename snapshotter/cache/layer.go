@@ -258,10 +258,17 @@ func (l *Layer) indexLocked() (*layer.Index, error) {
 		if err != nil {
 			return nil, err
 		}
+		if x.Digest != l.head.Digest || x.SpanSize != l.head.SpanSize || len(x.Spans) != l.spans {
+			return nil, errOtherIndex
+		}
 		l.index = x
 	}
 	return l.index, nil
 }
+
+// errOtherIndex ends fetches of a layer whose index was mended with one that cuts
+// it up differently: what is there, and who waits, is counted in the old spans.
+var errOtherIndex = fmt.Errorf("the layer's index was replaced by another; restart the daemon: %w", errdefs.ErrFailedPrecondition)
 
 // indexIdle is how long the index of a layer is kept after the last fetch.
 const indexIdle = time.Minute

@@ -43,6 +43,10 @@ var errIdle = fmt.Errorf("nothing arrived for %s: %w", idleTimeout, errdefs.ErrU
 // run of its own would be: about what arrives in the time that a request takes.
 const nearRun = 256 << 10
 
+// nearList is nearRun for what is about to be asked for: there are several
+// requests for it at the same time, so that one takes little more than its bytes.
+const nearList = 32 << 10
+
 // smallBlob is the size of blobs that are fetched whole, in bytes: all of it
 // costs little more than a request.
 const smallBlob = 256 << 10

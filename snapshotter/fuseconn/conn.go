@@ -36,8 +36,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MaxRead is the largest read that the kernel asks for at once, in bytes. It
-// also reads ahead that far.
+// MaxRead is the largest read that the kernel asks for at once, in bytes.
 const MaxRead = 1 << 20
 
 // Forever is how many seconds the kernel may keep what it is told of
@@ -53,6 +52,9 @@ type Options struct {
 	// Protocol says what is negotiated with the kernel; its sizes and queue
 	// lengths are set here.
 	Protocol fuse.MountOptions
+	// ReadAhead is how far the kernel reads ahead in a file, in bytes; 0 is what
+	// FUSE negotiates, 128 KiB.
+	ReadAhead int
 	// Session counts the requests. It keeps the connection under Name for the
 	// next process; with KeepMount also the mount, if it is attached nowhere. No
 	// name keeps nothing. It may be nil.
@@ -141,8 +143,11 @@ func Mount(ctx context.Context, fs fuse.RawFileSystem, o Options) (*Conn, error)
 	if err != nil {
 		return nil, errors.Join(err, c.Release())
 	}
+	if o.ReadAhead == 0 {
+		return c, nil
+	}
 	// Files take over the value when they are opened, not later.
-	if err := setReadAhead(mnt); err != nil {
+	if err := setReadAhead(mnt, o.ReadAhead); err != nil {
 		log.G(ctx).WithError(err).Warn("cannot set the read-ahead of a FUSE mount; reading through it will be slower")
 	}
 	return c, nil

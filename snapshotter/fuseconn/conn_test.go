@@ -18,7 +18,7 @@ import (
 // TestLife mounts a file system that implements nothing: every request gets
 // an answer, and the connection ends with the mount's last use.
 func TestLife(t *testing.T) {
-	c, err := Mount(context.Background(), fuse.NewDefaultRawFileSystem(), Options{Source: "test", Flags: []string{"allow_other"}})
+	c, err := Mount(context.Background(), fuse.NewDefaultRawFileSystem(), Options{Source: "test", Flags: []string{"allow_other"}, ReadAhead: MaxRead})
 	require.NoError(t, err, "this test needs root and /dev/fuse")
 	top := fmt.Sprintf("/proc/self/fd/%d", c.FD())
 	var st unix.Stat_t

@@ -8,10 +8,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// readAheadKB is what the kernel reads ahead in a file. The value that FUSE
-// negotiates ends at 128 KiB, which costs a round trip per 128 KiB.
-const readAheadKB = MaxRead >> 10
-
 // mountDetached mounts a FUSE file system for the connection fd and returns a
 // descriptor of the mount. It is in no mount namespace and ends with the last
 // descriptor, unless it is attached before.
@@ -44,14 +40,14 @@ func mountDetached(fd int, o Options) (int, error) {
 	return mnt, nil
 }
 
-// setReadAhead sets the read-ahead of the file system mounted at mnt. It asks
-// the kernel for the device number only: anything else would be a request to
-// this process.
-func setReadAhead(mnt int) error {
+// setReadAhead sets the read-ahead of the file system mounted at mnt to n bytes.
+// It asks the kernel for the device number only: anything else would be a request
+// to this process.
+func setReadAhead(mnt, n int) error {
 	var st unix.Statx_t
 	if err := unix.Statx(mnt, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, 0, &st); err != nil {
 		return err
 	}
 	bdi := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", st.Dev_major, st.Dev_minor)
-	return os.WriteFile(bdi, []byte(strconv.Itoa(readAheadKB)), 0)
+	return os.WriteFile(bdi, []byte(strconv.Itoa(n>>10)), 0)
 }

@@ -41,7 +41,6 @@ type File interface {
 type table struct {
 	fuse.RawFileSystem // everything it does not implement is ENOSYS
 	ctx                context.Context
-	openFlags          uint32 // of every layer file
 
 	mu    sync.RWMutex // guards files
 	files map[uint64]File
@@ -103,7 +102,7 @@ func (t *table) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse
 	if in.Flags&unix.O_ACCMODE != unix.O_RDONLY {
 		return fuse.EROFS
 	}
-	out.OpenFlags = t.openFlags | fuse.FOPEN_NOFLUSH
+	out.OpenFlags = cached | fuse.FOPEN_NOFLUSH
 	return fuse.OK
 }
 
@@ -166,9 +165,9 @@ type FS struct {
 // process. The number changes when requests no longer mean the same.
 const Connection = "layers-1"
 
-func newTable(ctx context.Context, openFlags uint32) *table {
+func newTable(ctx context.Context) *table {
 	return &table{
-		RawFileSystem: fuse.NewDefaultRawFileSystem(), ctx: context.WithoutCancel(ctx), openFlags: openFlags, files: map[uint64]File{},
+		RawFileSystem: fuse.NewDefaultRawFileSystem(), ctx: context.WithoutCancel(ctx), files: map[uint64]File{},
 	}
 }
 
@@ -185,26 +184,28 @@ func options(session *fuseconn.Session) fuseconn.Options {
 	}
 }
 
-// cached gives read-ahead across the files in a layer: the page cache of the
-// layer file has it.
+// cached gives read-ahead across the small files in a layer: the page cache of
+// the layer file has it. It goes as far as EROFS's in one file, 128 KiB. More
+// would be fetched and not read; and what is fetched with it is the cache's
+// affair, which knows where seek points are.
 const cached = fuse.FOPEN_KEEP_CACHE
 
 // New mounts a layer file system, which session keeps for the next process; it
 // may be nil. ctx carries the logger and nothing else.
 func New(ctx context.Context, session *fuseconn.Session) (*FS, error) {
-	return mount(ctx, cached, options(session))
+	return mount(ctx, options(session))
 }
 
-// NewExact is New for a file system that asks its files for what is read and
-// nothing else, every time. It ends with the process.
-func NewExact(ctx context.Context, session *fuseconn.Session) (*FS, error) {
+// NewBrief is New for a file system of which the kernel has nothing in memory
+// yet. It ends with the process.
+func NewBrief(ctx context.Context, session *fuseconn.Session) (*FS, error) {
 	o := options(session)
 	o.Name, o.KeepMount = "", false
-	return mount(ctx, fuse.FOPEN_DIRECT_IO, o)
+	return mount(ctx, o)
 }
 
-func mount(ctx context.Context, openFlags uint32, o fuseconn.Options) (*FS, error) {
-	t := newTable(ctx, openFlags)
+func mount(ctx context.Context, o fuseconn.Options) (*FS, error) {
+	t := newTable(ctx)
 	conn, err := fuseconn.Mount(ctx, t, o)
 	if err != nil {
 		return nil, err
@@ -216,7 +217,7 @@ func mount(ctx context.Context, openFlags uint32, o fuseconn.Options) (*FS, erro
 // files, which may already be waited for. It returns errdefs.ErrNotFound if
 // there is none.
 func Resume(ctx context.Context, session *fuseconn.Session, files map[digest.Digest]File) (*FS, error) {
-	t := newTable(ctx, cached)
+	t := newTable(ctx)
 	for diffID, f := range files {
 		if err := t.add(diffID, f); err != nil {
 			return nil, err

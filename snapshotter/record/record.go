@@ -10,9 +10,8 @@
 // and cannot tell which of two images that start at the same time reads a layer
 // that they share.
 //
-// A Recording of its own (New) listens to streams that only one root reads.
-// What it says is what was asked for, if that root is mounted without
-// read-ahead.
+// A Recording of its own (New) listens to streams that only one root reads. It
+// sees all that the kernel asks for, if it had nothing of that root in memory.
 //
 // The package does not fetch, and does not know what a span is: touches are in
 // bytes of the uncompressed layers.

@@ -1,54 +1,26 @@
 package root
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
-	"strconv"
 	"strings"
-	"sync"
 
-	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 )
 
-// readAheadKB is how far the kernel reads ahead in one file of a root: as far
-// as it does in the layer file below, so that a miss is one request of 1 MiB.
-const readAheadKB = 1024
-
-// mounting serialises mounts: the read-ahead setting of a new EROFS mount is
-// found by what its mounting adds.
-var mounting sync.Mutex
-
 // mountFile mounts the metadata image at target, read-only, with one device
-// file per layer. readAhead is in KiB.
-func mountFile(ctx context.Context, image, target string, devices []string, readAhead int) error {
+// file per layer.
+func mountFile(image, target string, devices []string) error {
 	if err := warm(image); err != nil {
 		return err
 	}
-	mounting.Lock()
-	defer mounting.Unlock()
-	before := erofsBDIs()
 	mnt, err := newMount(image, devices)
 	if err != nil {
 		return fmt.Errorf("mounting %s: %w", image, err)
 	}
 	defer unix.Close(mnt)
-	for bdi := range erofsBDIs() {
-		if !before[bdi] {
-			setReadAhead(ctx, bdi, readAhead)
-		}
-	}
 	return attach(mnt, image, target)
-}
-
-// setReadAhead sets the read-ahead in a sysfs directory that has one.
-func setReadAhead(ctx context.Context, dir string, kb int) {
-	if err := os.WriteFile(filepath.Join(dir, "read_ahead_kb"), []byte(strconv.Itoa(kb)), 0); err != nil {
-		log.G(ctx).WithError(err).Warn("cannot set the read-ahead of a root; reading through it will be slower, or recorded inexactly")
-	}
 }
 
 func attach(mnt int, image, target string) error {
@@ -114,18 +86,4 @@ func kernelSays(fsfd int, err error) error {
 		return err
 	}
 	return fmt.Errorf("%w (%s)", err, strings.Join(said, "; "))
-}
-
-// erofsBDIs returns the sysfs directories of all mounted EROFS file systems
-// that stand on files.
-func erofsBDIs() map[string]bool {
-	found := map[string]bool{}
-	dirs, err := filepath.Glob("/sys/class/bdi/erofs-*")
-	if err != nil {
-		return found // only if the pattern were malformed
-	}
-	for _, dir := range dirs {
-		found[dir] = true
-	}
-	return found
 }

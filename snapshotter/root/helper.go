@@ -24,12 +24,11 @@ type Helper []string
 // request is what a helper is to do: to mount at Target, or if there is a Dir, to
 // try the root that is at Target.
 type request struct {
-	Mode      Mode
-	Image     string
-	Target    string
-	Devices   []string
-	ReadAhead int // KiB
-	Dir       string
+	Mode    Mode
+	Image   string
+	Target  string
+	Devices []string
+	Dir     string
 }
 
 // result is what came of it. Errors are text; of the first, Errno is kept.
@@ -77,9 +76,9 @@ func HelperMain(ctx context.Context, in io.Reader, out io.Writer) error {
 	case req.Dir != "":
 		can, err = try(req.Dir, req.Target)
 	case req.Mode == Loop:
-		err = mountLoop(ctx, req.Image, req.Target, req.Devices, req.ReadAhead)
+		err = mountLoop(req.Image, req.Target, req.Devices)
 	default:
-		err = mountFile(ctx, req.Image, req.Target, req.Devices, req.ReadAhead)
+		err = mountFile(req.Image, req.Target, req.Devices)
 	}
 	r := result{Error: text(err), Nested: text(can.Nested), Remap: text(can.Remap)}
 	_ = errors.As(err, &r.Errno)
@@ -93,17 +92,15 @@ func text(err error) string {
 	return err.Error()
 }
 
-// mount mounts the metadata image at target, with the devices. readAhead is in KiB.
-func (h Helper) mount(ctx context.Context, m Mode, image, target string, devices []string, readAhead int) error {
+// mount mounts the metadata image at target, with the devices.
+func (h Helper) mount(m Mode, image, target string, devices []string) error {
 	if h == nil && m == Loop {
-		return mountLoop(ctx, image, target, devices, readAhead)
+		return mountLoop(image, target, devices)
 	}
 	if h == nil {
-		return mountFile(ctx, image, target, devices, readAhead)
+		return mountFile(image, target, devices)
 	}
-	mounting.Lock() // the helper's own lock is of no use to another helper
-	defer mounting.Unlock()
-	r, err := h.run(request{Mode: m, Image: image, Target: target, Devices: devices, ReadAhead: readAhead})
+	r, err := h.run(request{Mode: m, Image: image, Target: target, Devices: devices})
 	return errors.Join(err, r.err())
 }
 

@@ -1,7 +1,6 @@
 package root
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -16,7 +15,7 @@ import (
 // the many small files of a layer. Direct I/O would save the second copy of
 // the data in memory, but a program that opens small files in a row would wait
 // for each.
-func mountLoop(ctx context.Context, image, target string, devices []string, readAhead int) error {
+func mountLoop(image, target string, devices []string) error {
 	var paths []string
 	for _, file := range append([]string{image}, devices...) {
 		dev, path, err := newLoop(file)
@@ -26,8 +25,6 @@ func mountLoop(ctx context.Context, image, target string, devices []string, read
 		defer unix.Close(dev)
 		paths = append(paths, path)
 	}
-	// That of the image holds for the whole file system.
-	setReadAhead(ctx, filepath.Join("/sys/block", filepath.Base(paths[0]), "queue"), readAhead)
 	mnt, err := newMount(paths[0], paths[1:])
 	if err != nil {
 		return fmt.Errorf("mounting %s on loop devices: %w", image, err)

@@ -63,7 +63,7 @@ type Root struct {
 	Dir     string // a directory of its own; it holds the metadata image and the mount point
 	Layers  []Layer
 	Indexes func() ([]*layer.Index, error) // of Layers, with entries; asked for only if they are needed
-	Exact   bool                           // the kernel does not read ahead, though in mode FUSE it does; ends with the process
+	Brief   bool                           // in mode FUSE it ends with the process
 	Session *fuseconn.Session              // keeps a root of mode FUSE for the next process; may be nil
 	Helper  Helper                         // mounts in the other modes
 }
@@ -120,15 +120,7 @@ func (r Root) Mount(ctx context.Context, m Mode) error {
 	for i, l := range r.Layers {
 		devices[i] = l.Device
 	}
-	return r.Helper.mount(ctx, m, r.Image(), r.target(), devices, r.readAhead())
-}
-
-// readAhead is how far the kernel is to read ahead in a file of r, in KiB.
-func (r Root) readAhead() int {
-	if r.Exact {
-		return 0
-	}
-	return readAheadKB
+	return r.Helper.mount(m, r.Image(), r.target(), devices)
 }
 
 func (r Root) mountTree(ctx context.Context) error {
@@ -169,7 +161,7 @@ func (r Root) tree() (*tree.Node, []treefs.Layer, error) {
 // keep names the connection of a root of mode FUSE. The number changes when
 // requests no longer mean the same.
 func (r Root) keep() treefs.Keep {
-	if r.Exact {
+	if r.Brief {
 		return treefs.Keep{Session: r.Session}
 	}
 	return treefs.Keep{Session: r.Session, Name: "tree-1-" + filepath.Base(r.Dir)}

@@ -2,7 +2,6 @@ package root
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -228,7 +227,7 @@ func TestDamage(t *testing.T) {
 	target := filepath.Join(dir, "mnt")
 	require.NoError(t, os.Mkdir(target, 0o755))
 	device := files.Path(x.DiffID)
-	type mounter func(ctx context.Context, image, target string, devices []string, readAhead int) error
+	type mounter func(image, target string, devices []string) error
 	for name, c := range map[string]struct {
 		image   []byte
 		devices []string
@@ -244,7 +243,7 @@ func TestDamage(t *testing.T) {
 			t.Run(name+" "+string(mode), func(t *testing.T) {
 				image := filepath.Join(t.TempDir(), "image")
 				require.NoError(t, os.WriteFile(image, c.image, 0o600))
-				err := mount(t.Context(), image, target, c.devices, readAheadKB)
+				err := mount(image, target, c.devices)
 				require.ErrorIs(t, err, c.is)
 				require.ErrorContains(t, err, map[Mode]string{File: image, Loop: "loop device"}[mode])
 				require.Empty(t, mounts(t, dir))
@@ -252,10 +251,10 @@ func TestDamage(t *testing.T) {
 		}
 	}
 	for _, mount := range []mounter{mountFile, mountLoop} {
-		require.Error(t, mount(t.Context(), filepath.Join(dir, "nowhere"), target, nil, readAheadKB))
-		require.Error(t, mount(t.Context(), whole, filepath.Join(dir, "nowhere"), []string{device}, readAheadKB), "no mount point")
+		require.Error(t, mount(filepath.Join(dir, "nowhere"), target, nil))
+		require.Error(t, mount(whole, filepath.Join(dir, "nowhere"), []string{device}), "no mount point")
 		require.Empty(t, mounts(t, dir))
-		require.NoError(t, mount(t.Context(), whole, target, []string{device}, readAheadKB))
+		require.NoError(t, mount(whole, target, []string{device}))
 		require.NoError(t, Unmount(target))
 	}
 	require.Empty(t, loops(t), "those of failed mounts are gone, too")

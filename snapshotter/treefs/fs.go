@@ -68,7 +68,8 @@ func options(keep Keep) fuseconn.Options {
 			ExtraCapabilities:    fuse.CAP_ASYNC_DIO,
 			DisabledCapabilities: fuse.CAP_PASSTHROUGH, // it would count as a stacked file system
 		},
-		Session: keep.Session, Name: keep.Name,
+		ReadAhead: fuseconn.MaxRead, // a round trip for each 128 KiB is too many
+		Session:   keep.Session, Name: keep.Name,
 	}
 }
 

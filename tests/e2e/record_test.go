@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
 	"github.com/beam-cloud/containerd-clip/tests/internal/images"
 )
@@ -124,6 +125,9 @@ func TestRecordedStart(t *testing.T) {
 	list, err := a.Prefetch()
 	require.NoError(t, err)
 	require.NotEmpty(t, list.Spans)
+	x, err := a.Layer(list.Spans[0].Layer)
+	require.NoError(t, err)
+	require.Less(t, x.SpanSize, layer.DefaultSpanSize, "the layer is fitted to what is read of it")
 
 	w.stopWorker()
 	w.registry.Misbehave(latency(100 * time.Millisecond)) // so much that what the machine else does matters less

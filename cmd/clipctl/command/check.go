@@ -17,6 +17,7 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/plugin/export"
+	"github.com/beam-cloud/containerd-clip/plugin/index"
 	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
 )
 
@@ -84,11 +85,8 @@ func runCheck(ctx context.Context, g *globals, path, image string, o checkOption
 	return nil
 }
 
-// opener opens a layer's blob.
-type opener func(ctx context.Context, desc ocispec.Descriptor) (io.ReadCloser, error)
-
 // layers returns where an archive's layers come from.
-func (o checkOptions) layers(ctx context.Context, g *globals, a *archive.Archive, image string) (opener, func(), error) {
+func (o checkOptions) layers(ctx context.Context, g *globals, a *archive.Archive, image string) (index.Opener, func(), error) {
 	if image == "" {
 		client := remote.New(remote.Options{ConfigPath: o.hosts})
 		return func(ctx context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {
@@ -127,7 +125,7 @@ type blobReader struct {
 
 // checkLayer compares layer i with its blob and says what it found. An error
 // wraps errFindings if the archive is wrong.
-func checkLayer(ctx context.Context, a *archive.Archive, i int, desc ocispec.Descriptor, open opener) (string, error) {
+func checkLayer(ctx context.Context, a *archive.Archive, i int, desc ocispec.Descriptor, open index.Opener) (string, error) {
 	if reason := a.NotLazy(i); reason != "" {
 		return "not lazy: " + reason, nil
 	}

@@ -515,11 +515,10 @@ func TestPrefetchList(t *testing.T) {
 	doc := record.Document{Layers: diffIDs, Began: time.Unix(5, 7), Touches: []record.Touch{
 		{Layer: 1, Off: 250, Len: 100}, {Layer: 1, Off: 400, Len: 1}, {Layer: 0, Off: 2000, Len: 16384}, {Layer: 1, Off: 0, Len: 600}, {Layer: 0, Off: 0, Len: 1},
 	}}
-	list, err := prefetchList(doc, diffIDs, img)
-	require.NoError(t, err)
+	require.NoError(t, checkRecording(doc, diffIDs, img))
 	require.Equal(t, &archive.Prefetch{Recorded: time.Unix(5, 0), Spans: []archive.SpanRange{
 		{Layer: 1, First: 2, Count: 3}, {Layer: 0, First: 2, Count: 1}, {Layer: 1, First: 0, Count: 2}, {Layer: 1, First: 5, Count: 1}, {Layer: 0, First: 0, Count: 1},
-	}}, list)
+	}}, prefetchList(doc, img))
 
 	for want, spoil := range map[string]func(*record.Document){
 		"other layers":       func(d *record.Document) { d.Layers = diffIDs[:1] },
@@ -530,7 +529,6 @@ func TestPrefetchList(t *testing.T) {
 	} {
 		bad := doc
 		spoil(&bad)
-		_, err := prefetchList(bad, diffIDs, img)
-		require.ErrorContains(t, err, want)
+		require.ErrorContains(t, checkRecording(bad, diffIDs, img), want)
 	}
 }

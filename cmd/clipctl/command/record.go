@@ -24,6 +24,8 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/archive/inflate"
+	"github.com/beam-cloud/containerd-clip/plugin/index"
 	"github.com/beam-cloud/containerd-clip/plugin/publish"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 	"github.com/beam-cloud/containerd-clip/snapshotter/record"
@@ -92,10 +94,14 @@ func runRecord(ctx context.Context, g *globals, name string, args []string, o re
 	if err != nil {
 		return err
 	}
-	if img.Prefetch, err = prefetchList(doc, diffIDs, img); err != nil {
+	if err := checkRecording(doc, diffIDs, img); err != nil {
 		return err
 	}
 	warnOfGaps(ctx, doc)
+	if err := fit(ctx, on, a, img, doc, stderr); err != nil {
+		return err
+	}
+	img.Prefetch = prefetchList(doc, img)
 	return writeRecorded(ctx, path, img, o, stdout)
 }
 
@@ -227,20 +233,74 @@ func bestManifest(all []ocispec.Descriptor) (ocispec.Descriptor, error) {
 	}), nil
 }
 
-// prefetchList turns touches into spans, each at its first touch.
-func prefetchList(doc record.Document, diffIDs []digest.Digest, img *archive.Image) (*archive.Prefetch, error) {
+// checkRecording checks that doc is of the image that the archive is of.
+func checkRecording(doc record.Document, diffIDs []digest.Digest, img *archive.Image) error {
 	if !slices.Equal(doc.Layers, diffIDs) {
-		return nil, fmt.Errorf("what was recorded is of other layers than the image's: %w", errdefs.ErrInvalidArgument)
+		return fmt.Errorf("what was recorded is of other layers than the image's: %w", errdefs.ErrInvalidArgument)
 	}
 	if len(doc.Touches) == 0 {
-		return nil, fmt.Errorf("nothing of the image was read: %w", errdefs.ErrNotFound)
+		return fmt.Errorf("nothing of the image was read: %w", errdefs.ErrNotFound)
 	}
+	for _, t := range doc.Touches {
+		if t.Layer < 0 || t.Layer >= len(img.Layers) || img.Layers[t.Layer].Index == nil || t.Off < 0 || t.Len < 1 {
+			return fmt.Errorf("what was recorded names layer %d, which cannot be read lazily: %w", t.Layer, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
+// fit fits img's layer indexes to what was recorded.
+func fit(ctx context.Context, on *stage, a *archive.Archive, img *archive.Image, doc record.Document, stderr io.Writer) error {
+	m, _ := a.Manifest()
+	all := make([]index.Fitting, len(img.Layers))
+	for i, l := range img.Layers {
+		all[i] = index.Fitting{Layer: m.Layers[i], Index: l.Index}
+	}
+	for _, t := range doc.Touches {
+		all[t.Layer].Reads = append(all[t.Layer].Reads, index.Stretch{Off: inflate.Out(t.Off), End: inflate.Out(t.Off + t.Len)})
+	}
+	var todo []index.Fitting
+	var layers []ocispec.Descriptor
+	var places []int
+	for i, f := range all {
+		if f.CanFit() {
+			todo, layers, places = append(todo, f), append(layers, f.Layer), append(places, i)
+		}
+	}
+	fmt.Fprintf(stderr, "reading %d layers once more, to fit the archive to what was read\n", len(todo))
+	progress := newProgress(stderr, layers)
+	fitted, err := index.Fit(ctx, on.blobs(img.StorageRef), todo, progress)
+	progress.close(err)
+	if err != nil {
+		return err
+	}
+	for i, x := range fitted {
+		img.Layers[places[i]].Index = x
+	}
+	return nil
+}
+
+// blobs opens layers of the image in containerd's store, or else in a registry.
+func (s *stage) blobs(ref string) index.Opener {
+	registry := remote.New(remote.Options{ConfigPath: defaultHostsDirs})
+	store := s.image.ContentStore()
+	return func(ctx context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {
+		ra, err := store.ReaderAt(ctx, desc)
+		if err == nil {
+			return blobReader{content.NewReader(ra), ra}, nil
+		}
+		if !errdefs.IsNotFound(err) {
+			return nil, err
+		}
+		return registry.Open(ctx, []string{s.image.Name(), ref}, desc.Digest, 0, desc.Size)
+	}
+}
+
+// prefetchList turns touches into spans, each at its first touch.
+func prefetchList(doc record.Document, img *archive.Image) *archive.Prefetch {
 	list := &archive.Prefetch{Recorded: doc.Began.Truncate(time.Second)}
 	seen := map[archive.SpanRange]bool{}
 	for _, t := range doc.Touches {
-		if t.Layer < 0 || t.Layer >= len(img.Layers) || img.Layers[t.Layer].Index == nil || t.Off < 0 || t.Len < 1 {
-			return nil, fmt.Errorf("what was recorded names layer %d, which cannot be read lazily: %w", t.Layer, errdefs.ErrInvalidArgument)
-		}
 		x := img.Layers[t.Layer].Index
 		size := int64(x.SpanSize)
 		for span := t.Off / size; span*size < min(t.Off+t.Len, int64(x.OutSize)); span++ {
@@ -256,7 +316,7 @@ func prefetchList(doc record.Document, diffIDs []digest.Digest, img *archive.Ima
 			list.Spans = append(list.Spans, one)
 		}
 	}
-	return list, nil
+	return list
 }
 
 // warnOfGaps says what the recording cannot know.

@@ -63,6 +63,7 @@ func run(ctx context.Context, rounds int, only, file string) (err error) {
 	}{
 		{"pull", w.pulls},
 		{"start", w.starts},
+		{"recorded", w.recorded},
 		{"warm", w.warm},
 		{"memory", w.memory},
 	} {
