@@ -383,7 +383,7 @@ func FuzzSources(f *testing.F) {
 // differently, as a newer archive may: nobody reads by both, and after a restart
 // the layer is fetched by the new one.
 func TestMendedWithOtherSpans(t *testing.T) {
-	dir, stream := t.TempDir(), testTar(t, 20)
+	dir, stream := t.TempDir(), testTar(t, crashFiles)
 	blob := gzipped(t, stream)
 	src := &blobs{blob: blob}
 	x := build(t, blob)
