@@ -36,8 +36,9 @@ type chain struct {
 
 // prepareLazy commits a lazy snapshot for target, or says why it cannot.
 func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, target discover.Target, labels map[string]string) error {
-	if s.noLazy != nil {
-		return fmt.Errorf("this machine cannot mount lazy roots: %w", s.noLazy)
+	can, err := s.able.now(ctx)
+	if err != nil {
+		return fmt.Errorf("this machine cannot mount lazy roots: %w", err)
 	}
 	name := lazyName(target.ChainID, parent)
 	if _, err := s.Stat(ctx, name); err == nil {
@@ -72,7 +73,7 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, targe
 	if top == len(a.DiffIDs())-1 {
 		s.finder.Forget(target.Image) // nothing more will be asked of it
 		s.fetchList(ctx, a, target.Image.Ref)
-		s.buildAhead(ctx, id, c)
+		s.buildAhead(ctx, id, c, can.Mode)
 		s.fill(ctx, c)
 	}
 	return nil

@@ -213,9 +213,9 @@ func (s *Snapshotter) lowers(ctx context.Context, snap storage.Snapshot, ids idm
 		if !whole {
 			continue
 		}
-		if !ids.empty() && s.can.Remap != nil {
+		if can, _ := s.able.known(); !ids.empty() && can.Remap != nil {
 			return nil, fmt.Errorf("this machine cannot run lazy images with user namespaces; without the capability remap-ids of the clip "+
-				"snapshotter in its configuration, containerd makes a copy with other owners: %w: %w", errdefs.ErrFailedPrecondition, s.can.Remap)
+				"snapshotter in its configuration, containerd makes a copy with other owners: %w: %w", errdefs.ErrFailedPrecondition, can.Remap)
 		}
 		break
 	}

@@ -30,6 +30,13 @@ type Ability struct {
 	Remap error
 }
 
+// ErrFull is returned when the disk is too full to find out what the machine
+// can do; it may be tried again.
+var ErrFull = errors.New("the disk is full: make room and try again")
+
+// full says that there is no room on a disk.
+func full(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
+
 // Choose returns the first way of mounting roots below dir, in an empty
 // directory of dir that is removed again, that can do everything, or else the
 // first that works at all. want restricts the choice to one way. An error says
@@ -45,6 +52,9 @@ func Choose(ctx context.Context, want Mode, dir string, files *layerfs.FS, h Hel
 	)
 	for _, m := range modes {
 		can, err := Probe(ctx, m, dir, files, h)
+		if full(err) {
+			return Ability{}, fmt.Errorf("%s: %w: %w", dir, ErrFull, err)
+		}
 		if err != nil {
 			log.G(ctx).WithError(err).WithField("mode", m).Debug("a way to mount roots does not work here")
 			errs = append(errs, fmt.Errorf("mode %s: %w", m, err))
@@ -125,7 +135,11 @@ func try(dir, lower string) (Ability, error) {
 	if err := checkProbe(lower, 0); err != nil {
 		return Ability{}, err
 	}
-	return Ability{Nested: probeNested(dir, lower), Remap: probeRemap(dir, lower)}, nil
+	can := Ability{Nested: probeNested(dir, lower), Remap: probeRemap(dir, lower)}
+	if err := errors.Join(can.Nested, can.Remap); full(err) {
+		return Ability{}, err
+	}
+	return can, nil
 }
 
 const probeName = "probe"

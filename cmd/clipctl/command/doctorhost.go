@@ -87,7 +87,11 @@ func (d *doctor) kernel(ctx context.Context, st *control.Status) {
 			d.add(unknown, "kernel", "trying it needs root", "run clipctl doctor as root")
 			return
 		}
-		can = control.Daemon{Mode: string(ability.Mode), NotLazy: message(err), Nested: message(ability.Nested), Remap: message(ability.Remap)}
+		can = control.Daemon{Mode: string(ability.Mode), NotLazy: message(err), Full: errors.Is(err, root.ErrFull), Nested: message(ability.Nested), Remap: message(ability.Remap)}
+	}
+	if can.Full {
+		d.add(failure, "kernel", "no lazy root can be mounted: "+can.NotLazy, "make room on the disk of the daemon's root; the daemon then goes on by itself")
+		return
 	}
 	if can.NotLazy != "" {
 		d.add(failure, "kernel", "this machine cannot mount lazy roots: "+can.NotLazy, "use Linux 6.12 or newer with EROFS, FUSE and overlayfs, and a state directory on a real file system")
