@@ -129,7 +129,7 @@ func (s *Snapshotter) setOwner(ctx context.Context, snap storage.Snapshot, ids i
 // lower returns the directory that stands for the committed snapshot id in the
 // stack of snap, and whether it holds all below it as well.
 func (s *Snapshotter) lower(ctx context.Context, snap storage.Snapshot, id string) (dir string, whole bool, err error) {
-	chain, err := s.chain(id)
+	chain, err := s.chainNeeded(ctx, id)
 	if errdefs.IsNotFound(err) {
 		return s.upper(id), false, nil
 	}

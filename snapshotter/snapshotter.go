@@ -109,6 +109,8 @@ type Snapshotter struct {
 
 	mounted refs // the lazy snapshots whose roots are mounted, and their layers
 
+	mending sync.Mutex // serialises chainNeeded's repairs
+
 	prepared *prometheus.CounterVec
 
 	mergedMu sync.Mutex // guards merged
@@ -147,6 +149,9 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if s.layers, err = cache.Open(ctx, cache.Options{
 		Dir: filepath.Join(s.dir, "layers"), Fetch: client, MaxSize: opts.CacheSize, InUse: s.mounted.used,
 	}); err != nil {
+		return nil, err
+	}
+	if err := s.mendChains(ctx); err != nil {
 		return nil, err
 	}
 	// Readers wait for this; nothing may look into a root before it.

@@ -290,7 +290,7 @@ func TestUsage(t *testing.T) {
 	requireRead(t, mounts)
 	requireComplete(t, sn, img) // from now on nothing changes
 	// Another chain with the same topmost layer.
-	other := chain{ChainID: digest.FromString("other"), Layers: img.DiffIDs[1:], Image: ref}
+	other := chain{ChainID: img.DiffIDs[1], Layers: img.DiffIDs[1:], Image: ref}
 	sn.gate.RLock()
 	_, err = sn.commitLazy(t.Context(), "extract", "other", "", other, nil)
 	sn.gate.RUnlock()

@@ -87,6 +87,8 @@ func (s *Snapshotter) describeSnapshots(ctx context.Context) ([]control.Snapshot
 				if snap.DiffID == "" {
 					snap.DiffID = c.Layers[len(c.Layers)-1]
 				}
+			} else if errdefs.IsDataLoss(err) {
+				snap.NotLazy = err.Error()
 			} else if !errdefs.IsNotFound(err) {
 				return err
 			}
