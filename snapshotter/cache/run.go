@@ -153,6 +153,7 @@ func (l *Layer) bring(ctx context.Context, x *layer.Index, r *run) (err error) {
 		l.note(x, r, from, Fetch{Reason: reason, Began: began, Took: time.Since(began), Err: err})
 		l.store.metrics.requests.WithLabelValues(reason, outcome(err)).Inc()
 		if err == nil || errors.Is(err, ErrFull) {
+			l.succeeded(began)
 			return err
 		}
 		if ctx.Err() != nil {
