@@ -359,6 +359,12 @@ func (f *Finder) inspect(ctx context.Context, path string) localFile {
 	return file
 }
 
+// Usable returns an error if a Finder would ignore the file at path.
+func Usable(path string) error {
+	_, err := imageOf(path)
+	return err
+}
+
 // imageOf returns what the archive at path says it is of. Only one that CLIP
 // wrote may not know its manifest, or one from a newer program, which is told
 // by unusable beside the error.

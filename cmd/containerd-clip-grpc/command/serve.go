@@ -215,10 +215,9 @@ func (c Config) newServer(sn *snapshotter.Snapshotter, keys *cri.Keychain) (serv
 	return server, release, nil
 }
 
-// openKeychain opens the keychain beside the socket at address: in memory, as a
-// rule, and for root alone.
+// openKeychain opens the keychain of the daemon at address.
 func openKeychain(ctx context.Context, address string) *cri.Keychain {
-	keys, err := cri.OpenKeychain(filepath.Join(filepath.Dir(address), "credentials.json"))
+	keys, err := cri.OpenKeychain(cri.KeychainPath(address))
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("going on without the credentials of earlier pulls")
 	}
