@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	"github.com/containerd/containerd/v2/pkg/tracing"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -56,7 +57,7 @@ func (s *Snapshotter) root(id string, c chain) root.Root {
 
 // mountRoot makes sure that the root of the lazy snapshot id is mounted and
 // returns the directory that is the container's root.
-func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (string, error) {
+func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (_ string, err error) {
 	st := s.roots.get(id)
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -64,6 +65,8 @@ func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (string
 	if st.mounted {
 		return r.Path(), nil
 	}
+	ctx, span := tracing.StartSpan(ctx, "clip.mount", tracing.WithAttribute("image", c.Image))
+	defer func() { span.SetStatus(err); span.End() }()
 	can, err := s.able.now(ctx)
 	if err != nil {
 		return "", fmt.Errorf("image %s was pulled lazily, but this machine can no longer mount it: %w", c.Image, err)

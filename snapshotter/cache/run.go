@@ -248,6 +248,7 @@ func (l *Layer) note(x *layer.Index, r *run, from int, f Fetch) {
 	f.Host = l.host
 	l.mu.Unlock()
 	l.store.fetches.add(f)
+	f.trace(l.store.life)
 }
 
 // outcome is what a metric calls the end of a request.

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes"
+	"github.com/containerd/containerd/v2/pkg/tracing"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -138,6 +139,8 @@ func (f *Finder) Find(ctx context.Context, image Image) (a *archive.Archive, rel
 	if err := image.Manifest.Validate(); err != nil {
 		return nil, nil, fmt.Errorf("manifest digest %q: %w", image.Manifest, errdefs.ErrInvalidArgument)
 	}
+	ctx, span := tracing.StartSpan(ctx, "clip.find", tracing.WithAttribute("image", image.Ref))
+	defer func() { span.SetStatus(err); span.End() }()
 	f.mu.Lock()
 	r := f.known[image]
 	if r == nil {

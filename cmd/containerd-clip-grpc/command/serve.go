@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
+	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
@@ -120,6 +121,11 @@ func serve(ctx context.Context, c Config) (err error) {
 	if err := c.setLog(); err != nil {
 		return err
 	}
+	untraced, err := startTracing(ctx)
+	if err != nil {
+		return err
+	}
+	defer untraced()
 	unlock, err := lockRoot(c.Root)
 	if err != nil {
 		return err
@@ -198,6 +204,9 @@ func (c Config) newServer(sn *snapshotter.Snapshotter, keys *cri.Keychain) (serv
 	options := []grpc.ServerOption{
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
 		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
+	}
+	if tracing() {
+		options = append(options, grpc.StatsHandler(otelgrpc.NewServerHandler()))
 	}
 	release = func() {}
 	if c.CRI.Containerd != "" {
