@@ -369,8 +369,8 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 		return nil, err
 	}
 	s.prepared.WithLabelValues(asOrdinary).Inc()
-	log.G(ctx).WithField("image", target.Image.Ref).WithField("chainID", target.ChainID).
-		Infof("unpacking the layer instead of reading it lazily: %v", err)
+	log.G(ctx).WithError(err).WithField("image", target.Image.Ref).WithField("chainID", target.ChainID).
+		Info("unpacking the layer instead of reading it lazily")
 	return s.create(ctx, snapshots.KindActive, key, parent, append(opts, snapshots.WithLabels(map[string]string{
 		discover.LabelNotLazy: shorten(err.Error()),
 	})))
