@@ -36,9 +36,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MaxRead is the largest read that the kernel asks for at once, in bytes. It
+// maxRead is the largest read that the kernel asks for at once, in bytes. It
 // also reads ahead that far.
-const MaxRead = 1 << 20
+const maxRead = 1 << 20
 
 // Forever is how many seconds the kernel may keep what it is told of
 // something that never changes. It counts in jiffies, hence not the largest
@@ -149,7 +149,7 @@ func Mount(ctx context.Context, fs fuse.RawFileSystem, o Options) (*Conn, error)
 }
 
 func newConn(ctx context.Context, fs fuse.RawFileSystem, o Options, k kept) *Conn {
-	o.Protocol.MaxWrite = MaxRead // go-fuse derives the largest read from it
+	o.Protocol.MaxWrite = maxRead // go-fuse derives the largest read from it
 	o.Protocol.MaxBackground = maxBackground
 	o.Protocol.ExtraCapabilities |= fuse.CAP_HAS_RESEND
 	c := &Conn{
@@ -370,12 +370,12 @@ func errorReply(in, out []byte, status fuse.Status) int {
 // replyBuffer returns a buffer for the largest reply, aligned so that the
 // payload behind the header starts at a page boundary.
 func replyBuffer() []byte {
-	b := make([]byte, MaxRead+2*pageSize)
+	b := make([]byte, maxRead+2*pageSize)
 	skip := pageSize - outHeaderSize - int(uintptr(unsafe.Pointer(&b[0]))%pageSize)
 	if skip < 0 {
 		skip += pageSize
 	}
-	return b[skip : skip+outHeaderSize+MaxRead]
+	return b[skip : skip+outHeaderSize+maxRead]
 }
 
 // Filled is a read's answer that already lies in the buffer that was given.

@@ -46,7 +46,7 @@ func TestRefusedOptions(t *testing.T) {
 func TestReplyBuffer(t *testing.T) {
 	for range 10 {
 		b := replyBuffer()
-		require.Len(t, b, outHeaderSize+MaxRead)
+		require.Len(t, b, outHeaderSize+maxRead)
 		require.Zero(t, uintptr(unsafe.Pointer(&b[outHeaderSize]))%pageSize)
 	}
 }

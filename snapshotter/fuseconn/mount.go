@@ -10,7 +10,7 @@ import (
 
 // readAheadKB is what the kernel reads ahead in a file. The value that FUSE
 // negotiates ends at 128 KiB, which costs a round trip per 128 KiB.
-const readAheadKB = MaxRead >> 10
+const readAheadKB = maxRead >> 10
 
 // mountDetached mounts a FUSE file system for the connection fd and returns a
 // descriptor of the mount. It is in no mount namespace and ends with the last
@@ -23,7 +23,7 @@ func mountDetached(fd int, o Options) (int, error) {
 	defer unix.Close(fsfd)
 	for _, s := range [][2]string{
 		{"source", o.Source}, {"subtype", "clip"}, {"fd", strconv.Itoa(fd)},
-		{"rootmode", "40000"}, {"user_id", "0"}, {"group_id", "0"}, {"max_read", strconv.Itoa(MaxRead)},
+		{"rootmode", "40000"}, {"user_id", "0"}, {"group_id", "0"}, {"max_read", strconv.Itoa(maxRead)},
 	} {
 		if err := unix.FsconfigSetString(fsfd, s[0], s[1]); err != nil {
 			return -1, fmt.Errorf("mounting FUSE: option %s: %w", s[0], err)

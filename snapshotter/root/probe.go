@@ -51,7 +51,7 @@ func Choose(ctx context.Context, want Mode, dir string, files *layerfs.FS, h Hel
 		errs   []error
 	)
 	for _, m := range modes {
-		can, err := Probe(ctx, m, dir, files, h)
+		can, err := probe(ctx, m, dir, files, h)
 		if full(err) {
 			return Ability{}, fmt.Errorf("%s: %w: %w", dir, ErrFull, err)
 		}
@@ -73,7 +73,7 @@ func Choose(ctx context.Context, want Mode, dir string, files *layerfs.FS, h Hel
 	return chosen, nil
 }
 
-// probeBlock is the whole content of the layer that Probe mounts.
+// probeBlock is the whole content of the layer that probe mounts.
 var probeBlock = bytes.Repeat([]byte("clip"), 128)
 
 // probeFile is a layer file that lies in memory.
@@ -83,9 +83,9 @@ func (p probeFile) ReadAt(_ context.Context, b []byte, off int64) (int, error) {
 	return p.Reader.ReadAt(b, off)
 }
 
-// Probe mounts a root of one file, whose content comes from files, below dir
+// probe mounts a root of one file, whose content comes from files, below dir
 // and tries it. An error says what this machine cannot do. Nothing stays.
-func Probe(ctx context.Context, m Mode, dir string, files *layerfs.FS, h Helper) (can Ability, err error) {
+func probe(ctx context.Context, m Mode, dir string, files *layerfs.FS, h Helper) (can Ability, err error) {
 	id := digest.FromBytes(probeBlock)
 	if err := files.Add(id, newProbeFile()); err != nil {
 		return can, err

@@ -56,7 +56,7 @@ func New() *cobra.Command {
 			return serve(cmd.Context(), c)
 		},
 	}
-	cmd.PersistentFlags().StringVar(&f.config, "config", "", "configuration file (default "+DefaultConfigPath+" if it exists)")
+	cmd.PersistentFlags().StringVar(&f.config, "config", "", "configuration file (default "+defaultConfigPath+" if it exists)")
 	cmd.PersistentFlags().StringVar(&f.root, "root", "", "directory of all state")
 	cmd.PersistentFlags().StringVar(&f.address, "address", "", "socket to listen on")
 	cmd.PersistentFlags().StringVar(&f.logLevel, "log-level", "", "trace, debug, info, warn or error")
@@ -92,16 +92,16 @@ func innerCommands() []*cobra.Command {
 
 // load reads the configuration and applies the flags.
 func (f flags) load() (Config, error) {
-	c := DefaultConfig()
+	c := defaultConfig()
 	path := f.config
 	if path == "" {
-		if _, err := os.Stat(DefaultConfigPath); err == nil {
-			path = DefaultConfigPath
+		if _, err := os.Stat(defaultConfigPath); err == nil {
+			path = defaultConfigPath
 		}
 	}
 	if path != "" {
 		var err error
-		if c, err = LoadConfig(path); err != nil {
+		if c, err = loadConfig(path); err != nil {
 			return c, err
 		}
 	}
