@@ -76,7 +76,7 @@ func Load(ctx context.Context, client *containerd.Client, snapshotter, path, nam
 		return Loaded{}, fmt.Errorf("image %s: %w", name, err)
 	}
 	target := ocispec.Descriptor{MediaType: info.Descriptor.MediaType, Digest: info.Descriptor.Digest, Size: info.Descriptor.Size}
-	return Loaded{Name: name, Target: target, Layers: len(manifest.Layers)}, writeImage(ctx, client.ImageService(), name, target)
+	return Loaded{Name: name, Target: target, Layers: len(manifest.Layers)}, SetImage(ctx, client.ImageService(), name, target)
 }
 
 // offer puts a copy of the archive where the snapshotter looks for archives,
@@ -183,7 +183,8 @@ func writeBlob(ctx context.Context, store content.Store, desc ocispec.Descriptor
 	return err
 }
 
-func writeImage(ctx context.Context, store images.Store, name string, target ocispec.Descriptor) error {
+// SetImage has an image's name stand for target, whatever it stood for before.
+func SetImage(ctx context.Context, store images.Store, name string, target ocispec.Descriptor) error {
 	image := images.Image{Name: name, Target: target}
 	_, err := store.Create(ctx, image)
 	if errdefs.IsAlreadyExists(err) {
