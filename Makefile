@@ -106,14 +106,22 @@ man: ## manual pages in bin/man
 	rm -rf $(BIN)/man
 	$(GO) run ./cmd/internal/man $(BIN)/man
 
-install: build install-files ## binaries, manual pages, completion, systemd's unit, containerd's settings, below $(DESTDIR)$(PREFIX)
+install: build install-files ## binaries, manual pages, shell completion, systemd's unit, containerd's settings, below $(DESTDIR)$(PREFIX)
+
+# Where the shells look, below share. Debian's packages have a place of their own for zsh.
+BASH_COMPLETION := bash-completion/completions/clipctl
+ZSH_COMPLETION  ?= zsh/site-functions/_clipctl
+FISH_COMPLETION := fish/vendor_completions.d/clipctl.fish
 
 # The programs are those in BUILT, which may be for another architecture.
 install-files: man
-	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/man/man8 $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/man/man8
 	install -m 644 $(BIN)/man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1
 	install -m 644 $(BIN)/man/*.8 $(DESTDIR)$(PREFIX)/share/man/man8
-	$(BIN)/clipctl completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/clipctl
+	install -d $(dir $(addprefix $(DESTDIR)$(PREFIX)/share/,$(BASH_COMPLETION) $(ZSH_COMPLETION) $(FISH_COMPLETION)))
+	$(BIN)/clipctl completion bash >$(DESTDIR)$(PREFIX)/share/$(BASH_COMPLETION)
+	$(BIN)/clipctl completion zsh >$(DESTDIR)$(PREFIX)/share/$(ZSH_COMPLETION)
+	$(BIN)/clipctl completion fish >$(DESTDIR)$(PREFIX)/share/$(FISH_COMPLETION)
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/containerd-clip
 	sed 's|/usr/local|$(PREFIX)|' containerd-clip-grpc.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/containerd-clip-grpc.service
 	install -m 755 $(BUILT)/clipctl $(BUILT)/containerd-clip-grpc $(DESTDIR)$(PREFIX)/bin

@@ -24,10 +24,10 @@ type SpanRange struct {
 // End returns the number of the span behind the range.
 func (r SpanRange) End() int { return r.First + r.Count }
 
-// Bounds on a prefetch list. MaxPrefetch ranges are more than any start
+// Bounds on a prefetch list. maxPrefetch ranges are more than any start
 // touches; the longest encoding of one takes maxRangeBytes.
 const (
-	MaxPrefetch   = 1 << 16
+	maxPrefetch   = 1 << 16
 	maxRangeBytes = 3 * binary.MaxVarintLen64
 	maxSpans      = 1 << 30 // of one layer; less than a section of spans can hold
 	maxRecorded   = 1 << 40 // seconds
@@ -66,7 +66,7 @@ func decodePrefetch(b []byte, layers int) (*Prefetch, error) {
 	}
 	p := &Prefetch{Recorded: time.Unix(uint(maxRecorded, "time"), 0).UTC()}
 	// A range takes three bytes at least.
-	n := uint(min(MaxPrefetch, uint64(len(b)/3)), "number of ranges")
+	n := uint(min(maxPrefetch, uint64(len(b)/3)), "number of ranges")
 	ends := map[int]int{}
 	for range n {
 		if layers == 0 {
@@ -110,7 +110,7 @@ func (a *Archive) Prefetch() (*Prefetch, error) {
 	if !a.s.has(kindPrefetch, 0) {
 		return nil, nil
 	}
-	raw, err := a.s.read(kindPrefetch, 0, MaxPrefetch*maxRangeBytes)
+	raw, err := a.s.read(kindPrefetch, 0, maxPrefetch*maxRangeBytes)
 	if err != nil {
 		return nil, err
 	}
@@ -142,8 +142,8 @@ func (img *Image) validatePrefetch() error {
 	if img.Prefetch == nil {
 		return nil
 	}
-	if len(img.Prefetch.Spans) > MaxPrefetch {
-		return fmt.Errorf("the prefetch list has %d ranges, more than %d", len(img.Prefetch.Spans), MaxPrefetch)
+	if len(img.Prefetch.Spans) > maxPrefetch {
+		return fmt.Errorf("the prefetch list has %d ranges, more than %d", len(img.Prefetch.Spans), maxPrefetch)
 	}
 	seen := map[SpanRange]bool{}
 	for _, r := range img.Prefetch.Spans {

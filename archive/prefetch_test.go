@@ -67,7 +67,7 @@ func TestPrefetchInvalid(t *testing.T) {
 		{"[1000, 1001)", []SpanRange{{0, 1000, 1}}},
 		{"spans", []SpanRange{{2, 1, math.MaxInt}}},
 		{"span 6 of layer 2 twice", []SpanRange{{2, 5, 3}, {2, 6, 1}}},
-		{"65537 ranges", make([]SpanRange, MaxPrefetch+1)},
+		{"65537 ranges", make([]SpanRange, maxPrefetch+1)},
 	} {
 		img := newImage(t, testStreams(t)...)
 		img.Prefetch = &Prefetch{Spans: c.spans}
@@ -98,7 +98,7 @@ func TestDecodePrefetch(t *testing.T) {
 		{"number of ranges", 1, list(0)},
 		{"number of ranges", 1, list(0, 1)},
 		{"number of ranges", 1, list(0, math.MaxUint64, 0, 0, 1)},
-		{"number of ranges", 1, append(list(0, MaxPrefetch+1), make([]byte, 4*MaxPrefetch)...)},
+		{"number of ranges", 1, append(list(0, maxPrefetch+1), make([]byte, 4*maxPrefetch)...)},
 		{"no layers", 0, list(0, 1, 0, 0, 1)},
 		{"a layer that the image does not have", 1, list(0, 1, 1, 0, 1)},
 		{"first span", 1, append(list(0, 1, 0), 0x80, 0x80)},
@@ -124,7 +124,7 @@ func FuzzPrefetch(f *testing.F) {
 			require.ErrorIs(t, err, ErrCorrupt)
 			return
 		}
-		require.LessOrEqual(t, len(p.Spans), MaxPrefetch)
+		require.LessOrEqual(t, len(p.Spans), maxPrefetch)
 		for _, r := range p.Spans {
 			require.True(t, r.Layer >= 0 && r.Layer < layers && r.First >= 0 && r.Count > 0 && r.End() > r.First)
 		}

@@ -36,10 +36,10 @@ type Upstream struct {
 	storage common.ClipStorageInfo
 }
 
-// OpenUpstream reads the header and the storage info in the first size bytes
+// openUpstream reads the header and the storage info in the first size bytes
 // of r. If r is an io.Closer, Close closes it. Errors wrap ErrNotArchive,
 // ErrVersion or ErrCorrupt.
-func OpenUpstream(r io.ReaderAt, size int64) (*Upstream, error) {
+func openUpstream(r io.ReaderAt, size int64) (*Upstream, error) {
 	s := &sections{r: r, size: size}
 	if err := checkMagic(s); err != nil {
 		return nil, err
@@ -66,8 +66,8 @@ func OpenUpstream(r io.ReaderAt, size int64) (*Upstream, error) {
 	return u, nil
 }
 
-// OpenUpstreamFile is OpenUpstream for the file at path. The caller closes it.
-func OpenUpstreamFile(path string) (*Upstream, error) { return openPath(path, OpenUpstream) }
+// OpenUpstreamFile is openUpstream for the file at path. The caller closes it.
+func OpenUpstreamFile(path string) (*Upstream, error) { return openPath(path, openUpstream) }
 
 // Close closes what the archive was opened from.
 func (u *Upstream) Close() error {

@@ -94,7 +94,7 @@ func TestUpstreamKinds(t *testing.T) {
 }
 
 func readUpstream(b []byte) error {
-	u, err := OpenUpstream(bytes.NewReader(b), int64(len(b)))
+	u, err := openUpstream(bytes.NewReader(b), int64(len(b)))
 	if err != nil {
 		return err
 	}

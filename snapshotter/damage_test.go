@@ -5,14 +5,18 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/sirupsen/logrus"
 	"github.com/stretchr/testify/require"
+
+	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 )
 
 // logbook is what was logged.
@@ -107,7 +111,7 @@ func TestDamage(t *testing.T) {
 			mounts, err = sn.Mounts(ctx, "container")
 			require.NoError(t, err)
 			requireRead(t, mounts)
-			require.NotContains(t, book.String(), "level=error", "it is as if nothing had been")
+			require.NotContains(t, book.String(), "level=error", "it is as if nothing had been: %s", book)
 			require.NoError(t, sn.Remove(t.Context(), "container"))
 		})
 	}
@@ -150,26 +154,105 @@ func damageFiles(t *testing.T, pattern string, damage func(string) error) {
 	}
 }
 
-// TestChainDamaged has a lazy snapshot that no longer knows its layers. The others work.
+// TestChainDamaged has lazy snapshots that no longer know their layers: they are told again, the archive being asked
+// only where nothing on the machine knows. The others work.
 func TestChainDamaged(t *testing.T) {
+	write := func(content string) func(string) error {
+		return func(path string) error { return os.WriteFile(path, []byte(content), 0o600) }
+	}
+	swap := func(path string) error {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(path, bytes.Replace(b, []byte(`sha256:`), []byte(`sha256:00`), 1), 0o600)
+	}
+	for name, c := range map[string]struct {
+		files  string // patterns
+		damage func(string) error
+	}{
+		"top":             {"snapshots/2/chain", write("{")},
+		"top altered":     {"snapshots/2/chain", swap},
+		"top removed":     {"snapshots/2/chain", os.Remove},
+		"bottom":          {"snapshots/1/chain", write("")},
+		"both":            {"snapshots/*/chain", write("{}")},
+		"both removed":    {"snapshots/*/chain", os.Remove},
+		"and the layer":   {"snapshots/2/chain layers/*", os.RemoveAll},
+		"and the layers":  {"snapshots/*/chain layers/*", os.RemoveAll},
+		"and the indexes": {"snapshots/*/chain layers/*/spans", os.Remove},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			img, ref := lazyImage(t, dir)
+			sn := open(t, dir)
+			mounts, err := sn.Prepare(t.Context(), "container", pull(t, sn, img, ref))
+			require.NoError(t, err)
+			requireRead(t, mounts)
+			ordinary, err := sn.Prepare(t.Context(), "ordinary", "")
+			require.NoError(t, err)
+			require.NoError(t, sn.Close())
+			for _, files := range strings.Fields(c.files) {
+				damageFiles(t, filepath.Join(dir, files), c.damage)
+			}
+
+			ctx, sn, book := openLogged(t, dir)
+			again, err := sn.Mounts(t.Context(), "ordinary")
+			require.NoError(t, err)
+			require.Equal(t, ordinary, again)
+			_, err = sn.Status(ctx)
+			require.NoError(t, err)
+			mounts, err = sn.Mounts(ctx, "container")
+			require.NoError(t, err)
+			requireRead(t, mounts)
+			require.Contains(t, book.String(), "damaged on disk and is written anew")
+			require.NoError(t, sn.Close())
+			require.NoError(t, open(t, dir).Close(), "the lower snapshot is told from the upper one")
+
+			ctx, sn, book = openLogged(t, dir)
+			mounts, err = sn.Mounts(ctx, "container")
+			require.NoError(t, err)
+			requireRead(t, mounts)
+			require.NoError(t, sn.Remove(ctx, "container"))
+			require.NotContains(t, book.String(), "level=error", "it is as if nothing had been: %s", book)
+		})
+	}
+}
+
+// TestChainLost has nothing left that knows the layers.
+func TestChainLost(t *testing.T) {
 	dir := t.TempDir()
-	img, ref := lazyImage(t, dir)
+	img, ref, away := lazyImageAt(t, dir)
 	sn := open(t, dir)
 	top := pull(t, sn, img, ref)
-	ordinary, err := sn.Prepare(t.Context(), "ordinary", "")
-	require.NoError(t, err)
 	require.NoError(t, sn.Close())
-	require.NoError(t, os.WriteFile(filepath.Join(dir, "snapshots", "2", "chain"), []byte("{"), 0o600))
+	away()
+	for _, files := range []string{"snapshots/*/chain", "layers/*", "archives/*"} {
+		damageFiles(t, filepath.Join(dir, files), os.RemoveAll)
+	}
 
-	_, sn, book := openLogged(t, dir)
-	require.Contains(t, book.String(), "remove and pull its image again")
-	_, err = sn.Prepare(t.Context(), "container", top)
+	ctx, sn, book := openLogged(t, dir)
+	require.Contains(t, book.String(), "a lazy snapshot is damaged on disk")
+	_, err := sn.Prepare(ctx, "container", top)
 	require.ErrorIs(t, err, errdefs.ErrDataLoss)
-	again, err := sn.Mounts(t.Context(), "ordinary")
+	require.ErrorContains(t, err, "archive cannot be fetched again")
+	require.ErrorContains(t, err, "remove the image and pull it again")
+	status, err := sn.Status(ctx)
 	require.NoError(t, err)
-	require.Equal(t, ordinary, again)
-	require.NoError(t, sn.Remove(t.Context(), top))
-	mounts, err := sn.Prepare(t.Context(), "container", pull(t, sn, img, ref))
+	require.Contains(t, status.Snapshots[0].NotLazy, "does not name the layers")
+	info, err := sn.Stat(ctx, top)
+	require.NoError(t, err)
+	require.NoError(t, sn.Remove(ctx, top))
+	require.NoError(t, sn.Remove(ctx, info.Parent))
+	require.NoError(t, os.MkdirAll(filepath.Join(dir, "archives"), 0o700))
+	ref, _ = publishImage(t, dir, img)
+	require.Eventually(t, func() bool { // archives that come later are seen, but not at once
+		_, release, err := sn.finder.Find(ctx, discover.Image{Ref: ref, Manifest: img.Descriptor.Digest})
+		if err == nil {
+			release()
+		}
+		return err == nil
+	}, 20*time.Second, 50*time.Millisecond)
+	mounts, err := sn.Prepare(ctx, "container", pull(t, sn, img, ref))
 	require.NoError(t, err)
 	requireRead(t, mounts)
 }

@@ -130,7 +130,7 @@ func TestUserNamespaceThatCannotBe(t *testing.T) {
 	img, ref := lazyImage(t, dir)
 	sn := open(t, dir)
 	top := pull(t, sn, img, ref)
-	sn.can.Remap = errors.New("not on this machine")
+	sn.able.can.Remap = errors.New("not on this machine")
 	_, err := sn.Prepare(t.Context(), "container", top, mapped)
 	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
 	require.ErrorContains(t, err, "not on this machine")

@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 
 	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
@@ -36,8 +37,9 @@ type chain struct {
 
 // prepareLazy commits a lazy snapshot for target, or says why it cannot.
 func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, target discover.Target, labels map[string]string) error {
-	if s.noLazy != nil {
-		return fmt.Errorf("this machine cannot mount lazy roots: %w", s.noLazy)
+	can, err := s.able.now(ctx)
+	if err != nil {
+		return fmt.Errorf("this machine cannot mount lazy roots: %w", err)
 	}
 	name := lazyName(target.ChainID, parent)
 	if _, err := s.Stat(ctx, name); err == nil {
@@ -72,7 +74,7 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, targe
 	if top == len(a.DiffIDs())-1 {
 		s.finder.Forget(target.Image) // nothing more will be asked of it
 		s.fetchList(ctx, a, target.Image.Ref)
-		s.buildAhead(ctx, id, c)
+		s.buildAhead(ctx, id, c, can.Mode)
 		s.fill(ctx, c)
 	}
 	return nil
@@ -282,8 +284,8 @@ func (s *Snapshotter) chain(id string) (c chain, err error) {
 	if err := json.Unmarshal(raw, &c); err != nil {
 		return c, fmt.Errorf("what is kept of snapshot %s: %w: %w", id, err, errdefs.ErrDataLoss)
 	}
-	if len(c.Layers) == 0 {
-		return c, fmt.Errorf("what is kept of snapshot %s names no layers: %w", id, errdefs.ErrDataLoss)
+	if len(c.Layers) == 0 || identity.ChainID(c.Layers) != c.ChainID {
+		return c, fmt.Errorf("what is kept of snapshot %s does not name the layers of %q: %w", id, c.ChainID, errdefs.ErrDataLoss)
 	}
 	return c, nil
 }
@@ -301,7 +303,7 @@ func (s *Snapshotter) chains(ctx context.Context) (map[string]chain, error) {
 			continue
 		}
 		if errdefs.IsDataLoss(err) {
-			log.G(ctx).WithError(err).Error("a lazy snapshot is damaged on disk; end its containers, and remove and pull its image again")
+			log.G(ctx).WithError(err).Error("a lazy snapshot is damaged on disk; its image's archive is asked for what is lost when a container needs it")
 			continue
 		}
 		if err != nil {
@@ -376,8 +378,7 @@ func (r *refs) oldestOn(top digest.Digest) (oldest string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for id, layers := range r.layers {
-		// Ids are numbers that only grow.
-		if layers[len(layers)-1] == top && (oldest == "" || len(id) < len(oldest) || len(id) == len(oldest) && id < oldest) {
+		if layers[len(layers)-1] == top && (oldest == "" || older(id, oldest) < 0) {
 			oldest = id
 		}
 	}

@@ -7,12 +7,12 @@ import (
 	"path/filepath"
 	"sync"
 
+	"github.com/containerd/containerd/v2/pkg/tracing"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/beam-cloud/containerd-clip/archive/layer"
-	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
 	"github.com/beam-cloud/containerd-clip/snapshotter/record"
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
@@ -57,7 +57,7 @@ func (s *Snapshotter) root(id string, c chain) root.Root {
 
 // mountRoot makes sure that the root of the lazy snapshot id is mounted and
 // returns the directory that is the container's root.
-func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (string, error) {
+func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (_ string, err error) {
 	st := s.roots.get(id)
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -65,22 +65,25 @@ func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (string
 	if st.mounted {
 		return r.Path(), nil
 	}
-	if s.noLazy != nil {
-		return "", fmt.Errorf("image %s was pulled lazily, but this machine can no longer mount it: %w", c.Image, s.noLazy)
+	ctx, span := tracing.StartSpan(ctx, "clip.mount", tracing.WithAttribute("image", c.Image))
+	defer func() { span.SetStatus(err); span.End() }()
+	can, err := s.able.now(ctx)
+	if err != nil {
+		return "", fmt.Errorf("image %s was pulled lazily, but this machine can no longer mount it: %w", c.Image, err)
 	}
-	if err := s.repaired(ctx, c, func() error { return s.mountShared(ctx, r, c) }); err != nil {
+	if err := s.repaired(ctx, c, func() error { return s.mountShared(ctx, r, c, can.Mode) }); err != nil {
 		return "", fmt.Errorf("root of image %s: %w", c.Image, err)
 	}
-	st.mounted, st.mode = true, s.can.Mode
+	st.mounted, st.mode = true, can.Mode
 	s.mounted.add(id, c.Layers)
 	return r.Path(), nil
 }
 
 // mountShared mounts the root r that all containers of an image share.
-func (s *Snapshotter) mountShared(ctx context.Context, r root.Root, c chain) error {
+func (s *Snapshotter) mountShared(ctx context.Context, r root.Root, c chain, mode root.Mode) error {
 	start := record.Document{Image: c.Image, ChainID: c.ChainID, Layers: c.Layers}
 	for i, diffID := range c.Layers {
-		l, seen, release, err := s.layerOf(diffID)
+		l, seen, release, err := s.layerOf(diffID, mode)
 		if err != nil {
 			return err
 		}
@@ -92,21 +95,21 @@ func (s *Snapshotter) mountShared(ctx context.Context, r root.Root, c chain) err
 		}
 	}
 	s.recorder.Start(start)
-	return r.Mount(ctx, s.can.Mode)
+	return r.Mount(ctx, mode)
 }
 
 // layerOf decides where a root that is about to be mounted reads a layer: from
 // the layer's own file if all of it is here, so that nothing of ours is in the
 // way, else from one that fetches what is missing. It stays what it is until
 // release is called. seen says whether we are asked for what is read.
-func (s *Snapshotter) layerOf(diffID digest.Digest) (_ root.Layer, seen bool, release func(), err error) {
+func (s *Snapshotter) layerOf(diffID digest.Digest, mode root.Mode) (_ root.Layer, seen bool, release func(), err error) {
 	l, err := s.layers.Layer(diffID)
 	if err != nil {
 		return root.Layer{}, false, nil, err
 	}
 	stream := s.recorder.Stream(diffID, l)
 	path, release, err := s.layers.Device(diffID)
-	seen = s.can.Mode == root.FUSE
+	seen = mode == root.FUSE
 	if errdefs.IsNotFound(err) {
 		path, release, seen = s.files.Path(diffID), func() {}, true
 		err = s.files.Add(diffID, stream)
@@ -116,7 +119,7 @@ func (s *Snapshotter) layerOf(diffID digest.Digest) (_ root.Layer, seen bool, re
 
 // buildAhead builds the root of an image's top layer while containerd is still
 // pulling, so that the first container finds it ready.
-func (s *Snapshotter) buildAhead(ctx context.Context, id string, c chain) {
+func (s *Snapshotter) buildAhead(ctx context.Context, id string, c chain, mode root.Mode) {
 	ctx = context.WithoutCancel(ctx)
 	s.background.Go(func() {
 		st := s.roots.get(id)
@@ -125,7 +128,7 @@ func (s *Snapshotter) buildAhead(ctx context.Context, id string, c chain) {
 		if _, err := s.chain(id); err != nil {
 			return // removed meanwhile
 		}
-		if err := s.root(id, c).Build(ctx, s.can.Mode); err != nil {
+		if err := s.root(id, c).Build(ctx, mode); err != nil {
 			log.G(ctx).WithError(err).WithField("image", c.Image).Warn("building the root ahead failed; it is tried again when a container needs it")
 		}
 	})
@@ -151,28 +154,11 @@ func (s *Snapshotter) removeRoot(id string) error {
 	return nil
 }
 
-// probe finds out what roots can be on top of the layer file system, which it
-// mounts unless that of an earlier process goes on. What fails here would fail
-// for every image.
-func (s *Snapshotter) probe(ctx context.Context, want root.Mode) (err error) {
+// probe finds out what roots can be on top of the layer file system. What fails
+// here would fail for every image.
+func (s *Snapshotter) probe(ctx context.Context, want root.Mode) (root.Ability, error) {
 	if s.files == nil {
-		if s.files, err = layerfs.New(ctx, s.session); err != nil {
-			return err
-		}
+		return root.Ability{}, s.noFiles
 	}
-	can, err := root.Choose(ctx, want, filepath.Join(s.dir, "roots"), s.files, s.helper)
-	if err != nil {
-		return err
-	}
-	log.G(ctx).WithField("mode", can.Mode).Info("this machine can mount lazy roots")
-	for what, err := range map[string]error{
-		"containers in containers may fail on lazy roots":             can.Nested,
-		"containers with user namespaces cannot run from lazy images": can.Remap,
-	} {
-		if err != nil {
-			log.G(ctx).WithError(err).Warn(what)
-		}
-	}
-	s.can = can
-	return nil
+	return root.Choose(ctx, want, filepath.Join(s.dir, "roots"), s.files, s.helper)
 }

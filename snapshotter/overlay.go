@@ -129,7 +129,7 @@ func (s *Snapshotter) setOwner(ctx context.Context, snap storage.Snapshot, ids i
 // lower returns the directory that stands for the committed snapshot id in the
 // stack of snap, and whether it holds all below it as well.
 func (s *Snapshotter) lower(ctx context.Context, snap storage.Snapshot, id string) (dir string, whole bool, err error) {
-	chain, err := s.chain(id)
+	chain, err := s.chainNeeded(ctx, id)
 	if errdefs.IsNotFound(err) {
 		return s.upper(id), false, nil
 	}
@@ -213,9 +213,9 @@ func (s *Snapshotter) lowers(ctx context.Context, snap storage.Snapshot, ids idm
 		if !whole {
 			continue
 		}
-		if !ids.empty() && s.can.Remap != nil {
+		if can, _ := s.able.known(); !ids.empty() && can.Remap != nil {
 			return nil, fmt.Errorf("this machine cannot run lazy images with user namespaces; without the capability remap-ids of the clip "+
-				"snapshotter in its configuration, containerd makes a copy with other owners: %w: %w", errdefs.ErrFailedPrecondition, s.can.Remap)
+				"snapshotter in its configuration, containerd makes a copy with other owners: %w: %w", errdefs.ErrFailedPrecondition, can.Remap)
 		}
 		break
 	}

@@ -193,18 +193,19 @@ func (s *Snapshotter) mountOwn(ctx context.Context, id string, own *ownRoot, c c
 	if st.mounted {
 		return r.Path(), nil
 	}
-	if s.noLazy != nil {
-		return "", fmt.Errorf("image %s cannot be recorded: this machine cannot mount lazy roots: %w", c.Image, s.noLazy)
+	can, err := s.able.now(ctx)
+	if err != nil {
+		return "", fmt.Errorf("image %s cannot be recorded: this machine cannot mount lazy roots: %w", c.Image, err)
 	}
 	rec, files, layers, err := s.record(ctx, c)
 	if err != nil {
 		return "", fmt.Errorf("root of image %s: %w", c.Image, err)
 	}
 	r.Layers = layers
-	if err := r.Mount(ctx, s.can.Mode); err != nil {
+	if err := r.Mount(ctx, can.Mode); err != nil {
 		return "", fmt.Errorf("root of image %s: %w", c.Image, errors.Join(err, files.Close()))
 	}
-	st.mounted, st.mode = true, s.can.Mode
+	st.mounted, st.mode = true, can.Mode
 	s.mounted.add(id, c.Layers)
 	s.own.mu.Lock()
 	own.rec, own.files = rec, files

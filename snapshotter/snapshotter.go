@@ -90,13 +90,13 @@ type Snapshotter struct {
 	meta     *metadata
 	layers   *cache.Store
 	filler   *fill.Filler
-	files    *layerfs.FS // nil if not even that can be mounted
+	files    *layerfs.FS // nil if not even that can be mounted: noFiles
+	noFiles  error
 	session  *fuseconn.Session
 	helper   root.Helper
-	can      root.Ability
+	able     ability
 	finder   *discover.Finder
 	recorder *record.Recorder
-	noLazy   error // why this machine cannot mount lazy roots
 	started  time.Time
 	prefetch bool // Options.Prefetch
 	roots    roots
@@ -108,6 +108,8 @@ type Snapshotter struct {
 	refs refs
 
 	mounted refs // the lazy snapshots whose roots are mounted, and their layers
+
+	mending sync.Mutex // serialises chainNeeded's repairs
 
 	prepared *prometheus.CounterVec
 
@@ -149,6 +151,9 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	}); err != nil {
 		return nil, err
 	}
+	if err := s.mendChains(ctx); err != nil {
+		return nil, err
+	}
 	// Readers wait for this; nothing may look into a root before it.
 	if err := s.takeOver(ctx); err != nil {
 		return nil, err
@@ -161,9 +166,11 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 		Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher, Sources: opts.Sources,
 		Receive: func() discover.Stream { return s.layers.Receive() }, Known: s.layers.Entries,
 	})
-	if s.noLazy = s.probe(ctx, cmp.Or(opts.Mount, root.Auto)); s.noLazy != nil {
-		log.G(ctx).WithError(s.noLazy).Warn("this machine cannot mount lazy roots; all images are unpacked")
+	if s.files == nil {
+		s.files, s.noFiles = layerfs.New(ctx, s.session)
 	}
+	s.able.try = func(ctx context.Context) (root.Ability, error) { return s.probe(ctx, cmp.Or(opts.Mount, root.Auto)) }
+	s.able.find(ctx)
 	return s, s.restore(ctx)
 }
 
@@ -362,8 +369,8 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 		return nil, err
 	}
 	s.prepared.WithLabelValues(asOrdinary).Inc()
-	log.G(ctx).WithField("image", target.Image.Ref).WithField("chainID", target.ChainID).
-		Infof("unpacking the layer instead of reading it lazily: %v", err)
+	log.G(ctx).WithError(err).WithField("image", target.Image.Ref).WithField("chainID", target.ChainID).
+		Info("unpacking the layer instead of reading it lazily")
 	return s.create(ctx, snapshots.KindActive, key, parent, append(opts, snapshots.WithLabels(map[string]string{
 		discover.LabelNotLazy: shorten(err.Error()),
 	})))
@@ -441,7 +448,7 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 	// No snapshot is between its directory and its record while the gate is held.
 	s.gate.Lock()
 	var ids map[string]string
-	err := s.meta.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+	err := s.meta.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
 		if ids, err = storage.IDMap(ctx); errdefs.IsNotFound(err) {
 			return nil // a store in which no snapshot was ever made
 		}

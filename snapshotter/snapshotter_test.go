@@ -38,7 +38,8 @@ func openMode(t *testing.T, dir string, mode root.Mode) *Snapshotter {
 	sn, err := New(t.Context(), Options{Root: dir, Mount: mode})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, sn.Close()) })
-	require.NoError(t, sn.noLazy, "this test needs root, FUSE and EROFS")
+	_, err = sn.able.known()
+	require.NoError(t, err, "this test needs root, FUSE and EROFS")
 	return sn
 }
 
@@ -203,7 +204,9 @@ func testLazySnapshots(t *testing.T, mode root.Mode) {
 	root := t.TempDir()
 	img, ref := lazyImage(t, root)
 	sn := openMode(t, root, mode)
-	require.Equal(t, mode, sn.can.Mode)
+	can, err := sn.able.known()
+	require.NoError(t, err)
+	require.Equal(t, mode, can.Mode)
 	top := pull(t, sn, img, ref)
 	require.Equal(t, top, pull(t, sn, img, ref), "pulled again")
 	mounts, err := sn.Prepare(t.Context(), "container", top)
@@ -239,7 +242,7 @@ func requireComplete(t *testing.T, sn *Snapshotter, img *testutil.Image) {
 	t.Helper()
 	for _, diffID := range img.DiffIDs {
 		require.Eventually(t, func() bool {
-			l, _, release, err := sn.layerOf(diffID)
+			l, _, release, err := sn.layerOf(diffID, root.File)
 			require.NoError(t, err)
 			release()
 			return filepath.Dir(filepath.Dir(l.Device)) == filepath.Join(sn.dir, "layers")
@@ -287,7 +290,7 @@ func TestUsage(t *testing.T) {
 	requireRead(t, mounts)
 	requireComplete(t, sn, img) // from now on nothing changes
 	// Another chain with the same topmost layer.
-	other := chain{ChainID: digest.FromString("other"), Layers: img.DiffIDs[1:], Image: ref}
+	other := chain{ChainID: img.DiffIDs[1], Layers: img.DiffIDs[1:], Image: ref}
 	sn.gate.RLock()
 	_, err = sn.commitLazy(t.Context(), "extract", "other", "", other, nil)
 	sn.gate.RUnlock()
@@ -394,7 +397,8 @@ func TestMachineThatCannotMount(t *testing.T) {
 	sn, err := New(t.Context(), Options{Root: dir, Mount: root.File})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, sn.Close()) })
-	require.ErrorContains(t, sn.noLazy, "not on overlayfs or tmpfs")
+	_, err = sn.able.known()
+	require.ErrorContains(t, err, "not on overlayfs or tmpfs")
 	mounts, err := sn.Prepare(t.Context(), "extract", "", snapshots.WithLabels(map[string]string{
 		snapshots.LabelSnapshotRef:                   digest.FromString("chain").String(),
 		"containerd.io/snapshot/cri.manifest-digest": digest.FromString("manifest").String(),

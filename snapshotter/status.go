@@ -2,6 +2,7 @@ package snapshotter
 
 import (
 	"context"
+	"errors"
 	"os"
 	"strings"
 	"time"
@@ -46,9 +47,10 @@ func (s *Snapshotter) Status(ctx context.Context) (control.Status, error) {
 
 // daemon describes the process and what its machine can do.
 func (s *Snapshotter) daemon() control.Daemon {
+	can, err := s.able.known()
 	d := control.Daemon{
-		PID: os.Getpid(), Started: s.started, Root: s.dir, Mode: string(s.can.Mode), NotLazy: text(s.noLazy),
-		Nested: text(s.can.Nested), Remap: text(s.can.Remap), Outlived: s.files != nil && s.files.Kept(),
+		PID: os.Getpid(), Started: s.started, Root: s.dir, Mode: string(can.Mode), NotLazy: text(err), Full: errors.Is(err, root.ErrFull),
+		Nested: text(can.Nested), Remap: text(can.Remap), Outlived: s.files != nil && s.files.Kept(),
 	}
 	n, oldest := s.InFlight()
 	d.InFlight, d.OldestSeconds = n, oldest.Seconds()
@@ -85,6 +87,8 @@ func (s *Snapshotter) describeSnapshots(ctx context.Context) ([]control.Snapshot
 				if snap.DiffID == "" {
 					snap.DiffID = c.Layers[len(c.Layers)-1]
 				}
+			} else if errdefs.IsDataLoss(err) {
+				snap.NotLazy = err.Error()
 			} else if !errdefs.IsNotFound(err) {
 				return err
 			}

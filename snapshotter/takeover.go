@@ -30,13 +30,14 @@ type found struct {
 	root   root.Root // with its layers
 	mode   root.Mode
 	target string
+	err    error // why its chain is not known
 }
 
 // takeOver goes on with the roots of an earlier process. Those that nobody can
 // go on with are unmounted: they are mounted again when they are needed, but
 // containers that run on them have to be restarted.
 func (s *Snapshotter) takeOver(ctx context.Context) error {
-	all, err := s.foundRoots(ctx)
+	all, err := s.foundRoots()
 	if err != nil {
 		return err
 	}
@@ -48,10 +49,10 @@ func (s *Snapshotter) takeOver(ctx context.Context) error {
 	for _, f := range slices.Backward(all) { // newest first
 		err := s.adopt(ctx, f)
 		if err == nil {
-			log.G(ctx).WithField("image", f.chain.Image).WithField("root", f.id).Info("going on with a mounted root")
+			log.G(ctx).WithField("image", f.chain.Image).WithField("id", f.id).Info("going on with a mounted root")
 			continue
 		}
-		log.G(ctx).WithError(err).WithField("mount", f.target).Warn("unmounting a root of an earlier process; containers that run on it must be restarted")
+		log.G(ctx).WithError(err).WithField("path", f.target).Warn("unmounting a root of an earlier process; containers that run on it must be restarted")
 		errs = append(errs, root.Unmount(f.target))
 	}
 	for _, name := range s.session.Waiting() {
@@ -72,7 +73,7 @@ func modeOf(m *mountinfo.Info) root.Mode {
 }
 
 // foundRoots lists what is mounted below roots, in the order of mounting.
-func (s *Snapshotter) foundRoots(ctx context.Context) ([]found, error) {
+func (s *Snapshotter) foundRoots() ([]found, error) {
 	dir, err := filepath.EvalSymlinks(filepath.Join(s.dir, "roots"))
 	if err != nil {
 		return nil, err
@@ -92,13 +93,12 @@ func (s *Snapshotter) foundRoots(ctx context.Context) ([]found, error) {
 		if f.chain, err = s.chain(id); err == nil {
 			f.root = s.root(id, f.chain)
 		} else if !errdefs.IsNotFound(err) {
-			log.G(ctx).WithError(err).WithField("root", id).Error("cannot tell which layers a mounted root has")
+			f.err = err
 		}
 		for _, diffID := range f.chain.Layers {
 			l, err := s.layers.Layer(diffID)
 			if err != nil {
-				log.G(ctx).WithError(err).WithField("image", f.chain.Image).Error("a layer of a mounted root is damaged")
-				continue
+				continue // repairMounted says so
 			}
 			f.root.Layers = append(f.root.Layers, root.Layer{Stream: l})
 		}
@@ -124,6 +124,8 @@ func (s *Snapshotter) resumeFiles(ctx context.Context, all []found) (*layerfs.FS
 // adopt makes a root of an earlier process one of this process.
 func (s *Snapshotter) adopt(ctx context.Context, f found) error {
 	switch {
+	case f.err != nil:
+		return f.err
 	case len(f.chain.Layers) == 0:
 		return errors.New("it belongs to no snapshot")
 	case f.mode != root.FUSE && s.files == nil:

@@ -38,7 +38,7 @@ func index(manifests ...ocispec.Descriptor) ocispec.Index {
 }
 
 // writeLayout makes an OCI layout of imgs.
-func writeLayout(t *testing.T, x ocispec.Index, imgs ...*testutil.Image) string {
+func writeLayout(t testing.TB, x ocispec.Index, imgs ...*testutil.Image) string {
 	t.Helper()
 	dir := t.TempDir()
 	require.NoError(t, os.WriteFile(filepath.Join(dir, ocispec.ImageLayoutFile), []byte(layoutVersion), 0o644))
@@ -50,7 +50,7 @@ func writeLayout(t *testing.T, x ocispec.Index, imgs ...*testutil.Image) string 
 }
 
 // writeTar makes an OCI archive of a layout, with the names that some tools write.
-func writeTar(t *testing.T, dir string) string {
+func writeTar(t testing.TB, dir string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "image.tar")
 	f, err := os.Create(path)
@@ -82,7 +82,7 @@ func writeTar(t *testing.T, dir string) string {
 
 var any1 = Selection{Name: "any", Match: platforms.All, All: true}
 
-func simple(t *testing.T, name string) *testutil.Image {
+func simple(t testing.TB, name string) *testutil.Image {
 	return testutil.NewImage(t, testutil.Tar(t, testutil.File{Name: name, Data: name}))
 }
 

@@ -105,6 +105,9 @@ type member struct{ off, size int64 }
 
 type members map[string]member
 
+// maxMembers bounds the blobs of an OCI archive.
+const maxMembers = 1 << 16
+
 func tarMembers(f *os.File) (members, error) {
 	found := members{}
 	tr := tar.NewReader(f)
@@ -120,10 +123,22 @@ func tarMembers(f *os.File) (members, error) {
 		if err != nil {
 			return nil, err
 		}
-		if hdr.Typeflag == tar.TypeReg {
-			found[path.Clean(hdr.Name)] = member{off, hdr.Size}
+		name := path.Clean(hdr.Name)
+		if hdr.Typeflag != tar.TypeReg || !inLayout(name) {
+			continue
+		}
+		if found[name] = (member{off, hdr.Size}); len(found) > maxMembers {
+			return nil, fmt.Errorf("it has more than %d blobs: %w", maxMembers, errdefs.ErrInvalidArgument)
 		}
 	}
+}
+
+// inLayout says whether a layout has a file of that name. What else is in a tar
+// is of no use, and its names may be long.
+func inLayout(name string) bool {
+	const longest = 256 // more than the path of any blob
+	return name == ocispec.ImageLayoutFile || name == ocispec.ImageIndexFile ||
+		len(name) <= longest && strings.HasPrefix(name, ocispec.ImageBlobsDir+"/")
 }
 
 func (m members) document(f *os.File, name string) ([]byte, error) {

@@ -114,6 +114,9 @@ func (s *Source) collect(ctx context.Context, p *plan, desc ocispec.Descriptor, 
 	if !images.IsManifestType(desc.MediaType) && !images.IsIndexType(desc.MediaType) {
 		return s.collectBlob(ctx, p, desc)
 	}
+	if _, ok := p.seen[desc.Digest]; ok {
+		return nil // with all that is below it
+	}
 	if depth > maxDepth {
 		return fmt.Errorf("image %s: indexes nested deeper than %d: %w", s.Name, maxDepth, errdefs.ErrInvalidArgument)
 	}

@@ -53,8 +53,12 @@ type Manifest struct {
 // maxDocument bounds manifests, indexes and configs; it is containerd's bound.
 const maxDocument = 8 << 20
 
-// maxDepth bounds indexes that refer to indexes.
-const maxDepth = 8
+// maxDepth bounds indexes that refer to indexes, and maxManifests how many
+// documents they list in all: each may list the next many times.
+const (
+	maxDepth     = 8
+	maxManifests = 4096
+)
 
 // Selection says which platforms of an image are meant.
 type Selection struct {
@@ -94,7 +98,7 @@ func (s *Source) Manifests(ctx context.Context, sel Selection) ([]Manifest, erro
 func (s *Source) selected(ctx context.Context, sel Selection) ([]Manifest, error) {
 	var found []Manifest
 	var seen []string
-	err := s.walk(ctx, s.Target, 0, func(desc ocispec.Descriptor) error {
+	err := s.walk(ctx, s.Target, func(desc ocispec.Descriptor) error {
 		if desc.Platform != nil && !sel.Match.Match(*desc.Platform) {
 			seen = append(seen, platforms.Format(*desc.Platform))
 			return nil
@@ -131,7 +135,15 @@ func (s *Source) selected(ctx context.Context, sel Selection) ([]Manifest, error
 
 // walk calls fn for every image manifest below desc. Manifests that an index
 // lists for no platform (attestations) or that are absent are passed over.
-func (s *Source) walk(ctx context.Context, desc ocispec.Descriptor, depth int, fn func(ocispec.Descriptor) error) error {
+func (s *Source) walk(ctx context.Context, desc ocispec.Descriptor, fn func(ocispec.Descriptor) error) error {
+	left := maxManifests
+	return s.walkBelow(ctx, desc, 0, &left, fn)
+}
+
+func (s *Source) walkBelow(ctx context.Context, desc ocispec.Descriptor, depth int, left *int, fn func(ocispec.Descriptor) error) error {
+	if *left--; *left < 0 {
+		return fmt.Errorf("image %s: more than %d manifests: %w", s.Name, maxManifests, errdefs.ErrInvalidArgument)
+	}
 	if images.IsManifestType(desc.MediaType) {
 		return fn(desc)
 	}
@@ -153,7 +165,7 @@ func (s *Source) walk(ctx context.Context, desc ocispec.Descriptor, depth int, f
 		if isAttestation(child) {
 			continue
 		}
-		if err := s.walk(ctx, child, depth+1, fn); err != nil {
+		if err := s.walkBelow(ctx, child, depth+1, left, fn); err != nil {
 			if errdefs.IsNotFound(err) && child.Platform != nil {
 				continue // of a platform that was not pulled
 			}

@@ -1,11 +1,16 @@
 package cache
 
 import (
+	"context"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/trace"
 )
 
 // Fetch is one request for a stretch of a layer that has ended.
@@ -19,6 +24,23 @@ type Fetch struct {
 	Began  time.Time
 	Took   time.Duration
 	Err    error
+}
+
+// trace makes the request a span, if somebody collects spans. It belongs to no
+// trace of containerd's: who reads is the kernel, and others may wait for it, too.
+func (f Fetch) trace(ctx context.Context) {
+	_, span := otel.Tracer("").Start(ctx, "clip.fetch", trace.WithNewRoot(), trace.WithTimestamp(f.Began))
+	if !span.IsRecording() {
+		return
+	}
+	span.SetAttributes(
+		attribute.String("diffID", f.DiffID.String()), attribute.Int64("off", f.Off), attribute.Int64("len", f.Len),
+		attribute.Int64("bytes", f.Bytes), attribute.String("reason", f.Reason), attribute.String("host", f.Host),
+	)
+	if f.Err != nil {
+		span.SetStatus(codes.Error, f.Err.Error())
+	}
+	span.End(trace.WithTimestamp(f.Began.Add(f.Took)))
 }
 
 // keptFetches is how many fetches are remembered.

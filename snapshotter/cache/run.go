@@ -157,6 +157,7 @@ func (l *Layer) bring(ctx context.Context, x *layer.Index, r *run) (err error) {
 		l.note(x, r, from, Fetch{Reason: reason, Began: began, Took: time.Since(began), Err: err})
 		l.store.metrics.requests.WithLabelValues(reason, outcome(err)).Inc()
 		if err == nil || errors.Is(err, ErrFull) {
+			l.succeeded(began)
 			return err
 		}
 		if ctx.Err() != nil {
@@ -251,6 +252,7 @@ func (l *Layer) note(x *layer.Index, r *run, from int, f Fetch) {
 	f.Host = l.host
 	l.mu.Unlock()
 	l.store.fetches.add(f)
+	f.trace(l.store.life)
 }
 
 // outcome is what a metric calls the end of a request.

@@ -6,7 +6,8 @@ import (
 	"time"
 )
 
-// Failure is what last went wrong fetching a layer; the zero value is nothing.
+// Failure is what went wrong fetching a layer, if nothing went right since; the
+// zero value is nothing.
 type Failure struct {
 	At  time.Time
 	Err error
@@ -40,6 +41,15 @@ func (l *Layer) failed(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.failure = Failure{time.Now(), err}
+}
+
+// succeeded forgets what went wrong before a fetch that went right began.
+func (l *Layer) succeeded(began time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.failure.At.Before(began) {
+		l.failure = Failure{}
+	}
 }
 
 // servedBy notes who delivered what r has read.

@@ -481,6 +481,18 @@ func (s *Store) Entries(diffID digest.Digest) (*layer.Index, error) {
 	return x, nil
 }
 
+// DiffIDs lists the layers on disk.
+func (s *Store) DiffIDs() ([]digest.Digest, error) {
+	dirs, err := os.ReadDir(s.dir)
+	var all []digest.Digest
+	for _, dir := range dirs {
+		if diffID := digest.NewDigestFromEncoded(digest.SHA256, dir.Name()); diffID.Validate() == nil {
+			all = append(all, diffID)
+		}
+	}
+	return all, err
+}
+
 // Keep removes all layers for which keep returns false. A file that the kernel
 // still has open as a device stays readable there until it is closed.
 func (s *Store) Keep(keep func(diffID digest.Digest) bool) error {

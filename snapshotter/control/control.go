@@ -34,9 +34,11 @@ type Daemon struct {
 	PID     int       `json:"pid"`
 	Started time.Time `json:"started"`
 	Root    string    `json:"root"` // directory of all state
-	// Mode is how roots are mounted; NotLazy says why none can be.
+	// Mode is how roots are mounted; NotLazy says why none can be, and Full that
+	// it is only because the disk is full.
 	Mode    string `json:"mode,omitempty"`
 	NotLazy string `json:"notLazy,omitempty"`
+	Full    bool   `json:"full,omitempty"`
 	// Nested and Remap say what roots cannot do, see root.Ability.
 	Nested string `json:"nested,omitempty"`
 	Remap  string `json:"remap,omitempty"`

@@ -44,6 +44,23 @@ const (
 	maxFile   = 16 << 20 // bytes
 )
 
+// KeychainPath is where the daemon whose socket is at address has its keychain:
+// beside it, in memory as a rule, and for root alone.
+func KeychainPath(address string) string {
+	return filepath.Join(filepath.Dir(address), "credentials.json")
+}
+
+// Repositories lists the repositories of which something is known.
+func (k *Keychain) Repositories() []string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var names []string
+	for _, r := range k.repos {
+		names = append(names, r.Name)
+	}
+	return names
+}
+
 // OpenKeychain returns the keychain in the file at path, which need not exist.
 // With a file that cannot be made sense of it is an empty one and an error.
 func OpenKeychain(path string) (*Keychain, error) {

@@ -287,7 +287,7 @@ func (f *Finder) indexLayer(ctx context.Context, r *result, fetcher remotes.Fetc
 		case attempt == adoptAttempts, ctx.Err() != nil, errors.Is(err, inflate.ErrCorrupt):
 			return archive.Layer{}, err
 		}
-		log.G(ctx).WithError(err).WithField("layer", desc.Digest).Warn("streaming a layer failed; trying again")
+		log.G(ctx).WithError(err).WithField("digest", desc.Digest).Warn("streaming a layer failed; trying again")
 	}
 }
 

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes"
+	"github.com/containerd/containerd/v2/pkg/tracing"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -144,6 +145,8 @@ func (f *Finder) Find(ctx context.Context, image Image) (a *archive.Archive, rel
 	if err := image.Manifest.Validate(); err != nil {
 		return nil, nil, fmt.Errorf("manifest digest %q: %w", image.Manifest, errdefs.ErrInvalidArgument)
 	}
+	ctx, span := tracing.StartSpan(ctx, "clip.find", tracing.WithAttribute("image", image.Ref))
+	defer func() { span.SetStatus(err); span.End() }()
 	f.mu.Lock()
 	r := f.known[image]
 	if r == nil {
@@ -368,6 +371,12 @@ func (f *Finder) inspect(ctx context.Context, path string) localFile {
 	f.local[path] = file
 	f.mu.Unlock()
 	return file
+}
+
+// Usable returns an error if a Finder would ignore the file at path.
+func Usable(path string) error {
+	_, err := imageOf(path)
+	return err
 }
 
 // imageOf returns what the archive at path says it is of. Only one that CLIP

@@ -79,6 +79,6 @@ func (c *Conn) tooLate(q *request) {
 	header := make([]byte, outHeaderSize)
 	errorReply(q.header[:], header, fuse.EIO)
 	log.G(c.ctx).WithField("opcode", binary.NativeEndian.Uint32(q.header[4:])).
-		Errorf("a request of the kernel was not answered within %s, its reader gets an input/output error; see whether the disk with the daemon's files answers, and restart the daemon", c.timeout)
+		WithField("timeout", c.timeout).Error("a request of the kernel was not answered within its time, its reader gets an input/output error; see whether the disk with the daemon's files answers, and restart the daemon")
 	c.reply(header)
 }

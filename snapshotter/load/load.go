@@ -83,7 +83,7 @@ func Load(ctx context.Context, client *containerd.Client, path string, o Options
 	if err := img.writeContent(ctx, client.ContentStore(), o.Snapshotter); err != nil {
 		return Loaded{}, fmt.Errorf("image %s: %w", name, err)
 	}
-	return Loaded{Name: name, Target: img.target, Layers: len(img.manifest.Layers)}, writeImage(ctx, client.ImageService(), name, img.target)
+	return Loaded{Name: name, Target: img.target, Layers: len(img.manifest.Layers)}, SetImage(ctx, client.ImageService(), name, img.target)
 }
 
 // image is what containerd is to have.
@@ -239,7 +239,8 @@ func writeBlob(ctx context.Context, store content.Store, desc ocispec.Descriptor
 	return err
 }
 
-func writeImage(ctx context.Context, store images.Store, name string, target ocispec.Descriptor) error {
+// SetImage has an image's name stand for target, whatever it stood for before.
+func SetImage(ctx context.Context, store images.Store, name string, target ocispec.Descriptor) error {
 	image := images.Image{Name: name, Target: target}
 	_, err := store.Create(ctx, image)
 	if errdefs.IsAlreadyExists(err) {

@@ -17,9 +17,9 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/tree"
 )
 
-// Build merges layers, lowest first, and writes their metadata image to path,
+// build merges layers, lowest first, and writes their metadata image to path,
 // and its digest beside it.
-func Build(path string, layers []*layer.Index) (err error) {
+func build(path string, layers []*layer.Index) (err error) {
 	merged, err := tree.Merge(layers)
 	if err != nil {
 		return err
@@ -55,7 +55,7 @@ func Build(path string, layers []*layer.Index) (err error) {
 // proofOf is the file with the digest of a metadata image.
 func proofOf(image string) string { return image + ".sha256" }
 
-// proven returns an error if the metadata image at path is not what Build
+// proven returns an error if the metadata image at path is not what build
 // wrote, which is fs.ErrNotExist if there is none.
 func proven(path string) error {
 	f, err := os.Open(path)

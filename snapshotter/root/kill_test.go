@@ -62,7 +62,7 @@ func mountForEver(ctx context.Context, dir string, m Mode) error {
 	}
 	fmt.Println("ready")
 	for {
-		if _, err := Probe(ctx, m, dir, files, Helper{os.Args[0], helperArg}); err != nil && !errors.Is(err, unix.EBUSY) {
+		if _, err := probe(ctx, m, dir, files, Helper{os.Args[0], helperArg}); err != nil && !errors.Is(err, unix.EBUSY) {
 			return err
 		}
 	}
@@ -99,7 +99,7 @@ func TestKilledWhileMounting(t *testing.T) {
 			require.NoError(t, err)
 			files, err := layerfs.Resume(t.Context(), fuseconn.NewSession(k), nil)
 			require.NoError(t, err)
-			can, err := Probe(t.Context(), mode, dir, files, Helper{os.Args[0], helperArg})
+			can, err := probe(t.Context(), mode, dir, files, Helper{os.Args[0], helperArg})
 			require.NoError(t, err)
 			require.Equal(t, Ability{Mode: mode}, can)
 			unmountBelow(t, dir)

@@ -30,6 +30,13 @@ type Ability struct {
 	Remap error
 }
 
+// ErrFull is returned when the disk is too full to find out what the machine
+// can do; it may be tried again.
+var ErrFull = errors.New("the disk is full: make room and try again")
+
+// full says that there is no room on a disk.
+func full(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
+
 // Choose returns the first way of mounting roots below dir, in an empty
 // directory of dir that is removed again, that can do everything, or else the
 // first that works at all. want restricts the choice to one way. An error says
@@ -44,7 +51,10 @@ func Choose(ctx context.Context, want Mode, dir string, files *layerfs.FS, h Hel
 		errs   []error
 	)
 	for _, m := range modes {
-		can, err := Probe(ctx, m, dir, files, h)
+		can, err := probe(ctx, m, dir, files, h)
+		if full(err) {
+			return Ability{}, fmt.Errorf("%s: %w: %w", dir, ErrFull, err)
+		}
 		if err != nil {
 			log.G(ctx).WithError(err).WithField("mode", m).Debug("a way to mount roots does not work here")
 			errs = append(errs, fmt.Errorf("mode %s: %w", m, err))
@@ -63,7 +73,7 @@ func Choose(ctx context.Context, want Mode, dir string, files *layerfs.FS, h Hel
 	return chosen, nil
 }
 
-// probeBlock is the whole content of the layer that Probe mounts.
+// probeBlock is the whole content of the layer that probe mounts.
 var probeBlock = bytes.Repeat([]byte("clip"), 128)
 
 // probeFile is a layer file that lies in memory.
@@ -73,9 +83,9 @@ func (p probeFile) ReadAt(_ context.Context, b []byte, off int64) (int, error) {
 	return p.Reader.ReadAt(b, off)
 }
 
-// Probe mounts a root of one file, whose content comes from files, below dir
+// probe mounts a root of one file, whose content comes from files, below dir
 // and tries it. An error says what this machine cannot do. Nothing stays.
-func Probe(ctx context.Context, m Mode, dir string, files *layerfs.FS, h Helper) (can Ability, err error) {
+func probe(ctx context.Context, m Mode, dir string, files *layerfs.FS, h Helper) (can Ability, err error) {
 	id := digest.FromBytes(probeBlock)
 	if err := files.Add(id, newProbeFile()); err != nil {
 		return can, err
@@ -125,7 +135,11 @@ func try(dir, lower string) (Ability, error) {
 	if err := checkProbe(lower, 0); err != nil {
 		return Ability{}, err
 	}
-	return Ability{Nested: probeNested(dir, lower), Remap: probeRemap(dir, lower)}, nil
+	can := Ability{Nested: probeNested(dir, lower), Remap: probeRemap(dir, lower)}
+	if err := errors.Join(can.Nested, can.Remap); full(err) {
+		return Ability{}, err
+	}
+	return can, nil
 }
 
 const probeName = "probe"

@@ -105,7 +105,7 @@ func (r Root) Build(ctx context.Context, m Mode) error {
 	if err != nil {
 		return err
 	}
-	return Build(r.Image(), layers)
+	return build(r.Image(), layers)
 }
 
 // Mount builds and mounts r. Nothing is left mounted if it fails.

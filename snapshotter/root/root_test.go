@@ -64,7 +64,7 @@ func TestProbe(t *testing.T) {
 	for _, m := range modes {
 		t.Run(string(m), func(t *testing.T) {
 			files, dir := newFS(t), t.TempDir()
-			can, err := Probe(t.Context(), m, dir, files, nil)
+			can, err := probe(t.Context(), m, dir, files, nil)
 			require.NoError(t, err)
 			require.Equal(t, Ability{Mode: m}, can, "everything works")
 			require.Empty(t, mounts(t, dir))
@@ -73,7 +73,7 @@ func TestProbe(t *testing.T) {
 			require.Empty(t, left)
 			_, err = os.Stat(files.Path(digest.FromBytes(probeBlock)))
 			require.Error(t, err, "the probe's layer is gone")
-			_, err = Probe(t.Context(), m, "/proc", files, nil)
+			_, err = probe(t.Context(), m, "/proc", files, nil)
 			require.Error(t, err)
 		})
 	}
@@ -215,7 +215,7 @@ func TestDamage(t *testing.T) {
 	files, dir := newFS(t), t.TempDir()
 	x := testLayer(t, files, "file", "content")
 	whole := filepath.Join(dir, "whole")
-	require.NoError(t, Build(whole, []*layer.Index{x}))
+	require.NoError(t, build(whole, []*layer.Index{x}))
 	raw, err := os.ReadFile(whole)
 	require.NoError(t, err)
 	const superblock = 1024
@@ -278,8 +278,8 @@ func TestBuildFailureLeavesNothing(t *testing.T) {
 	bad := &layer.Index{DiffID: digest.FromString("x"), OutSize: 512, Entries: []layer.Entry{
 		{Name: "a", Link: "missing", Type: layer.TypeLink},
 	}}
-	require.Error(t, Build(filepath.Join(dir, "image"), []*layer.Index{bad}))
-	require.Error(t, Build(filepath.Join(dir, "no", "image"), nil))
+	require.Error(t, build(filepath.Join(dir, "image"), []*layer.Index{bad}))
+	require.Error(t, build(filepath.Join(dir, "no", "image"), nil))
 	left, err := os.ReadDir(dir)
 	require.NoError(t, err)
 	require.Empty(t, left)

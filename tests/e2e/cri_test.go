@@ -59,8 +59,8 @@ type kubelet struct {
 	runtime        runtime.RuntimeServiceClient
 }
 
-func newKubelet(t *testing.T) *kubelet {
-	w := workerlessWorld(t, "[cri]\ncontainerd = \"LAB/worker/containerd.sock\"\n")
+func newKubelet(t *testing.T, config string) *kubelet {
+	w := workerlessWorld(t, config+"[cri]\ncontainerd = \"LAB/worker/containerd.sock\"\n")
 	w.addSmall()
 	w.publish(images.PauseName)
 	w.index(images.SmallName)
@@ -137,7 +137,7 @@ func (k *kubelet) runIn(pod string, config *runtime.PodSandboxConfig, name, ref 
 // TestCRI pulls an image of a private registry as a kubelet does, with the daemon as its image service: the pull is
 // lazy, and containers read with the credentials of the pull, also after tokens ended and the daemon was killed.
 func TestCRI(t *testing.T) {
-	k := newKubelet(t)
+	k := newKubelet(t, "")
 	ref := k.ref(images.SmallName)
 	secret := &private{user: "robot", password: "secret"}
 	k.registry.Misbehave(secret.fault)

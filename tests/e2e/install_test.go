@@ -112,6 +112,20 @@ func (m *machine) clipFiles() (names []string) {
 	return names
 }
 
+// requireCompletion says that shells find what completes clipctl where they look for it, below share.
+func (m *machine) requireCompletion(share, zsh string) {
+	m.Helper()
+	for file, says := range map[string]string{
+		"bash-completion/completions/clipctl":    "complete -o default -F __start_clipctl clipctl",
+		filepath.Join(zsh, "_clipctl"):           "#compdef clipctl",
+		"fish/vendor_completions.d/clipctl.fish": "complete -c clipctl",
+	} {
+		b, err := os.ReadFile(m.path(share, file))
+		require.NoError(m, err)
+		require.Contains(m, string(b), says, file)
+	}
+}
+
 // TestPackage installs, upgrades, removes and purges the Debian package in a root of its own: containerd's configuration
 // is right when it is there, and what it was when it is gone.
 func TestPackage(t *testing.T) {
@@ -143,6 +157,7 @@ func TestPackage(t *testing.T) {
 	require.NoError(t, err)
 	require.Contains(t, string(unit), "ExecStart=/usr/bin/containerd-clip-grpc")
 	require.FileExists(t, m.path("etc/containerd/conf.d/50-clip.toml"))
+	m.requireCompletion("usr/share", "zsh/vendor-completions")
 	m.inside("clipctl", "setup", "--add-import")
 	require.Contains(t, m.inside("containerd", "config", "dump"), "proxy_plugins.clip")
 
@@ -185,6 +200,7 @@ func TestNodeInstall(t *testing.T) {
 	const clip = "containerd-clip-grpc.service\n"
 	all := "daemon-reload\nenable " + clip + "restart " + clip
 	require.Equal(t, all+"restart containerd.service\n", install())
+	m.requireCompletion("usr/local/share", "zsh/site-functions")
 	dump := m.inside("containerd", "config", "dump")
 	require.Contains(t, dump, "proxy_plugins.clip")
 	require.Regexp(t, `(?s)cri.v1.images'\]\s+snapshotter = 'clip'`, dump)

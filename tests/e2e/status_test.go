@@ -6,7 +6,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"strings"
 	"testing"
 
@@ -96,7 +95,6 @@ func TestStatus(t *testing.T) {
 	}
 	require.Contains(t, host, w.registry.Host(), "it says who delivered")
 
-	w.requireTrace(w.ref(images.SmallName))
 	require.NoError(t, w.registry.SwitchOff())
 	_, err := w.worker.Ctr(w.ctx, "task", "exec", "--exec-id", "e", "web", "md5sum", "/sizes/noise-1M")
 	require.Error(t, err)
@@ -105,6 +103,15 @@ func TestStatus(t *testing.T) {
 		wrong += l.Error
 	}
 	require.Contains(t, wrong, w.registry.Host(), "and what went wrong")
+	require.NoError(t, w.registry.SwitchOn())
+	w.ctr(w.worker, "task", "exec", "--exec-id", "f", "web", "md5sum", "/sizes/noise-1M")
+	w.eventually("it is forgotten when it goes right", func() bool {
+		wrong := ""
+		for _, l := range w.status().Layers {
+			wrong += l.Error
+		}
+		return wrong == ""
+	})
 
 	require.NotEqual(t, "0", w.metrics(w.lab.Path("metrics"))[`clip_read_duration_seconds_count{outcome="failed"}`])
 
@@ -154,22 +161,11 @@ func (w *world) requireMetrics() {
 	} {
 		require.NotContains(w, []string{"", "0"}, got[name], "%s in %v", name, got)
 	}
-	w.eventually("what the container read is here", func() bool { return w.metrics(w.lab.Path("metrics"))["clip_requests_in_flight"] == "0" })
+	w.eventually("what the kernel reads ahead is answered", func() bool {
+		return w.metrics(w.lab.Path("metrics"))["clip_requests_in_flight"] == "0"
+	})
 	require.Equal(w, "0", got[`clip_verification_failures_total{what="span"}`])
 	require.Contains(w, w.ask(w.lab.Path("debug"), "/debug/pprof/goroutine?debug=1"), "goroutine profile")
-}
-
-// requireTrace draws a start that reads what was not here.
-func (w *world) requireTrace(ref string) {
-	w.Helper()
-	file := w.lab.Path("trace.html")
-	result, err := w.worker.Clipctl(w.ctx, "trace", ref, "--html", file, "--", "md5sum", "/sizes/noise-3M+1")
-	require.NoError(w, err)
-	require.Regexp(w, `[1-9][0-9]* requests, .* MB; .* MB read`, result.Stdout)
-	page, err := os.ReadFile(file)
-	require.NoError(w, err)
-	require.Regexp(w, `<rect class="reader" [^>]*><title>[0-9.]+ s: .* for reader from `+w.registry.Host(), string(page))
-	require.Contains(w, string(page), `<rect class="used"`)
 }
 
 // TestPullAndPrune goes through the commands that look after images and what was fetched of them.

@@ -9,17 +9,14 @@ import (
 	"strconv"
 	"time"
 
-	containerd "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/core/images"
-	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
 	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/plugin/export"
 	"github.com/beam-cloud/containerd-clip/plugin/index"
 	"github.com/beam-cloud/containerd-clip/plugin/publish"
+	"github.com/beam-cloud/containerd-clip/snapshotter/load"
 )
 
 type convertOptions struct {
@@ -111,7 +108,7 @@ func runConvert(ctx context.Context, g *globals, src, dst string, o convertOptio
 	if err != nil {
 		return fmt.Errorf("image %s: %w", dst, err)
 	}
-	if err := setImage(ctx, client, dst, target); err != nil {
+	if err := load.SetImage(ctx, client.ImageService(), dst, target); err != nil {
 		return err
 	}
 	fmt.Fprintf(stdout, "converted %s\t%s\t%d platforms\t%s of archives\t%.1fs\n", dst, target.Digest, len(all), size(bytes), time.Since(start).Seconds())
@@ -141,14 +138,4 @@ func indexFor(ctx context.Context, source *export.Source, m export.Manifest, ref
 		return nil, err
 	}
 	return publish.NewArtifact(path)
-}
-
-// setImage has an image's name stand for target, whatever it stood for before.
-func setImage(ctx context.Context, client *containerd.Client, name string, target ocispec.Descriptor) error {
-	image := images.Image{Name: name, Target: target}
-	_, err := client.ImageService().Create(ctx, image)
-	if errdefs.IsAlreadyExists(err) {
-		_, err = client.ImageService().Update(ctx, image, "target")
-	}
-	return err
 }

@@ -9,22 +9,27 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+
+	"github.com/beam-cloud/containerd-clip/snapshotter/cri"
 )
 
 type doctorOptions struct {
 	json  bool
 	root  string
 	hosts []string
+
+	kubelet string // the kubelet's configuration, which need not be there
 }
 
 func newDoctorCommand(g *globals) *cobra.Command {
-	var o doctorOptions
+	o := doctorOptions{kubelet: "/var/lib/kubelet/config.yaml"}
 	cmd := &cobra.Command{
 		Use:   "doctor [IMAGE...]",
 		Short: "Look for what keeps images from being lazy, and say what to do about it",
-		Long: `Check this machine's kernel, the daemon, its disk, and containerd's configuration;
-for each IMAGE also its registry, with the credentials that this user has, and
-whether it has an archive. Every finding comes with its remedy.
+		Long: `Check this machine's kernel, the daemon, its disk and archives, what the kubelet
+tells it, and containerd's configuration; for each IMAGE also its registry, with
+the credentials that this user has and those that the kubelet pulled it with,
+and whether it has an archive. Every finding comes with its remedy.
 
 The kernel is tried in the way the daemon tries it. If the daemon runs, what it
 found out counts; else this needs root. Nothing is changed.`,
@@ -62,6 +67,7 @@ type finding struct {
 type doctor struct {
 	globals  *globals
 	options  doctorOptions
+	keys     *cri.Keychain // what the kubelet pulled with; nil if it cannot be read
 	findings []finding
 }
 
@@ -81,6 +87,8 @@ func runDoctor(ctx context.Context, g *globals, images []string, o doctorOptions
 	st := d.daemon(ctx)
 	d.kernel(ctx, st)
 	d.disk(st)
+	d.archives(st)
+	d.logins()
 	d.containerd(ctx, st)
 	for _, image := range images {
 		d.registry(ctx, image)

@@ -87,7 +87,11 @@ func (d *doctor) kernel(ctx context.Context, st *control.Status) {
 			d.add(unknown, "kernel", "trying it needs root", "run clipctl doctor as root")
 			return
 		}
-		can = control.Daemon{Mode: string(ability.Mode), NotLazy: message(err), Nested: message(ability.Nested), Remap: message(ability.Remap)}
+		can = control.Daemon{Mode: string(ability.Mode), NotLazy: message(err), Full: errors.Is(err, root.ErrFull), Nested: message(ability.Nested), Remap: message(ability.Remap)}
+	}
+	if can.Full {
+		d.add(failure, "kernel", "no lazy root can be mounted: "+can.NotLazy, "make room on the disk of the daemon's root; the daemon then goes on by itself")
+		return
 	}
 	if can.NotLazy != "" {
 		d.add(failure, "kernel", "this machine cannot mount lazy roots: "+can.NotLazy, "use Linux 6.12 or newer with EROFS, FUSE and overlayfs, and a state directory on a real file system")
@@ -146,10 +150,7 @@ const leastFree = 1 << 30
 
 // disk checks that there is room for what is fetched.
 func (d *doctor) disk(st *control.Status) {
-	dir := d.options.root
-	if st != nil {
-		dir = st.Daemon.Root
-	}
+	dir := d.stateDir(st)
 	var fs unix.Statfs_t
 	if err := unix.Statfs(existing(dir), &fs); err != nil {
 		d.add(unknown, "disk", fmt.Sprintf("%s: %v", dir, err), "run clipctl doctor as root")
@@ -176,7 +177,11 @@ func (d *doctor) disk(st *control.Status) {
 func (d *doctor) registry(ctx context.Context, ref string) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	client := remote.New(remote.Options{ConfigPath: d.options.hosts, GiveUp: 10 * time.Second})
+	options := remote.Options{ConfigPath: d.options.hosts, GiveUp: 10 * time.Second}
+	if d.keys != nil {
+		options.Logins = d.keys.Logins
+	}
+	client := remote.New(options)
 	fetcher, err := client.Fetcher(ctx, ref)
 	if err != nil {
 		d.add(failure, "registry", fmt.Sprintf("%s: %v", ref, err), "name the image as containerd does: registry.example.com/team/app:1")

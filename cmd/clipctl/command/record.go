@@ -326,7 +326,7 @@ func warnOfGaps(ctx context.Context, doc record.Document) {
 			"clipctl record with a command sees everything")
 	}
 	if doc.Full {
-		log.G(ctx).Warnf("only the first %d MB that were read are in the list", record.MostBytes>>20)
+		log.G(ctx).WithField("bytes", int64(record.MostBytes)).Warn("only the first part of what was read is in the list")
 	}
 }
 

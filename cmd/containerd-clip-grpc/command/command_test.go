@@ -51,16 +51,16 @@ func TestDefaultConfigRoundTrip(t *testing.T) {
 	for _, key := range []string{"root", "address", "log_level", "log_format", "referrers", "sources", "config_path", "give_up", "mode", "prefetch", "max_size", "delay", "rate", "workers"} {
 		require.Contains(t, out, key+" = ")
 	}
-	got, err := LoadConfig(writeFile(t, out))
+	got, err := loadConfig(writeFile(t, out))
 	require.NoError(t, err)
-	require.Equal(t, DefaultConfig(), got)
+	require.Equal(t, defaultConfig(), got)
 	require.NoError(t, got.Validate())
 }
 
 func TestLoadConfig(t *testing.T) {
-	got, err := LoadConfig(writeFile(t, "root = \"/r\"\n[discover]\nreferrers = false\n"))
+	got, err := loadConfig(writeFile(t, "root = \"/r\"\n[discover]\nreferrers = false\n"))
 	require.NoError(t, err)
-	want := DefaultConfig()
+	want := defaultConfig()
 	want.Root, want.Discover.Referrers = "/r", false
 	require.Equal(t, want, got, "what the file does not say stays")
 
@@ -80,11 +80,11 @@ func TestLoadConfig(t *testing.T) {
 		"[registry]\ngive_up='1'":   "missing unit",
 	} {
 		path := writeFile(t, content)
-		_, err := LoadConfig(path)
+		_, err := loadConfig(path)
 		require.ErrorContains(t, err, message, content)
 		require.ErrorContains(t, err, path)
 	}
-	_, err = LoadConfig("/nowhere.toml")
+	_, err = loadConfig("/nowhere.toml")
 	require.ErrorIs(t, err, os.ErrNotExist)
 }
 
@@ -134,7 +134,7 @@ func TestValidate(t *testing.T) {
 		"never give up":    {func(c *Config) { c.Registry.GiveUp = 0 }, "give_up"},
 		"hang":             {func(c *Config) { c.Registry.GiveUp = Duration(time.Hour) }, "give_up"},
 	} {
-		conf := DefaultConfig()
+		conf := defaultConfig()
 		c.edit(&conf)
 		err := conf.Validate()
 		if c.message == "" {
@@ -149,7 +149,7 @@ func TestValidate(t *testing.T) {
 func testConfig(t *testing.T) Config {
 	t.Helper()
 	dir := t.TempDir()
-	c := DefaultConfig()
+	c := defaultConfig()
 	c.Root, c.Address, c.LogLevel, c.Registry.ConfigPath = filepath.Join(dir, "root"), filepath.Join(dir, "run", "s"), "error", nil
 	return c
 }
@@ -211,10 +211,10 @@ func TestUnknownArguments(t *testing.T) {
 
 func TestWatchConfig(t *testing.T) {
 	text := "[watch]\nnamespaces = ['default', 'k8s.io']\n[[watch.rules]]\nnames = ['a/*']\naction = 'both'\nlabels = {x = 'y'}\nplatforms = ['all']\nstorage_ref = 'r.example.com/{{.Path}}:{{.Tag}}'\nto = 's3://b/{{.Manifest}}.clip?region=r'\n"
-	c, err := LoadConfig(writeFile(t, text))
+	c, err := loadConfig(writeFile(t, text))
 	require.NoError(t, err)
 	require.NoError(t, c.Validate())
-	require.Equal(t, []WatchRule{{
+	require.Equal(t, []watchRule{{
 		Names: []string{"a/*"}, Labels: map[string]string{"x": "y"}, Platforms: []string{"all"},
 		Action: "both", StorageRef: "r.example.com/{{.Path}}:{{.Tag}}", To: "s3://b/{{.Manifest}}.clip?region=r",
 	}}, c.Watch.Rules)
@@ -225,7 +225,7 @@ func TestWatchConfig(t *testing.T) {
 	// What the daemon tells the process that watches is what it was told.
 	var b bytes.Buffer
 	require.NoError(t, writeConfig(&b, c))
-	again, err := LoadConfig(writeFile(t, b.String()))
+	again, err := loadConfig(writeFile(t, b.String()))
 	require.NoError(t, err)
 	require.Equal(t, c, again)
 
@@ -236,7 +236,7 @@ func TestWatchConfig(t *testing.T) {
 		strings.Replace(text, "[watch]\n", "[watch]\nnice = -1\n", 1):   "nice",
 		strings.Replace(text, "[watch]\n", "[watch]\nworkers = 0\n", 1): "workers",
 	} {
-		c, err := LoadConfig(writeFile(t, broken))
+		c, err := loadConfig(writeFile(t, broken))
 		require.NoError(t, err)
 		require.ErrorContains(t, c.Validate(), message)
 	}
@@ -245,7 +245,7 @@ func TestWatchConfig(t *testing.T) {
 }
 
 func TestCacheAndFillKeys(t *testing.T) {
-	c, err := LoadConfig(writeFile(t, "[cache]\nmax_size = '20GiB'\n[fill]\ndelay = '2m'\nrate = '1MiB'\nworkers = 2\n"))
+	c, err := loadConfig(writeFile(t, "[cache]\nmax_size = '20GiB'\n[fill]\ndelay = '2m'\nrate = '1MiB'\nworkers = 2\n"))
 	require.NoError(t, err)
 	size, err := c.Cache.MaxSize.MarshalText()
 	require.NoError(t, err)

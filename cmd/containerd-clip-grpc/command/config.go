@@ -20,8 +20,8 @@ import (
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
-// DefaultConfigPath is read if it exists and --config is not given.
-const DefaultConfigPath = "/etc/containerd-clip-grpc/config.toml"
+// defaultConfigPath is read if it exists and --config is not given.
+const defaultConfigPath = "/etc/containerd-clip-grpc/config.toml"
 
 // Config is the daemon's configuration file.
 type Config struct {
@@ -33,42 +33,42 @@ type Config struct {
 	LogLevel string `toml:"log_level" comment:"trace, debug, info, warn or error"`
 	// LogFormat is a log.OutputFormat.
 	LogFormat string         `toml:"log_format" comment:"text or json"`
-	Discover  DiscoverConfig `toml:"discover" comment:"where archives are looked for, besides <root>/archives/*.clip"`
-	Registry  RegistryConfig `toml:"registry" comment:"how registries are reached"`
-	Mount     MountConfig    `toml:"mount" comment:"how the roots of lazy images are mounted"`
-	Cache     CacheConfig    `toml:"cache" comment:"what was fetched, on disk"`
-	Fill      FillConfig     `toml:"fill" comment:"fetching in the background what nobody has read yet; readers come first"`
-	CRI       CRIConfig      `toml:"cri" comment:"the image service of Kubernetes' runtime interface, which the daemon passes on to containerd"`
-	Watch     WatchConfig    `toml:"watch" comment:"images that are indexed as they come into containerd"`
-	Metrics   MetricsConfig  `toml:"metrics" comment:"figures for Prometheus"`
-	Debug     DebugConfig    `toml:"debug" comment:"profiles of the daemon itself"`
+	Discover  discoverConfig `toml:"discover" comment:"where archives are looked for, besides <root>/archives/*.clip"`
+	Registry  registryConfig `toml:"registry" comment:"how registries are reached"`
+	Mount     mountConfig    `toml:"mount" comment:"how the roots of lazy images are mounted"`
+	Cache     cacheConfig    `toml:"cache" comment:"what was fetched, on disk"`
+	Fill      fillConfig     `toml:"fill" comment:"fetching in the background what nobody has read yet; readers come first"`
+	CRI       criConfig      `toml:"cri" comment:"the image service of Kubernetes' runtime interface, which the daemon passes on to containerd"`
+	Watch     watchConfig    `toml:"watch" comment:"images that are indexed as they come into containerd"`
+	Metrics   metricsConfig  `toml:"metrics" comment:"figures for Prometheus"`
+	Debug     debugConfig    `toml:"debug" comment:"profiles of the daemon itself"`
 }
 
-// MetricsConfig says where metrics are served.
-type MetricsConfig struct {
+// metricsConfig says where metrics are served.
+type metricsConfig struct {
 	Address string `toml:"address" comment:"where /metrics is served: 127.0.0.1:9254, or unix:///run/...; nowhere if it is empty"`
 }
 
-// DebugConfig says where pprof is served.
-type DebugConfig struct {
+// debugConfig says where pprof is served.
+type debugConfig struct {
 	Address string `toml:"address" comment:"socket on which /debug/pprof is served: unix:///run/...; nowhere if it is empty"`
 }
 
-// DiscoverConfig says where archives are looked for.
-type DiscoverConfig struct {
+// discoverConfig says where archives are looked for.
+type discoverConfig struct {
 	Referrers bool     `toml:"referrers" comment:"ask the image's registry for archives that refer to it"`
 	Sources   []string `toml:"sources" comment:"buckets and directories with archives: s3://bucket/{{.Path}}/{{.Manifest}}.clip?region=..., gs://, azblob://, file:///; see docs/operating.md"`
 }
 
-// RegistryConfig says how registries are reached.
-type RegistryConfig struct {
+// registryConfig says how registries are reached.
+type registryConfig struct {
 	ConfigPath []string `toml:"config_path" comment:"directories with containerd's <host>/hosts.toml files"`
 	// GiveUp is how long a read tries to get an answer.
 	GiveUp Duration `toml:"give_up" comment:"how long a read goes on when nothing arrives before it is an input/output error; at most 60s"`
 }
 
-// CRIConfig says where the kubelet's calls go.
-type CRIConfig struct {
+// criConfig says where the kubelet's calls go.
+type criConfig struct {
 	Containerd string `toml:"containerd" comment:"containerd's socket; empty serves no image service"`
 }
 
@@ -85,19 +85,19 @@ func (d *Duration) UnmarshalText(text []byte) error {
 // MarshalText implements encoding.TextMarshaler.
 func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
 
-// MountConfig says how the roots of lazy images are mounted.
-type MountConfig struct {
+// mountConfig says how the roots of lazy images are mounted.
+type mountConfig struct {
 	// Mode is a root.Mode.
 	Mode string `toml:"mode" comment:"file and loop: EROFS on files (Linux 6.12) or on loop devices (6.4); fuse: no EROFS; auto: the first of them that works"`
 }
 
-// CacheConfig says how much of what was fetched is kept.
-type CacheConfig struct {
+// cacheConfig says how much of what was fetched is kept.
+type cacheConfig struct {
 	MaxSize cache.Limit `toml:"max_size" comment:"most disk that fetched layers take: 50GiB, or a share of what is free at start (what they take already counts as free)"`
 }
 
-// FillConfig says what is fetched in the background.
-type FillConfig struct {
+// fillConfig says what is fetched in the background.
+type fillConfig struct {
 	Mode     string   `toml:"mode" comment:"on completes the layers of lazy images; off does not"`
 	Prefetch bool     `toml:"prefetch" comment:"fetch what a recorded start read, if the archive says so, right after the pull; also with mode off"`
 	Delay    Duration `toml:"delay" comment:"how long after the pull completing begins at the earliest; it is put off by up to as much again, at random"`
@@ -117,7 +117,7 @@ func (b *byteSize) UnmarshalText(text []byte) error {
 }
 
 // options returns what the snapshotter is to be told.
-func (c FillConfig) options() fill.Options {
+func (c fillConfig) options() fill.Options {
 	return fill.Options{ListsOnly: c.Mode == fillOff, Workers: c.Workers, Delay: time.Duration(c.Delay), Rate: int64(c.Rate)}
 }
 
@@ -127,26 +127,26 @@ const (
 	fillOff = "off"
 )
 
-// DefaultConfig returns the configuration that holds where a file says nothing.
-func DefaultConfig() Config {
+// defaultConfig returns the configuration that holds where a file says nothing.
+func defaultConfig() Config {
 	return Config{
 		Root:     "/var/lib/containerd-clip-grpc",
 		Address:  "/run/containerd-clip-grpc/containerd-clip-grpc.sock",
 		LogLevel: "info", LogFormat: string(log.TextFormat),
-		Discover: DiscoverConfig{Referrers: true, Sources: []string{}},
-		Registry: RegistryConfig{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, GiveUp: Duration(55 * time.Second)},
-		Mount:    MountConfig{Mode: string(root.Auto)},
-		Cache:    CacheConfig{MaxSize: cache.Limit{Percent: cache.DefaultPercent}},
-		Fill:     FillConfig{Mode: fillOn, Prefetch: true, Delay: Duration(30 * time.Second), Workers: 4},
-		CRI:      CRIConfig{Containerd: "/run/containerd/containerd.sock"},
+		Discover: discoverConfig{Referrers: true, Sources: []string{}},
+		Registry: registryConfig{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, GiveUp: Duration(55 * time.Second)},
+		Mount:    mountConfig{Mode: string(root.Auto)},
+		Cache:    cacheConfig{MaxSize: cache.Limit{Percent: cache.DefaultPercent}},
+		Fill:     fillConfig{Mode: fillOn, Prefetch: true, Delay: Duration(30 * time.Second), Workers: 4},
+		CRI:      criConfig{Containerd: "/run/containerd/containerd.sock"},
 		Watch:    defaultWatchConfig(),
 	}
 }
 
-// LoadConfig reads the file at path over the defaults. A key that the daemon
+// loadConfig reads the file at path over the defaults. A key that the daemon
 // does not know is an error.
-func LoadConfig(path string) (Config, error) {
-	c := DefaultConfig()
+func loadConfig(path string) (Config, error) {
+	c := defaultConfig()
 	f, err := os.Open(path)
 	if err != nil {
 		return c, err
@@ -202,7 +202,7 @@ func (c Config) Validate() error {
 }
 
 // locations are the sources.
-func (c DiscoverConfig) locations() (found []*bucket.Location, err error) {
+func (c discoverConfig) locations() (found []*bucket.Location, err error) {
 	for _, text := range c.Sources {
 		l, err := bucket.Parse(text)
 		if err != nil {
@@ -213,7 +213,7 @@ func (c DiscoverConfig) locations() (found []*bucket.Location, err error) {
 	return found, nil
 }
 
-func (c FillConfig) validate() error {
+func (c fillConfig) validate() error {
 	if c.Mode != fillOn && c.Mode != fillOff {
 		return fmt.Errorf("fill.mode %q must be %q or %q", c.Mode, fillOn, fillOff)
 	}
@@ -234,7 +234,7 @@ func newConfigCommand() *cobra.Command {
 		Example: `  containerd-clip-grpc config default >/etc/containerd-clip-grpc/config.toml`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return writeConfig(cmd.OutOrStdout(), DefaultConfig())
+			return writeConfig(cmd.OutOrStdout(), defaultConfig())
 		},
 	})
 	return config

@@ -70,11 +70,11 @@ func TestWatcherMetrics(t *testing.T) {
 	queue := prometheus.NewGauge(prometheus.GaugeOpts{Name: "clip_index_queue", Help: "h"})
 	registry.MustRegister(queue)
 	queue.Set(3)
-	c := Config{Metrics: MetricsConfig{Address: unixScheme + socket}}
+	c := Config{Metrics: metricsConfig{Address: unixScheme + socket}}
 	stop, err := c.observe(t.Context(), registry)
 	require.NoError(t, err)
 	defer stop()
-	c.Address, c.Watch.Rules = strings.TrimSuffix(socket, "w")+"s", []WatchRule{{}}
+	c.Address, c.Watch.Rules = strings.TrimSuffix(socket, "w")+"s", []watchRule{{}}
 	require.NoError(t, os.Symlink(socket, c.watcherSocket()))
 	families, err := c.gatherers(nil).Gather()
 	require.NoError(t, err)

@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
+	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
@@ -55,7 +56,7 @@ func New() *cobra.Command {
 			return serve(cmd.Context(), c)
 		},
 	}
-	cmd.PersistentFlags().StringVar(&f.config, "config", "", "configuration file (default "+DefaultConfigPath+" if it exists)")
+	cmd.PersistentFlags().StringVar(&f.config, "config", "", "configuration file (default "+defaultConfigPath+" if it exists)")
 	cmd.PersistentFlags().StringVar(&f.root, "root", "", "directory of all state")
 	cmd.PersistentFlags().StringVar(&f.address, "address", "", "socket to listen on")
 	cmd.PersistentFlags().StringVar(&f.logLevel, "log-level", "", "trace, debug, info, warn or error")
@@ -91,16 +92,16 @@ func innerCommands() []*cobra.Command {
 
 // load reads the configuration and applies the flags.
 func (f flags) load() (Config, error) {
-	c := DefaultConfig()
+	c := defaultConfig()
 	path := f.config
 	if path == "" {
-		if _, err := os.Stat(DefaultConfigPath); err == nil {
-			path = DefaultConfigPath
+		if _, err := os.Stat(defaultConfigPath); err == nil {
+			path = defaultConfigPath
 		}
 	}
 	if path != "" {
 		var err error
-		if c, err = LoadConfig(path); err != nil {
+		if c, err = loadConfig(path); err != nil {
 			return c, err
 		}
 	}
@@ -120,6 +121,11 @@ func serve(ctx context.Context, c Config) (err error) {
 	if err := c.setLog(); err != nil {
 		return err
 	}
+	untraced, err := startTracing(ctx)
+	if err != nil {
+		return err
+	}
+	defer untraced()
 	unlock, err := lockRoot(c.Root)
 	if err != nil {
 		return err
@@ -199,6 +205,9 @@ func (c Config) newServer(sn *snapshotter.Snapshotter, keys *cri.Keychain) (serv
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
 		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
 	}
+	if tracing() {
+		options = append(options, grpc.StatsHandler(otelgrpc.NewServerHandler()))
+	}
 	release = func() {}
 	if c.CRI.Containerd != "" {
 		proxy, err := cri.New(c.CRI.Containerd, keys)
@@ -215,10 +224,9 @@ func (c Config) newServer(sn *snapshotter.Snapshotter, keys *cri.Keychain) (serv
 	return server, release, nil
 }
 
-// openKeychain opens the keychain beside the socket at address: in memory, as a
-// rule, and for root alone.
+// openKeychain opens the keychain of the daemon at address.
 func openKeychain(ctx context.Context, address string) *cri.Keychain {
-	keys, err := cri.OpenKeychain(filepath.Join(filepath.Dir(address), "credentials.json"))
+	keys, err := cri.OpenKeychain(cri.KeychainPath(address))
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("going on without the credentials of earlier pulls")
 	}

@@ -20,19 +20,19 @@ import (
 	"github.com/beam-cloud/containerd-clip/plugin/watch"
 )
 
-// WatchConfig says which images are indexed as they come into containerd.
-type WatchConfig struct {
+// watchConfig says which images are indexed as they come into containerd.
+type watchConfig struct {
 	Containerd string      `toml:"containerd" comment:"containerd's socket"`
 	Namespaces []string    `toml:"namespaces" comment:"containerd's namespaces that are watched"`
 	Directory  string      `toml:"directory" comment:"where the actions index and both keep archives; empty is <root>/archives"`
 	CacheDir   string      `toml:"cache_dir" comment:"where indexes of layers are kept"`
 	Workers    int         `toml:"workers" comment:"layers that are indexed at the same time"`
 	Nice       int         `toml:"nice" comment:"niceness of indexing, 0 to 19"`
-	Rules      []WatchRule `toml:"rules" comment:"[[watch.rules]] tables with names, labels, platforms, action, storage_ref and to: docs/operating.md; without one nothing is watched"`
+	Rules      []watchRule `toml:"rules" comment:"[[watch.rules]] tables with names, labels, platforms, action, storage_ref and to: docs/operating.md; without one nothing is watched"`
 }
 
-// WatchRule is a watch.Rule in the configuration file.
-type WatchRule struct {
+// watchRule is a watch.Rule in the configuration file.
+type watchRule struct {
 	Names      []string          `toml:"names"`
 	Labels     map[string]string `toml:"labels"`
 	Platforms  []string          `toml:"platforms"`
@@ -41,14 +41,14 @@ type WatchRule struct {
 	To         string            `toml:"to"`
 }
 
-func defaultWatchConfig() WatchConfig {
-	return WatchConfig{
+func defaultWatchConfig() watchConfig {
+	return watchConfig{
 		Containerd: "/run/containerd/containerd.sock",
 		Namespaces: []string{"default"},
 		CacheDir:   "/var/cache/containerd-clip",
 		Workers:    1,
 		Nice:       10,
-		Rules:      []WatchRule{},
+		Rules:      []watchRule{},
 	}
 }
 

@@ -14,9 +14,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"os"
-	"os/signal"
-	"syscall"
 
 	"github.com/rs/zerolog"
 
@@ -25,22 +22,11 @@ import (
 )
 
 func main() {
-	rounds := flag.Int("rounds", 3, "`rounds` of the contest")
 	size := flag.Float64("gb", 2, "size of the image in the registry, in GB")
-	file := flag.String("report", "", "`file` in which the tables replace those of an earlier run")
-	flag.Parse()
 	zerolog.SetGlobalLevel(zerolog.Disabled) // upstream CLIP logs each file of an image
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	err := run(ctx, *rounds, int64(*size*1e9), *file)
-	if ctx.Err() != nil {
-		err = errors.New("interrupted")
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "bench-build:", err)
-		stop()
-		os.Exit(1)
-	}
+	report.Main("bench-build", 3, func(ctx context.Context, rounds int, file string) error {
+		return run(ctx, rounds, int64(*size*1e9), file)
+	})
 }
 
 func run(ctx context.Context, rounds int, size int64, file string) (err error) {

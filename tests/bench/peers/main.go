@@ -12,32 +12,18 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"os"
-	"os/signal"
 	"regexp"
-	"syscall"
 
 	"github.com/beam-cloud/containerd-clip/tests/bench/report"
 	"github.com/beam-cloud/containerd-clip/tests/bench/testbed"
 )
 
 func main() {
-	rounds := flag.Int("rounds", 5, "`rounds` in which everybody takes a turn")
-	file := flag.String("report", "", "`file` in which the tables replace those of an earlier run; the plots go beside it")
 	only := flag.String("only", "", "`pattern` of those who take part besides ours")
 	note := flag.String("note", "", "`sentence` on the circumstances of the run, for the report")
-	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	err := run(ctx, *rounds, *only, *file, *note)
-	if ctx.Err() != nil {
-		err = errors.New("interrupted")
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "bench-peers:", err)
-		stop()
-		os.Exit(1)
-	}
+	report.Main("bench-peers", 5, func(ctx context.Context, rounds int, file string) error {
+		return run(ctx, rounds, *only, file, *note)
+	})
 }
 
 func run(ctx context.Context, rounds int, only, file, note string) (err error) {

@@ -13,31 +13,16 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"os"
-	"os/signal"
 	"regexp"
-	"syscall"
 
 	"github.com/beam-cloud/containerd-clip/tests/bench/report"
 	"github.com/beam-cloud/containerd-clip/tests/bench/testbed"
 )
 
 func main() {
-	rounds := flag.Int("rounds", 3, "`rounds` of each contest; those that take seconds have two more")
 	only := flag.String("only", "", "`pattern` of the tables to make; with -report, the others are gone")
-	file := flag.String("report", "", "`file` in which the tables replace those of an earlier run")
-	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	err := run(ctx, *rounds, *only, *file)
-	if ctx.Err() != nil {
-		err = errors.New("interrupted")
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "bench-read:", err)
-		stop()
-		os.Exit(1)
-	}
+	// Contests that take seconds have two rounds more.
+	report.Main("bench-read", 3, func(ctx context.Context, rounds int, file string) error { return run(ctx, rounds, *only, file) })
 }
 
 // world is the test bed, and what was added to it.
