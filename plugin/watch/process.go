@@ -179,7 +179,7 @@ func (j job) checkNames(manifests []export.Manifest) error {
 func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.Manifest, j job) (map[string]string, error) {
 	path := filepath.Join(w.opts.Directory, unpushed, fileName(j.at.repository, m.Descriptor.Digest))
 	if j.attempt == 0 || !isArchive(path, j.at.ref) {
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 			return nil, err
 		}
 		began := time.Now()
