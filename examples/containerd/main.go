@@ -1,6 +1,6 @@
-// Command containerd is containerd with the export plugin compiled in: image
-// store -> OCI layout and archive, inside containerd. All else is as in
-// containerd's own command.
+// Command containerd is containerd with our plugins compiled in: the export
+// (image store -> OCI layout and archive, inside containerd) and the lazy
+// snapshotter. All else is as in containerd's own command.
 package main
 
 import (
@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/containerd/v2/cmd/containerd/command"
 
 	_ "github.com/beam-cloud/containerd-clip/plugin"
+	_ "github.com/beam-cloud/containerd-clip/plugin/lazy"
 )
 
 func main() {

@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,6 +25,15 @@ import (
 // config.toml.example shows.
 func (w *world) custom() *harness.Containerd {
 	w.Helper()
+	c, err := w.lab.StartCustomContainerd(w.ctx, "custom", w.buildCustom(), "[debug]\n  level = 'info'\n"+w.pluginSection())
+	require.NoError(w, err)
+	w.ctr(c, "image", "import", "--no-unpack", "--all-platforms", w.lab.Path("small.tar"))
+	return c
+}
+
+// buildCustom builds the containerd of examples/containerd.
+func (w *world) buildCustom() string {
+	w.Helper()
 	top, err := harness.Top()
 	require.NoError(w, err)
 	binary := w.lab.Path("containerd-with-clip")
@@ -33,10 +43,7 @@ func (w *world) custom() *harness.Containerd {
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	out, err := build.CombinedOutput()
 	require.NoError(w, err, string(out))
-	c, err := w.lab.StartCustomContainerd(w.ctx, "custom", binary, "[debug]\n  level = 'info'\n"+w.pluginSection())
-	require.NoError(w, err)
-	w.ctr(c, "image", "import", "--no-unpack", "--all-platforms", w.lab.Path("small.tar"))
-	return c
+	return binary
 }
 
 // pluginSection is the plugin's section in config.toml.example, which is commented out there.
@@ -98,6 +105,8 @@ func TestTransferInside(t *testing.T) {
 	listed := w.plugins(c)
 	require.Equal(t, "ok", listed["io.containerd.internal.v1 clip"])
 	delete(listed, "io.containerd.internal.v1 clip")
+	require.Equal(t, "ok", listed["io.containerd.snapshotter.v1 clip"])
+	delete(listed, "io.containerd.snapshotter.v1 clip")
 	require.Equal(t, w.plugins(w.builder), listed, "all else is as in a stock containerd: there is no second transferrer")
 
 	want := w.lab.Path("want.clip")
@@ -127,6 +136,27 @@ func TestTransferInside(t *testing.T) {
 	w.ctr(c, "image", "export", w.lab.Path("again.tar"), images.SmallName)
 	w.pull(c, eager, w.ref(images.SmallName))
 	require.Equal(t, "hello from clip\n", w.run(c, eager, w.ref(images.SmallName), "sh", "/app/run.sh"))
+}
+
+// TestSnapshotterInside has a containerd that knows the snapshotter by its import alone, also before the daemon is there.
+func TestSnapshotterInside(t *testing.T) {
+	w := newWorld(t)
+	ref := w.ref(images.SmallName)
+	w.index(images.SmallName)
+	require.NoError(t, w.daemon.Stop())
+	c, err := w.lab.StartCustomContainerd(w.ctx, "custom", w.buildCustom(), fmt.Sprintf(`[plugins.'io.containerd.snapshotter.v1.clip']
+  address = %q
+  root = %q
+[plugins.'io.containerd.transfer.v1.local']
+  [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
+    platform = "linux"
+    snapshotter = "clip"
+    differ = "walking"
+`, w.daemon.Socket, w.daemon.Root))
+	require.NoError(t, err)
+	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	require.Empty(t, w.pull(c, lazy, ref).Gets(w.layers(images.SmallName)...), "no layer is pulled")
+	require.Equal(t, "hello from clip\n", w.run(c, lazy, ref, "sh", "/app/run.sh"))
 }
 
 // TestTransferRefused has exports that cannot be. Run returns, whatever containerd did to its streams, and containerd
