@@ -30,6 +30,7 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
 
@@ -73,6 +74,9 @@ type Info struct {
 	Descriptor ocispec.Descriptor `json:"manifest"`
 	// NotLazy holds, for each layer that has no index, why; keyed by digest.
 	NotLazy map[digest.Digest]string `json:"notLazy,omitempty"`
+	// Sizes holds, for each layer that has an index, the bytes of its uncompressed
+	// stream; keyed by digest. Archives of earlier programs do not say.
+	Sizes map[digest.Digest]inflate.Out `json:"sizes,omitempty"`
 }
 
 // Archive is an open .clip file. Its methods are safe for concurrent use.
@@ -110,7 +114,7 @@ func openPath[A any](path string, open func(io.ReaderAt, int64) (A, error)) (a A
 // Close closes it.
 func Open(r io.ReaderAt, size int64) (*Archive, error) { return openSections(r, size, true) }
 
-// OpenTail is Open for an archive of which only the sections, see Tail, are
+// OpenTail is Open for an archive of which only the sections, see Parts, are
 // there. Only what this package reads can be read from it.
 func OpenTail(r io.ReaderAt, size int64) (*Archive, error) { return openSections(r, size, false) }
 
@@ -211,7 +215,34 @@ func (a *Archive) Spans(i int) (*layer.Index, error) {
 	if x.Digest != want.Digest || int64(x.Size) != want.Size || x.DiffID != a.diffIDs[i] {
 		return nil, fmt.Errorf("%w: layer %d: the index is of %s, the manifest names %s", ErrCorrupt, i, x.Digest, want.Digest)
 	}
+	if size, ok := a.info.Sizes[want.Digest]; ok && x.OutSize != size {
+		return nil, fmt.Errorf("%w: layer %d: the index is of %d bytes, the description says %d", ErrCorrupt, i, x.OutSize, size)
+	}
 	return x, nil
+}
+
+// Files returns the index of layer i without its spans and seek points, which it
+// does not read unless the archive is an earlier program's. That the size of the
+// stream is the one that the spans are of shows when they are read.
+func (a *Archive) Files(i int) (*layer.Index, error) {
+	want := a.manifest.Layers[i]
+	size, ok := a.info.Sizes[want.Digest]
+	if !ok {
+		x, err := a.Layer(i)
+		if err == nil {
+			x.Spans, x.Points = nil, nil
+		}
+		return x, err
+	}
+	x := &layer.Index{Digest: want.Digest, Size: inflate.In(want.Size), DiffID: a.diffIDs[i], OutSize: size}
+	return x, a.decodeEntries(i, x.DecodeEntries)
+}
+
+// Entries returns the entry part of layer i's index as it is stored: as one zstd
+// frame, which is not decoded.
+func (a *Archive) Entries(i int) ([]byte, error) {
+	f, err := a.s.frame(kindEntries, i, maxSection)
+	return f.stored, err
 }
 
 // Layer returns the whole index of layer i.
@@ -228,14 +259,18 @@ func (a *Archive) layer(i int, decode func(*layer.Index, []byte) error) (*layer.
 	if err != nil {
 		return nil, err
 	}
+	return x, a.decodeEntries(i, func(raw []byte) error { return decode(x, raw) })
+}
+
+func (a *Archive) decodeEntries(i int, decode func([]byte) error) error {
 	raw, err := a.s.read(kindEntries, i, maxSection)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if err := decode(x, raw); err != nil {
-		return nil, fmt.Errorf("%w: layer %d: %w", ErrCorrupt, i, err)
+	if err := decode(raw); err != nil {
+		return fmt.Errorf("%w: layer %d: %w", ErrCorrupt, i, err)
 	}
-	return x, nil
+	return nil
 }
 
 // validate checks that img can become an archive, and returns its manifest.

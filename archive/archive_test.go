@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
-	"flag"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -59,25 +58,50 @@ func TestWriteOpen(t *testing.T) {
 	require.Equal(t, img.Layers[1].Index.DiffID, spans.DiffID)
 }
 
-var update = flag.Bool("update", false, "write testdata anew")
-
-// An archive that was written once stays readable.
+// An archive that the first program wrote stays readable. It does not say how large
+// its layers are.
 func TestGolden(t *testing.T) {
 	const path = "testdata/hello.clip"
 	img := newImageLevel(t, 0,
 		testimage.Tar(t, testimage.Dir("etc/"), testimage.Reg("etc/motd", "Hello.\n")),
 		testimage.Tar(t, testimage.Reg("etc/.wh.motd", ""), testimage.Symlink("etc/issue", "motd")))
-	if *update {
-		_, err := WriteFile(path, &img.Image)
-		require.NoError(t, err)
-	}
 	b, err := os.ReadFile(path)
 	require.NoError(t, err)
 	got, err := readAll(b)
 	require.NoError(t, err)
 	want, err := readAll(write(t, &img.Image))
 	require.NoError(t, err)
+	require.Empty(t, got.Info.Sizes)
+	require.Len(t, want.Info.Sizes, 2)
+	want.Info.Sizes = nil
 	require.True(t, reflect.DeepEqual(want, got))
+	a, err := open(b)
+	require.NoError(t, err)
+	files, err := a.Files(0)
+	require.NoError(t, err)
+	require.Equal(t, got.Layers[0].Entries, files.Entries)
+	require.Equal(t, got.Layers[0].OutSize, files.OutSize)
+	require.Empty(t, files.Spans)
+}
+
+// A description that says another size than the spans have does not pass.
+func TestOtherSize(t *testing.T) {
+	img := smallImage(t)
+	a, err := open(write(t, &img.Image))
+	require.NoError(t, err)
+	id := img.Layers[1].Index.Digest
+	require.Equal(t, img.Layers[1].Index.OutSize, a.info.Sizes[id])
+	a.info.Sizes[id]++
+	_, err = a.Files(1)
+	require.NoError(t, err)
+	_, err = a.Spans(1)
+	require.ErrorIs(t, err, ErrCorrupt)
+	_, err = a.Layer(1)
+	require.ErrorIs(t, err, ErrCorrupt)
+	require.ErrorIs(t, a.check(1), ErrCorrupt)
+	a.info.Sizes[id] = 1
+	_, err = a.Files(1)
+	require.ErrorIs(t, err, ErrCorrupt, "its files lie behind the end")
 }
 
 func TestWriteDeterministic(t *testing.T) {

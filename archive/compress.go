@@ -10,50 +10,65 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// AnnotationTail is the annotation of an archive in a registry that holds a
-// Tail as JSON.
-const AnnotationTail = "vnd.beam.clip.archive.tail"
+// AnnotationParts is the annotation of an archive in a registry that holds Parts
+// as JSON.
+const AnnotationParts = "vnd.beam.clip.archive.parts"
 
-// Tail locates the sections in a compressed archive. They are all that a worker
-// reads; the front part, most of an archive, is for CLIP.
-type Tail struct {
-	Digest digest.Digest `json:"digest"` // of the compressed archive from In to its end
-	In     int64         `json:"in"`     // offset in the compressed archive, where a zstd frame starts
+// Parts locates in a compressed archive what a worker reads: the sections. The
+// front part, most of an archive, is for CLIP. Each part is one zstd frame.
+type Parts struct {
+	Spans Part `json:"spans"` // the layers' spans and seek points; empty if they are not together
+	Rest  Part `json:"rest"`  // all other sections, table and footer; up to the end
+}
+
+// Part is a piece of a compressed archive that can be decompressed alone. It ends
+// where the next one begins.
+type Part struct {
+	Digest digest.Digest `json:"digest"` // of the compressed bytes
+	In     int64         `json:"in"`     // offset in the compressed archive
 	Out    int64         `json:"out"`    // offset in the archive
 }
 
 // Compress returns the archive as one zstd stream, the same bytes every time,
 // and where in it the sections are.
-func (a *Archive) Compress() ([]byte, Tail, error) {
-	start := a.s.start()
+func (a *Archive) Compress() ([]byte, Parts, error) {
 	var b bytes.Buffer
 	// One goroutine and a fixed level: the same archive becomes the same blob.
 	enc, err := zstd.NewWriter(&b, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedBetterCompression))
 	if err != nil {
-		return nil, Tail{}, err
+		return nil, Parts{}, err
 	}
-	frame := func(from, to int64) error {
-		enc.Reset(&b)
-		if _, err := io.Copy(enc, io.NewSectionReader(a.s.r, from, to-from)); err != nil {
-			return fmt.Errorf("compressing an archive: %w", err)
+	part := func(from, to int64) (Part, error) {
+		p := Part{In: int64(b.Len()), Out: from}
+		if from < to {
+			enc.Reset(&b)
+			if _, err := io.Copy(enc, io.NewSectionReader(a.s.r, from, to-from)); err != nil {
+				return p, fmt.Errorf("compressing an archive: %w", err)
+			}
+			if err := enc.Close(); err != nil {
+				return p, err
+			}
 		}
-		return enc.Close()
+		p.Digest = digest.FromBytes(b.Bytes()[p.In:])
+		return p, nil
 	}
-	if err := frame(0, start); err != nil {
-		return nil, Tail{}, err
+	spans, rest := a.s.start(), a.s.rest()
+	var parts Parts
+	if _, err = part(0, spans); err == nil {
+		parts.Spans, err = part(spans, rest)
 	}
-	in := b.Len()
-	if err := frame(start, a.s.size); err != nil {
-		return nil, Tail{}, err
+	if err == nil {
+		parts.Rest, err = part(rest, a.s.size)
 	}
-	return b.Bytes(), Tail{Digest: digest.FromBytes(b.Bytes()[in:]), In: int64(in), Out: start}, nil
+	return b.Bytes(), parts, err
 }
 
-// TailOf returns the Tail that annotations hold for a compressed archive of
-// size bytes. Without a usable one there is only the archive as a whole.
-func TailOf(annotations map[string]string, size int64) (t Tail, ok bool) {
-	if err := json.Unmarshal([]byte(annotations[AnnotationTail]), &t); err != nil {
-		return Tail{}, false
+// PartsOf returns the Parts that annotations hold for a compressed archive of
+// size bytes. Without usable ones there is only the archive as a whole.
+func PartsOf(annotations map[string]string, size int64) (p Parts, ok bool) {
+	if err := json.Unmarshal([]byte(annotations[AnnotationParts]), &p); err != nil {
+		return Parts{}, false
 	}
-	return t, t.Digest.Validate() == nil && t.In >= 0 && t.In < size && t.Out >= 0
+	ordered := p.Spans.In >= 0 && p.Spans.In <= p.Rest.In && p.Rest.In < size && p.Spans.Out >= 0 && p.Spans.Out <= p.Rest.Out
+	return p, ordered && p.Spans.Digest.Validate() == nil && p.Rest.Digest.Validate() == nil
 }

@@ -10,12 +10,12 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// TestCompress reads an archive from what is behind its tail's start alone.
+// TestCompress reads an archive from its parts alone.
 func TestCompress(t *testing.T) {
 	raw := write(t, &smallImage(t).Image)
 	a, err := open(raw)
 	require.NoError(t, err)
-	blob, tail, err := a.Compress()
+	blob, parts, err := a.Compress()
 	require.NoError(t, err)
 	again, _, err := a.Compress()
 	require.NoError(t, err)
@@ -28,15 +28,29 @@ func TestCompress(t *testing.T) {
 	require.NoError(t, err)
 	require.True(t, bytes.Equal(raw, whole))
 
-	require.Equal(t, tail.Digest, digest.FromBytes(blob[tail.In:]))
-	sections, err := dec.DecodeAll(blob[tail.In:], nil)
+	require.Equal(t, parts.Spans.Digest, digest.FromBytes(blob[parts.Spans.In:parts.Rest.In]))
+	require.Equal(t, parts.Rest.Digest, digest.FromBytes(blob[parts.Rest.In:]))
+	require.Greater(t, parts.Spans.Out, int64(clipHeaderSize))
+	spans, err := dec.DecodeAll(blob[parts.Spans.In:parts.Rest.In], nil)
 	require.NoError(t, err)
-	part := make([]byte, tail.Out, len(raw))
-	part = append(part, sections...)
-	require.Less(t, len(sections), len(raw)-clipHeaderSize)
-	a, err = OpenTail(bytes.NewReader(part), int64(len(part)))
+	rest, err := dec.DecodeAll(blob[parts.Rest.In:], nil)
 	require.NoError(t, err)
-	got, err := contentsOf(a)
+
+	part := append(make([]byte, parts.Rest.Out, len(raw)), rest...)
+	early, err := OpenTail(bytes.NewReader(part), int64(len(part)))
+	require.NoError(t, err)
+	for i := range a.DiffIDs() {
+		want, err := a.Layer(i)
+		require.NoError(t, err)
+		want.Spans, want.Points, want.SpanSize, want.Compression = nil, nil, 0, 0
+		files, err := early.Files(i)
+		require.NoError(t, err)
+		require.Equal(t, want, files)
+		_, err = early.Spans(i)
+		require.ErrorIs(t, err, ErrCorrupt)
+	}
+	require.Len(t, spans, copy(part[parts.Spans.Out:parts.Rest.Out], spans))
+	got, err := contentsOf(early)
 	require.NoError(t, err)
 	want, err := readAll(raw)
 	require.NoError(t, err)
@@ -48,22 +62,51 @@ func TestCompress(t *testing.T) {
 	require.ErrorIs(t, err, ErrCorrupt)
 }
 
-func TestTailOf(t *testing.T) {
-	good := Tail{Digest: digest.FromString("x"), In: 10, Out: 20}
-	annotated := func(tail Tail) map[string]string {
-		raw, err := json.Marshal(tail)
-		require.NoError(t, err)
-		return map[string]string{AnnotationTail: string(raw)}
+// TestCompressWithoutSpans has no part for them.
+func TestCompressWithoutSpans(t *testing.T) {
+	img := &smallImage(t).Image
+	for i := range img.Layers {
+		img.Layers[i] = Layer{Reason: "of another kind"}
 	}
-	got, ok := TailOf(annotated(good), 11)
+	a, err := open(write(t, img))
+	require.NoError(t, err)
+	blob, parts, err := a.Compress()
+	require.NoError(t, err)
+	require.Equal(t, parts.Rest.In, parts.Spans.In)
+	require.Equal(t, parts.Rest.Out, parts.Spans.Out)
+	got, ok := PartsOf(map[string]string{AnnotationParts: string(marshal(t, parts))}, int64(len(blob)))
+	require.True(t, ok)
+	require.Equal(t, parts, got)
+}
+
+func marshal(t *testing.T, v any) []byte {
+	t.Helper()
+	raw, err := json.Marshal(v)
+	require.NoError(t, err)
+	return raw
+}
+
+func TestPartsOf(t *testing.T) {
+	good := Parts{Spans: Part{Digest: digest.FromString("x"), In: 10, Out: 20}, Rest: Part{Digest: digest.FromString("y"), In: 15, Out: 30}}
+	annotated := func(change func(*Parts)) map[string]string {
+		p := good
+		change(&p)
+		return map[string]string{AnnotationParts: string(marshal(t, p))}
+	}
+	got, ok := PartsOf(annotated(func(*Parts) {}), 16)
 	require.True(t, ok)
 	require.Equal(t, good, got)
 	for name, annotations := range map[string]map[string]string{
-		"none": nil, "no JSON": {AnnotationTail: "{"}, "number": {AnnotationTail: "1"},
-		"no digest": annotated(Tail{In: 1, Out: 1}), "behind the end": annotated(Tail{Digest: good.Digest, In: 11, Out: 1}),
-		"negative": annotated(Tail{Digest: good.Digest, In: -1, Out: 1}), "negative in the archive": annotated(Tail{Digest: good.Digest, In: 1, Out: -1}),
+		"none": nil, "no JSON": {AnnotationParts: "{"}, "number": {AnnotationParts: "1"},
+		"no digest":       annotated(func(p *Parts) { p.Spans.Digest = "" }),
+		"no other digest": annotated(func(p *Parts) { p.Rest.Digest = "sha256:1" }),
+		"behind the end":  annotated(func(p *Parts) { p.Rest.In = 16 }),
+		"out of order":    annotated(func(p *Parts) { p.Spans.In = 16 }),
+		"overlapping":     annotated(func(p *Parts) { p.Spans.Out = 31 }),
+		"negative":        annotated(func(p *Parts) { p.Spans.In = -1 }),
+		"negative there":  annotated(func(p *Parts) { p.Spans.Out = -1 }),
 	} {
-		_, ok := TailOf(annotations, 11)
+		_, ok := PartsOf(annotations, 16)
 		require.False(t, ok, name)
 	}
 }

@@ -50,7 +50,8 @@ func (c *IndexEncoder) Encode(x *layer.Index) (_ *EncodedIndex, err error) {
 // archive.
 func (e *EncodedIndex) Write(w io.Writer) error {
 	s := new(sectionWriter)
-	s.addIndex(0, e)
+	s.add(kindSpans, 0, e.spans)
+	s.add(kindEntries, 0, e.entries)
 	pieces, err := s.finish(0)
 	if err != nil {
 		return err

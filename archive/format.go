@@ -108,12 +108,6 @@ func (s *sectionWriter) add(kind, layer int, f frame) {
 	s.stored = append(s.stored, f.stored)
 }
 
-// addIndex adds the sections of a layer's index.
-func (s *sectionWriter) addIndex(layer int, e *EncodedIndex) {
-	s.add(kindSpans, layer, e.spans)
-	s.add(kindEntries, layer, e.entries)
-}
-
 // finish returns the sections with their table and footer, in pieces, for a
 // file in which the first section is at offset start.
 func (s *sectionWriter) finish(start uint64) ([][]byte, error) {
@@ -230,6 +224,24 @@ func (s *sections) start() int64 {
 		start = min(start, rec.Offset)
 	}
 	return int64(start)
+}
+
+// rest returns where the sections start that are not spans, if all spans come
+// first, else where the sections start.
+func (s *sections) rest() int64 {
+	var spans uint64 // their end
+	rest := uint64(s.size)
+	for _, rec := range s.table {
+		if rec.Kind == kindSpans {
+			spans = max(spans, rec.Offset+rec.Stored)
+		} else {
+			rest = min(rest, rec.Offset)
+		}
+	}
+	if spans > rest {
+		return s.start()
+	}
+	return int64(rest)
 }
 
 // has says whether there is a section of a kind.

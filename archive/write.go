@@ -10,10 +10,12 @@ import (
 	"path/filepath"
 	"runtime"
 
+	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
 )
@@ -135,27 +137,48 @@ func (img *Image) sections(m ocispec.Manifest) (*sectionWriter, error) {
 	if err != nil {
 		return nil, err
 	}
+	encoded, err := img.encode(enc)
+	if err != nil {
+		return nil, err
+	}
+	// A worker fetches the spans last: everything else can be put to use meanwhile.
 	s := new(sectionWriter)
+	for i, e := range encoded {
+		if e != nil {
+			s.add(kindSpans, i, e.spans)
+		}
+	}
 	s.add(kindInfo, 0, compress(enc, info))
 	s.add(kindManifest, 0, compress(enc, img.Manifest))
 	s.add(kindConfig, 0, compress(enc, img.Config))
-	indexes := &IndexEncoder{enc: enc}
-	for i, l := range img.Layers {
-		if l.Index == nil {
-			continue
+	for i, e := range encoded {
+		if e != nil {
+			s.add(kindEntries, i, e.entries)
 		}
-		e := l.encoded
-		if e == nil || e.index != l.Index {
-			if e, err = indexes.Encode(l.Index); err != nil {
-				return nil, err
-			}
-		}
-		s.addIndex(i, e)
 	}
 	if img.Prefetch != nil {
 		s.add(kindPrefetch, 0, compress(enc, img.Prefetch.append(nil)))
 	}
 	return s, nil
+}
+
+// encode returns the layers' indexes in their sections, nil for a layer without.
+func (img *Image) encode(enc *zstd.Encoder) ([]*EncodedIndex, error) {
+	encoded := make([]*EncodedIndex, len(img.Layers))
+	indexes := &IndexEncoder{enc: enc}
+	for i, l := range img.Layers {
+		if l.Index == nil {
+			continue
+		}
+		if encoded[i] = l.encoded; l.encoded != nil && l.encoded.index == l.Index {
+			continue
+		}
+		var err error
+		if encoded[i], err = indexes.Encode(l.Index); err != nil {
+			return nil, err
+		}
+	}
+	return encoded, nil
 }
 
 // compat returns the part that upstream CLIP reads and the number of paths.
@@ -173,6 +196,10 @@ func (img *Image) info(m ocispec.Manifest) Info {
 	info.Descriptor.Platform = nil
 	for i, l := range img.Layers {
 		if l.Index != nil {
+			if info.Sizes == nil {
+				info.Sizes = map[digest.Digest]inflate.Out{}
+			}
+			info.Sizes[m.Layers[i].Digest] = l.Index.OutSize
 			continue
 		}
 		if info.NotLazy == nil {

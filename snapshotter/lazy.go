@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -17,6 +19,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
@@ -35,15 +38,15 @@ type chain struct {
 	Link     digest.Digest `json:"link,omitempty"` // see discover.Image
 }
 
-// prepareLazy commits a lazy snapshot for target, or says why it cannot.
-func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, target discover.Target, labels map[string]string) error {
+// prepareLazy commits a lazy snapshot for target, and for the image's layers on
+// top of it, or says why it cannot.
+func (s *Snapshotter) prepareLazy(ctx context.Context, parent string, target discover.Target, labels map[string]string) error {
 	can, err := s.able.now(ctx)
 	if err != nil {
 		return fmt.Errorf("this machine cannot mount lazy roots: %w", err)
 	}
-	name := lazyName(target.ChainID, parent)
-	if _, err := s.Stat(ctx, name); err == nil {
-		return nil // from another namespace, or an earlier pull
+	if _, err := s.Stat(ctx, lazyName(target.ChainID, parent)); err == nil {
+		return nil // it was made with a layer below, from another namespace, or by an earlier pull
 	}
 	a, release, err := s.finder.Find(ctx, target.Image)
 	if err != nil {
@@ -54,30 +57,52 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, targe
 	if err != nil {
 		return err
 	}
-	if err := s.checkMerge(a); err != nil {
-		return err
-	}
-	s.gate.RLock()
-	defer s.gate.RUnlock()
-	if err := s.addLayers(a, top, target.Image.Ref); err != nil {
-		return err
-	}
-	c := chain{ChainID: target.ChainID, Layers: a.DiffIDs()[:top+1], Image: target.Image.Ref, Manifest: target.Image.Manifest, Link: target.Image.Link}
-	id, err := s.commitLazy(ctx, key, name, parent, c, labels)
-	if errdefs.IsAlreadyExists(err) {
-		return nil // another pull was quicker
-	}
+	is, err := s.merge(a)
 	if err != nil {
 		return err
 	}
-	log.G(ctx).WithField("image", target.Image.Ref).WithField("chainID", target.ChainID).Info("reading the layer lazily")
-	if top == len(a.DiffIDs())-1 {
+	last := len(is.layers) - 1
+	s.gate.RLock()
+	defer s.gate.RUnlock()
+	if err := s.addLayers(a, is, target.Image.Ref); err != nil {
+		return err
+	}
+	made := lazySnapshots(a, target, parent, top, last, labels)
+	ids, err := s.commitLazy(ctx, made)
+	if err != nil {
+		return err
+	}
+	log.G(ctx).WithField("image", target.Image.Ref).WithField("chainID", target.ChainID).WithField("layers", len(ids)).Info("reading layers lazily")
+	if last == len(a.DiffIDs())-1 && len(ids) > 0 {
 		s.finder.Forget(target.Image) // nothing more will be asked of it
-		s.fetchList(ctx, a, target.Image.Ref)
-		s.buildAhead(ctx, id, c, can.Mode)
+		c := made[len(made)-1].chain
+		s.fetchList(ctx, a, is, target.Image.Ref)
+		s.buildAhead(ctx, ids[len(ids)-1], c, is, can.Mode)
 		s.fill(ctx, c)
 	}
 	return nil
+}
+
+// lazySnapshot is one that is to be committed.
+type lazySnapshot struct {
+	name, parent string
+	chain        chain
+	labels       map[string]string
+}
+
+// lazySnapshots returns the snapshots of the layers from top, which is the target
+// on the snapshot parent, to last. containerd asks for those behind the target
+// next: made together, they cost one wait for the disk.
+func lazySnapshots(a *archive.Archive, target discover.Target, parent string, top, last int, labels map[string]string) []lazySnapshot {
+	var all []lazySnapshot
+	chainIDs := a.ChainIDs()
+	for i := top; i <= last; i++ {
+		c := chain{ChainID: chainIDs[i], Layers: a.DiffIDs()[:i+1], Image: target.Image.Ref, Manifest: target.Image.Manifest, Link: target.Image.Link}
+		name := lazyName(c.ChainID, parent)
+		all = append(all, lazySnapshot{name, parent, c, discover.LazyLabels(labels, c.ChainID)})
+		parent = name
+	}
+	return all
 }
 
 // fill has the layers of a chain fetched in the background.
@@ -124,134 +149,236 @@ func position(a *archive.Archive, target discover.Target) (int, error) {
 	return 0, fmt.Errorf("the archive is of another image: it has no chain %s: %w", target.ChainID, errdefs.ErrInvalidArgument)
 }
 
-// checkMerge makes sure, once per image, that its layers make a root: an image
-// that containerd would refuse must be refused before any of it is committed.
-func (s *Snapshotter) checkMerge(a *archive.Archive) error {
+// stack is the layers of an image that can be read lazily together with all below.
+type stack struct {
+	layers []*layer.Index // with entries, without spans and seek points
+	root   *tree.Node
+}
+
+// merging is a stack that is being made while the rest of its archive comes.
+type merging struct {
+	done chan struct{}
+	is   *stack // valid after done
+	err  error  // valid after done
+}
+
+// mergeEarly begins to merge the layers of an archive that is still coming.
+func (s *Snapshotter) mergeEarly(a *archive.Archive) (forget func()) {
+	m := &merging{done: make(chan struct{})}
+	s.mergeMu.Lock()
+	s.early[a] = m
+	s.mergeMu.Unlock()
+	s.background.Go(func() {
+		defer close(m.done)
+		m.is, m.err = s.mergeNow(a)
+	})
+	return func() {
+		s.mergeMu.Lock()
+		defer s.mergeMu.Unlock()
+		delete(s.early, a)
+	}
+}
+
+// merge makes sure that the layers of an image make a root: an image that
+// containerd would refuse must be refused before any of it is committed, and
+// for all of its layers.
+func (s *Snapshotter) merge(a *archive.Archive) (*stack, error) {
+	s.mergeMu.Lock()
+	m := s.early[a]
+	s.mergeMu.Unlock()
+	if m == nil {
+		return s.mergeNow(a)
+	}
+	<-m.done
+	return m.is, m.err
+}
+
+func (s *Snapshotter) mergeNow(a *archive.Archive) (*stack, error) {
 	const most = 256
 	image := a.Info().Descriptor.Digest
-	s.mergedMu.Lock()
-	defer s.mergedMu.Unlock()
-	if err, ok := s.merged[image]; ok {
-		return err
+	s.mergeMu.Lock()
+	err := s.refused[image]
+	s.mergeMu.Unlock()
+	if err != nil {
+		return nil, err
 	}
-	if len(s.merged) >= most {
-		clear(s.merged)
+	is, err := stackOf(a)
+	if errors.Is(err, tree.ErrInvalid) || errors.Is(err, tree.ErrUnsupported) { // what else went wrong may go right the next time
+		s.mergeMu.Lock()
+		defer s.mergeMu.Unlock()
+		if len(s.refused) >= most {
+			clear(s.refused)
+		}
+		s.refused[image] = err
 	}
-	err := merge(a)
-	if err == nil || errors.Is(err, tree.ErrInvalid) || errors.Is(err, tree.ErrUnsupported) {
-		s.merged[image] = err // what else went wrong may go right the next time
-	}
-	return err
+	return is, err
 }
 
-func merge(a *archive.Archive) error {
+func stackOf(a *archive.Archive) (*stack, error) {
+	n := 0
+	for n < len(a.DiffIDs()) && a.NotLazy(n) == "" {
+		n++
+	}
+	is := &stack{layers: make([]*layer.Index, n)}
 	var (
-		layers []*layer.Index
-		total  tree.Total
+		mu    sync.Mutex // guards total
+		total tree.Total
 	)
-	for i := range a.DiffIDs() {
-		if a.NotLazy(i) != "" {
-			break
-		}
-		x, err := a.Layer(i)
-		if err == nil {
-			err = total.Add(x)
-		}
-		if err != nil {
-			return err
-		}
-		x.Spans, x.Points = nil, nil // a hostile image has many, and nothing here needs them
-		layers = append(layers, x)
+	g, ctx := errgroup.WithContext(context.Background())
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for i := range is.layers {
+		g.Go(func() error {
+			if ctx.Err() != nil {
+				return nil // it is too much already, or something else is wrong
+			}
+			x, err := a.Files(i)
+			if err != nil {
+				return err
+			}
+			is.layers[i] = x
+			mu.Lock()
+			defer mu.Unlock()
+			return total.Add(x)
+		})
 	}
-	_, err := tree.Merge(layers)
-	return err
+	err := g.Wait()
+	if err == nil {
+		is.root, err = tree.Merge(is.layers)
+	}
+	return is, err
 }
 
-// addLayers makes sure that the layers up to top are in the store, to be
-// fetched from ref's repository as well. If they are not, it adds all that the
-// image has: the others are asked for next, and the disk takes many at once in
-// little more time than one. The caller holds gate.
-func (s *Snapshotter) addLayers(a *archive.Archive, top int, ref string) error {
+// addLayers makes sure that the layers are in the store, to be fetched from ref's
+// repository as well. The caller holds gate.
+func (s *Snapshotter) addLayers(a *archive.Archive, is *stack, ref string) error {
 	if ref == "" {
 		ref = a.Info().StorageRef
 	}
-	m, _ := a.Manifest()
 	missing := false
-	for i, diffID := range a.DiffIDs()[:top+1] {
-		l, err := s.layers.Layer(diffID)
-		missing = missing || err != nil || l.Lacks(m.Layers[i].Digest, ref)
+	for _, x := range is.layers {
+		l, err := s.layers.Layer(x.DiffID)
+		missing = missing || err != nil || l.Lacks(x.Digest, ref)
 	}
 	if !missing {
 		return nil
 	}
 	const most = 64 << 20 // bytes of indexes in memory, or one layer's
 	var (
-		batch []*layer.Index
+		batch []cache.Encoded
 		held  int
 	)
-	for i := range a.DiffIDs() {
-		if a.NotLazy(i) != "" {
-			break
-		}
-		x, err := a.Layer(i)
+	for i := range is.layers {
+		x, err := encodedLayer(a, i)
 		if err != nil {
 			return err
 		}
-		size := x.MemorySize()
+		size := x.MemorySize() + len(x.Entries)
 		if held+size > most {
-			if err := s.layers.Add(ref, batch...); err != nil {
+			if err := s.layers.AddEncoded(ref, batch...); err != nil {
 				return err
 			}
 			batch, held = nil, 0
 		}
 		batch, held = append(batch, x), held+size
 	}
-	return s.layers.Add(ref, batch...)
+	return s.layers.AddEncoded(ref, batch...)
 }
 
-// commitLazy records the lazy snapshot and returns its id. The caller holds gate.
-func (s *Snapshotter) commitLazy(ctx context.Context, key, name, parent string, c chain, labels map[string]string) (_ string, err error) {
-	tmp, err := os.MkdirTemp(filepath.Join(s.dir, "snapshots"), "new-")
+func encodedLayer(a *archive.Archive, i int) (cache.Encoded, error) {
+	x, err := a.Spans(i)
 	if err != nil {
-		return "", err
+		return cache.Encoded{}, err
 	}
-	path := tmp
+	entries, err := a.Entries(i)
+	return cache.Encoded{Index: x, Entries: entries}, err
+}
+
+// commitLazy records lazy snapshots, each on top of the one before, and returns
+// the ids of those that were not there yet. The caller holds gate.
+func (s *Snapshotter) commitLazy(ctx context.Context, all []lazySnapshot) (ids []string, err error) {
+	dirs := make([]string, len(all)) // as they are to be removed if anything fails
 	defer func() {
-		if err != nil {
-			os.RemoveAll(path)
+		for _, dir := range dirs {
+			if dir != "" {
+				os.RemoveAll(dir)
+			}
 		}
 	}()
-	raw, err := json.Marshal(c)
-	if err != nil {
-		return "", err
+	if err := s.writeChains(all, dirs); err != nil {
+		return nil, err
 	}
-	if err := writeSynced(filepath.Join(tmp, "chain"), raw); err != nil {
-		return "", err
-	}
-	var id string
+	parent := filepath.Join(s.dir, "snapshots")
 	err = s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
-		snap, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, parent)
-		if err != nil {
-			return err
+		for i, snap := range all {
+			id, err := recordLazy(ctx, snap)
+			if errdefs.IsAlreadyExists(err) {
+				continue // another pull was quicker
+			}
+			if err != nil {
+				return err
+			}
+			path := filepath.Join(parent, id)
+			if err := os.Rename(dirs[i], path); err != nil {
+				return err
+			}
+			dirs[i] = path
+			ids = append(ids, id)
+			s.refs.add(id, snap.chain.Layers)
 		}
-		id = snap.ID
-		_, err = storage.CommitActive(ctx, key, name, snapshots.Usage{},
-			snapshots.WithLabels(labels), snapshots.WithLabels(map[string]string{discover.LabelLazy: "true"}))
-		if err != nil {
-			return err
-		}
-		path = filepath.Join(s.dir, "snapshots", id)
-		s.refs.add(id, c.Layers)
-		if err := os.Rename(tmp, path); err != nil {
-			return err
-		}
-		// The record of the snapshot must not outlive a power cut without it.
-		return errors.Join(syncFile(path), syncFile(filepath.Dir(path)))
+		// The record of a snapshot must not outlive a power cut without it.
+		return syncFile(parent)
 	})
 	if err != nil {
-		s.refs.drop(id)
+		for _, id := range ids {
+			s.refs.drop(id)
+		}
+		return nil, err
 	}
-	return id, err
+	for i, dir := range dirs {
+		if slices.Contains(ids, filepath.Base(dir)) {
+			dirs[i] = ""
+		}
+	}
+	return ids, nil
+}
+
+// recordLazy writes down a lazy snapshot and returns its id. The error is
+// errdefs.ErrAlreadyExists if there is one of its name.
+func recordLazy(ctx context.Context, snap lazySnapshot) (string, error) {
+	if _, _, _, err := storage.GetInfo(ctx, snap.name); err == nil {
+		return "", fmt.Errorf("snapshot %q: %w", snap.name, errdefs.ErrAlreadyExists)
+	}
+	key := "new " + snap.name
+	made, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, snap.parent)
+	if err != nil {
+		return "", err
+	}
+	_, err = storage.CommitActive(ctx, key, snap.name, snapshots.Usage{},
+		snapshots.WithLabels(snap.labels), snapshots.WithLabels(map[string]string{discover.LabelLazy: "true"}))
+	return made.ID, err
+}
+
+// chainWriters is how many chains are written at once: those that wait for the
+// disk together wait for the same write of its journal.
+const chainWriters = 16
+
+// writeChains makes a directory for each snapshot, durable but for its name.
+func (s *Snapshotter) writeChains(all []lazySnapshot, dirs []string) error {
+	var g errgroup.Group
+	g.SetLimit(chainWriters)
+	for i, snap := range all {
+		g.Go(func() error {
+			raw, err := json.Marshal(snap.chain)
+			if err != nil {
+				return err
+			}
+			if dirs[i], err = os.MkdirTemp(filepath.Join(s.dir, "snapshots"), "new-"); err != nil {
+				return err
+			}
+			return errors.Join(writeSynced(filepath.Join(dirs[i], "chain"), raw), syncFile(dirs[i]))
+		})
+	}
+	return g.Wait()
 }
 
 // writeSynced writes a file that survives a power cut, once its directory does.

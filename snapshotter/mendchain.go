@@ -186,9 +186,13 @@ func (s *Snapshotter) fetchChain(ctx context.Context, id string, c chain) (chain
 	if err != nil {
 		return c, err
 	}
+	is, err := s.merge(a)
+	if err != nil {
+		return c, err
+	}
 	c.Layers = a.DiffIDs()[:top+1]
 	s.refs.add(id, c.Layers) // before they are there: what nobody uses is removed
-	if err = s.addLayers(a, top, c.Image); err == nil {
+	if err = s.addLayers(a, is, c.Image); err == nil {
 		err = s.writeChain(id, c)
 	}
 	if err != nil {

@@ -119,7 +119,7 @@ func (s *Snapshotter) layerOf(diffID digest.Digest, mode root.Mode) (_ root.Laye
 
 // buildAhead builds the root of an image's top layer while containerd is still
 // pulling, so that the first container finds it ready.
-func (s *Snapshotter) buildAhead(ctx context.Context, id string, c chain, mode root.Mode) {
+func (s *Snapshotter) buildAhead(ctx context.Context, id string, c chain, is *stack, mode root.Mode) {
 	ctx = context.WithoutCancel(ctx)
 	s.background.Go(func() {
 		st := s.roots.get(id)
@@ -128,7 +128,7 @@ func (s *Snapshotter) buildAhead(ctx context.Context, id string, c chain, mode r
 		if _, err := s.chain(id); err != nil {
 			return // removed meanwhile
 		}
-		if err := s.root(id, c).Build(ctx, mode); err != nil {
+		if err := s.root(id, c).BuildMerged(ctx, mode, is.layers, is.root); err != nil {
 			log.G(ctx).WithError(err).WithField("image", c.Image).Warn("building the root ahead failed; it is tried again when a container needs it")
 		}
 	})

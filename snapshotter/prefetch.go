@@ -21,10 +21,10 @@ import (
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
-// fetchList has fetched what the archive says that a start of its image reads.
-// A list that cannot be used is no reason to refuse the image. The caller holds
-// gate and has added the layers.
-func (s *Snapshotter) fetchList(ctx context.Context, a *archive.Archive, ref string) {
+// fetchList has fetched what the archive says that a start of its image reads, or
+// what every start does. A list that cannot be used is no reason to refuse the
+// image. The caller holds gate and has added the layers.
+func (s *Snapshotter) fetchList(ctx context.Context, a *archive.Archive, is *stack, ref string) {
 	if !s.prefetch {
 		return
 	}
@@ -32,9 +32,9 @@ func (s *Snapshotter) fetchList(ctx context.Context, a *archive.Archive, ref str
 	list, err := a.Prefetch()
 	if err != nil {
 		logger.WithError(err).Warn("ignoring the archive's prefetch list")
-		return
 	}
 	if list == nil {
+		s.filler.Prefetch(s.wantsOf(is, startFiles(a.Config(), is.root)))
 		return
 	}
 	wants, unknown, err := s.wants(a, list.Spans)

@@ -50,6 +50,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
@@ -113,8 +114,9 @@ type Snapshotter struct {
 
 	prepared *prometheus.CounterVec
 
-	mergedMu sync.Mutex // guards merged
-	merged   map[digest.Digest]error
+	mergeMu sync.Mutex                    // guards the fields below
+	refused map[digest.Digest]error       // images whose layers make no root
+	early   map[*archive.Archive]*merging // those that are still coming
 
 	background sync.WaitGroup
 	stop       context.CancelFunc // ends what waits for the network there; nil if nothing does
@@ -125,7 +127,7 @@ type Snapshotter struct {
 // New opens the snapshotter in opts.Root and removes what an earlier process
 // left half-done. It needs neither network nor containerd.
 func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
-	s := &Snapshotter{started: time.Now(), dir: opts.Root, helper: opts.Helper, prefetch: opts.Prefetch, roots: newRoots(), merged: map[digest.Digest]error{}}
+	s := &Snapshotter{started: time.Now(), dir: opts.Root, helper: opts.Helper, prefetch: opts.Prefetch, roots: newRoots(), refused: map[digest.Digest]error{}, early: map[*archive.Archive]*merging{}}
 	for _, sub := range []string{"snapshots", "roots", "archives"} {
 		if err := os.MkdirAll(filepath.Join(s.dir, sub), 0o700); err != nil {
 			return nil, err
@@ -165,6 +167,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	s.finder = discover.New(discover.Options{
 		Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher, Sources: opts.Sources,
 		Receive: func() discover.Stream { return s.layers.Receive() }, Known: s.layers.Entries,
+		Early: s.mergeEarly,
 	})
 	if s.files == nil {
 		s.files, s.noFiles = layerfs.New(ctx, s.session)
@@ -359,7 +362,7 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 		return nil, fmt.Errorf("layer %s without the layers below it: %w", target.ChainID, errRebase)
 	}
 	if err == nil {
-		err = s.prepareLazy(ctx, key, parent, target, info.Labels)
+		err = s.prepareLazy(ctx, parent, target, info.Labels)
 	}
 	if err == nil {
 		s.prepared.WithLabelValues(asLazy).Inc()

@@ -292,7 +292,7 @@ func TestUsage(t *testing.T) {
 	// Another chain with the same topmost layer.
 	other := chain{ChainID: img.DiffIDs[1], Layers: img.DiffIDs[1:], Image: ref}
 	sn.gate.RLock()
-	_, err = sn.commitLazy(t.Context(), "extract", "other", "", other, nil)
+	_, err = sn.commitLazy(t.Context(), []lazySnapshot{{name: "other", chain: other}})
 	sn.gate.RUnlock()
 	require.NoError(t, err)
 

@@ -42,11 +42,11 @@ func NewArtifact(path string) (*Artifact, error) {
 	image, _ := opened.Manifest()
 	desc := opened.Info().Descriptor
 	a := &Artifact{layers: image.Layers, Subject: ocispec.Descriptor{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size}}
-	var tail archive.Tail
-	if a.blob, tail, err = opened.Compress(); err != nil {
+	var parts archive.Parts
+	if a.blob, parts, err = opened.Compress(); err != nil {
 		return nil, err
 	}
-	if a.manifest, err = artifactManifest(a.Subject, recorded, a.blob, tail); err != nil {
+	if a.manifest, err = artifactManifest(a.Subject, recorded, a.blob, parts); err != nil {
 		return nil, err
 	}
 	a.Descriptor = ocispec.Descriptor{
@@ -61,12 +61,12 @@ func (a *Artifact) Size() int64 { return int64(len(a.blob)) }
 
 // artifactManifest returns the manifest of an archive's artifact. An image may
 // get another archive whenever a start of it is recorded; workers take the newest.
-func artifactManifest(subject ocispec.Descriptor, recorded time.Time, blob []byte, tail archive.Tail) ([]byte, error) {
+func artifactManifest(subject ocispec.Descriptor, recorded time.Time, blob []byte, parts archive.Parts) ([]byte, error) {
 	var annotations map[string]string
 	if !recorded.IsZero() {
 		annotations = map[string]string{ocispec.AnnotationCreated: recorded.UTC().Format(time.RFC3339)}
 	}
-	where, err := json.Marshal(tail)
+	where, err := json.Marshal(parts)
 	if err != nil {
 		return nil, err
 	}
@@ -80,7 +80,7 @@ func artifactManifest(subject ocispec.Descriptor, recorded time.Time, blob []byt
 			MediaType:   archive.MediaType,
 			Digest:      digest.FromBytes(blob),
 			Size:        int64(len(blob)),
-			Annotations: map[string]string{ocispec.AnnotationTitle: "image.clip", archive.AnnotationTail: string(where)},
+			Annotations: map[string]string{ocispec.AnnotationTitle: "image.clip", archive.AnnotationParts: string(where)},
 		}},
 		Subject: &subject,
 	})

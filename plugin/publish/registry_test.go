@@ -131,9 +131,10 @@ func TestPush(t *testing.T) {
 	want, err := os.ReadFile(path)
 	require.NoError(t, err)
 	require.Equal(t, digest.FromBytes(want), digest.FromBytes(got))
-	tail, ok := archive.TailOf(m.Layers[0].Annotations, n)
+	parts, ok := archive.PartsOf(m.Layers[0].Annotations, n)
 	require.True(t, ok, "workers fetch no more than they read")
-	require.Equal(t, tail.Digest, digest.FromBytes(blob[tail.In:]))
+	require.Equal(t, parts.Spans.Digest, digest.FromBytes(blob[parts.Spans.In:parts.Rest.In]))
+	require.Equal(t, parts.Rest.Digest, digest.FromBytes(blob[parts.Rest.In:]))
 
 	_, raw = r.get(t, "/v2/team/app/referrers/"+img.Descriptor.Digest.String())
 	var index ocispec.Index

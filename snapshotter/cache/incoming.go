@@ -131,7 +131,7 @@ func (s *Store) takeIncoming(dir string, x *layer.Index) (size int64) {
 
 // markArrived makes what takeIncoming took known. sizes are what it returned for
 // each of layers.
-func (s *Store) markArrived(layers []*layer.Index, sizes []int64) error {
+func (s *Store) markArrived(layers []Encoded, sizes []int64) error {
 	for i, x := range layers {
 		if sizes[i] == 0 {
 			continue

@@ -209,9 +209,33 @@ func (s *Store) loaded() []*Layer {
 	return all
 }
 
+// Encoded is a layer's index of which the entries are encoded.
+type Encoded struct {
+	*layer.Index        // without entries
+	Entries      []byte // the encoded entry part, as a zstd frame
+}
+
+// encode encodes the entries of x.
+func encode(x *layer.Index, enc *zstd.Encoder) Encoded {
+	return Encoded{x, enc.EncodeAll(x.AppendEntries(nil), nil)}
+}
+
 // Add makes sure that the layers are in the store and that source is among
 // those that they are fetched from. The indexes are complete, with entries.
 func (s *Store) Add(source string, layers ...*layer.Index) error {
+	enc, err := zstd.NewWriter(nil)
+	if err != nil {
+		return err
+	}
+	encoded := make([]Encoded, len(layers))
+	for i, x := range layers {
+		encoded[i] = encode(x, enc)
+	}
+	return s.AddEncoded(source, encoded...)
+}
+
+// AddEncoded is Add for indexes whose entries are encoded.
+func (s *Store) AddEncoded(source string, layers ...Encoded) error {
 	s.adding.Lock()
 	defer s.adding.Unlock()
 	missing, size, err := s.missing(layers)
@@ -241,7 +265,7 @@ func (s *Store) Add(source string, layers ...*layer.Index) error {
 
 // missing returns the layers that are not in the store, each once, and the sum of
 // their sizes.
-func (s *Store) missing(layers []*layer.Index) (missing []*layer.Index, size int64, err error) {
+func (s *Store) missing(layers []Encoded) (missing []Encoded, size int64, err error) {
 	for _, x := range layers {
 		if err := x.DiffID.Validate(); err != nil {
 			return nil, 0, fmt.Errorf("diff ID %q: %w", x.DiffID, errdefs.ErrInvalidArgument)
@@ -254,7 +278,7 @@ func (s *Store) missing(layers []*layer.Index) (missing []*layer.Index, size int
 		if err != nil && !errdefs.IsNotFound(err) {
 			return nil, 0, err
 		}
-		if err != nil && !slices.ContainsFunc(missing, func(m *layer.Index) bool { return m.DiffID == x.DiffID }) {
+		if err != nil && !slices.ContainsFunc(missing, func(m Encoded) bool { return m.DiffID == x.DiffID }) {
 			missing = append(missing, x)
 			size += int64(x.OutSize)
 		}
@@ -268,13 +292,9 @@ const createWorkers = 16
 
 // create writes the directories of new layers; each appears whole or not at
 // all, and when create returns nil, they stay.
-func (s *Store) create(layers []*layer.Index, source string) (err error) {
+func (s *Store) create(layers []Encoded, source string) (err error) {
 	if len(layers) == 0 {
 		return nil
-	}
-	enc, err := zstd.NewWriter(nil)
-	if err != nil {
-		return err
 	}
 	var g errgroup.Group
 	g.SetLimit(createWorkers)
@@ -289,7 +309,7 @@ func (s *Store) create(layers []*layer.Index, source string) (err error) {
 	for i, x := range layers {
 		g.Go(func() (err error) {
 			if made[i], err = os.MkdirTemp(s.dir, ".new-"); err == nil {
-				err = writeLayer(made[i], x, source, enc)
+				err = writeLayer(made[i], x, source)
 			}
 			if err != nil {
 				return fmt.Errorf("layer %s: %w", x.DiffID, err)
@@ -302,7 +322,7 @@ func (s *Store) create(layers []*layer.Index, source string) (err error) {
 	}
 	arrived := make([]int64, len(layers))
 	for i, x := range layers {
-		arrived[i] = s.takeIncoming(made[i], x)
+		arrived[i] = s.takeIncoming(made[i], x.Index)
 		if err := os.Rename(made[i], filepath.Join(s.dir, x.DiffID.Encoded())); err != nil {
 			s.used.Add(-arrived[i])
 			return err
@@ -320,8 +340,8 @@ func (s *Store) create(layers []*layer.Index, source string) (err error) {
 }
 
 // writeLayer writes the files of a new layer into dir, durably.
-func writeLayer(dir string, x *layer.Index, source string, enc *zstd.Encoder) error {
-	files := map[string][]byte{spansFile: x.AppendSpans(nil), entriesFile: enc.EncodeAll(x.AppendEntries(nil), nil)}
+func writeLayer(dir string, x Encoded, source string) error {
+	files := map[string][]byte{spansFile: x.AppendSpans(nil), entriesFile: x.Entries}
 	if validSource(source) {
 		raw, err := json.Marshal([]string{source})
 		if err != nil {
@@ -347,16 +367,21 @@ func writeLayer(dir string, x *layer.Index, source string, enc *zstd.Encoder) er
 // Mend is Add for a layer whose index on disk may be damaged: it is written
 // anew. What was fetched stays.
 func (s *Store) Mend(x *layer.Index, source string) error {
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
+	if err != nil {
+		return err
+	}
+	encoded := encode(x, enc)
 	s.adding.Lock()
-	err := s.mend(x)
+	err = s.mend(encoded)
 	s.adding.Unlock()
 	if err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("layer %s: %w", x.DiffID, err)
 	}
-	return s.Add(source, x)
+	return s.AddEncoded(source, encoded)
 }
 
-func (s *Store) mend(x *layer.Index) error {
+func (s *Store) mend(x Encoded) error {
 	if err := x.DiffID.Validate(); err != nil {
 		return err
 	}
@@ -368,14 +393,10 @@ func (s *Store) mend(x *layer.Index) error {
 		return err
 	}
 	defer dir.Close()
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
-	if err != nil {
-		return err
-	}
 	if err := writeFile(dir, spansFile, x.AppendSpans(nil)); err != nil {
 		return err
 	}
-	return writeFile(dir, entriesFile, enc.EncodeAll(x.AppendEntries(nil), nil))
+	return writeFile(dir, entriesFile, x.Entries)
 }
 
 // Layer returns the layer with this diff ID, or errdefs.ErrNotFound, or
@@ -449,6 +470,9 @@ func readIndex(dir *os.Root, diffID digest.Digest) (*layer.Index, error) {
 	return x, nil
 }
 
+// maxEntries is how many bytes the entry part of an index has at most.
+const maxEntries = 1 << 30
+
 // Entries returns the layer's whole index. It is read from disk each time,
 // since it is only needed to build a root.
 func (s *Store) Entries(diffID digest.Digest) (*layer.Index, error) {
@@ -467,7 +491,7 @@ func (s *Store) Entries(diffID digest.Digest) (*layer.Index, error) {
 	if err != nil {
 		return nil, err
 	}
-	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1))
+	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxEntries))
 	if err != nil {
 		return nil, err
 	}

@@ -40,6 +40,11 @@ type Options struct {
 	// Known returns the index of a layer that is on the node already, by its
 	// diff ID, or errdefs.ErrNotFound. Nil knows none.
 	Known func(diffID digest.Digest) (*layer.Index, error)
+	// Early is told of an archive of which all but the spans is there, so that
+	// the rest can be put to use while they are fetched. If they do not come, Find
+	// does not return the archive. What Early returns is called when the archive
+	// is closed. Nil is told nothing.
+	Early func(a *archive.Archive) (closed func())
 	// Referrers asks the image's registry for archives.
 	Referrers bool
 	// Fetcher returns a fetcher for the repository of an image reference.

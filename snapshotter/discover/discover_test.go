@@ -14,11 +14,10 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/remotes"
-	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/errdefs"
 	ctdlog "github.com/containerd/log"
 	"github.com/google/go-containerregistry/pkg/registry"
@@ -31,6 +30,7 @@ import (
 
 	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/internal/testutil"
+	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
 )
 
 const repo = "team/app"
@@ -41,7 +41,8 @@ type server struct {
 	host string
 	api  bool // it has the referrers API, else only the fallback tag
 
-	rangeless bool // it refuses ranges without an end
+	rangeless bool   // it sends blobs whole
+	missing   string // the start of a range that it has not
 
 	mu        sync.Mutex // guards the fields below
 	referrers []ocispec.Descriptor
@@ -64,13 +65,11 @@ func startServer(t *testing.T, api bool) *server {
 		case strings.Contains(r.URL.Path, "/referrers/") && s.api, strings.Contains(r.URL.Path, "/manifests/sha256-") && !s.api:
 			w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
 			_ = json.NewEncoder(w).Encode(list)
-		case strings.HasSuffix(r.Header.Get("Range"), "-") && !s.rangeless: // one without an end is beyond the registry
-			rec := httptest.NewRecorder()
-			ranges := r.Header.Get("Range")
+		case s.missing != "" && strings.HasPrefix(r.Header.Get("Range"), "bytes="+s.missing+"-"):
+			w.WriteHeader(http.StatusNotFound)
+		case s.rangeless:
 			r.Header.Del("Range")
-			h.ServeHTTP(rec, r)
-			r.Header.Set("Range", ranges)
-			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(rec.Body.Bytes()))
+			h.ServeHTTP(w, r)
 		default:
 			h.ServeHTTP(w, r)
 		}
@@ -103,16 +102,7 @@ func (s *server) refer(artifact ocispec.Descriptor) {
 
 func (s *server) finder(t *testing.T) *Finder {
 	t.Helper()
-	hosts := docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchLocalhost))
-	f := New(Options{Dir: t.TempDir(), Referrers: true, Fetcher: func(ctx context.Context, ref string) (remotes.Fetcher, error) {
-		return docker.NewResolver(docker.ResolverOptions{Hosts: func(host string) ([]docker.RegistryHost, error) {
-			found, err := hosts(host)
-			for i := range found {
-				found[i].Capabilities |= docker.HostCapabilityReferrers
-			}
-			return found, err
-		}}).Fetcher(ctx, ref)
-	}})
+	f := New(Options{Dir: t.TempDir(), Referrers: true, Fetcher: remote.New(remote.Options{}).Fetcher})
 	t.Cleanup(f.Close)
 	return f
 }
@@ -353,56 +343,106 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// tailed is an archive as publish.Push stores it since workers read a part of it.
-func tailed(t *testing.T, img *testutil.Image) (artifact, *archive.Tail) {
+// parted is an archive as publish.Push stores it, with parts that can be had alone.
+func parted(t *testing.T, img *testutil.Image) (artifact, *archive.Parts) {
 	t.Helper()
 	raw := archiveOf(t, img)
 	opened, err := archive.Open(bytes.NewReader(raw), int64(len(raw)))
 	require.NoError(t, err)
 	a := artifact{subject: img.Descriptor.Digest, mediaType: archive.MediaType}
-	var tail archive.Tail
-	a.blob, tail, err = opened.Compress()
+	var parts archive.Parts
+	a.blob, parts, err = opened.Compress()
 	require.NoError(t, err)
 	a.declare = func(d *ocispec.Descriptor) {
-		d.Annotations = map[string]string{archive.AnnotationTail: string(testutil.JSON(t, tail))}
+		d.Annotations = map[string]string{archive.AnnotationParts: string(testutil.JSON(t, parts))}
 	}
-	return a, &tail
+	return a, &parts
 }
 
-// TestTail downloads the sections and nothing else.
-func TestTail(t *testing.T) {
+// TestParts downloads what is read and nothing else, the spans last, and tells of
+// the rest before they are there.
+func TestParts(t *testing.T) {
 	img := testImage(t, "one")
 	s := startServer(t, true)
 	f := s.finder(t)
-	a, tail := tailed(t, img)
+	var early *archive.Archive
+	var closed atomic.Bool
+	f.opts.Early = func(a *archive.Archive) func() {
+		x, err := a.Files(0)
+		require.NoError(t, err)
+		require.NotEmpty(t, x.Entries)
+		early = a
+		return func() { closed.Store(true) }
+	}
+	a, parts := parted(t, img)
 	s.refer(s.put(t, a))
 	before := s.gets()
-	find(t.Context(), t, f, s.ref(), img)
-	require.Equal(t, before+1, s.gets())
-	last := s.requests[len(s.requests)-1]
-	require.Equal(t, fmt.Sprintf("GET /v2/%s/blobs/%s bytes=%d-", repo, digest.FromBytes(a.blob), tail.In), last)
+	image := Image{Ref: s.ref(), Manifest: img.Descriptor.Digest}
+	found, release, err := f.Find(t.Context(), image)
+	require.NoError(t, err)
+	require.Same(t, early, found)
+	x, err := found.Layer(0)
+	require.NoError(t, err)
+	require.NotEmpty(t, x.Spans)
+	require.Equal(t, before+2, s.gets())
+	for i, want := range []string{
+		fmt.Sprintf("bytes=%d-%d", parts.Rest.In, len(a.blob)-1), fmt.Sprintf("bytes=%d-%d", parts.Spans.In, parts.Rest.In-1),
+	} {
+		require.Equal(t, fmt.Sprintf("GET /v2/%s/blobs/%s %s", repo, digest.FromBytes(a.blob), want), s.requests[len(s.requests)-2+i])
+	}
+	require.False(t, closed.Load())
+	release()
+	f.Forget(image)
+	require.True(t, closed.Load())
 }
 
-// TestBadTail takes the whole archive where the part is of no use.
-func TestBadTail(t *testing.T) {
+// TestBadParts takes the whole archive where the parts are of no use.
+func TestBadParts(t *testing.T) {
 	img := testImage(t, "one")
-	for name, bad := range map[string]func(*server, *archive.Tail){
-		"digest":              func(_ *server, t *archive.Tail) { t.Digest = digest.FromString("x") },
-		"inside a frame":      func(_ *server, t *archive.Tail) { t.In++ },
-		"place":               func(_ *server, t *archive.Tail) { t.Out++ },
-		"beyond all archives": func(_ *server, t *archive.Tail) { t.Out = maxArchive + 1 },
-		"no ranges":           func(s *server, _ *archive.Tail) { s.rangeless = true },
+	for name, c := range map[string]struct {
+		spoil func(*server, *archive.Parts)
+		early bool // the rest is right
+	}{
+		"digest":              {spoil: func(_ *server, p *archive.Parts) { p.Rest.Digest = digest.FromString("x") }},
+		"inside a frame":      {spoil: func(_ *server, p *archive.Parts) { p.Rest.In++ }},
+		"place":               {spoil: func(_ *server, p *archive.Parts) { p.Rest.Out++ }},
+		"beyond all archives": {spoil: func(_ *server, p *archive.Parts) { p.Rest.Out = maxArchive + 1 }},
+		"digest of the spans": {spoil: func(_ *server, p *archive.Parts) { p.Spans.Digest = digest.FromString("x") }, early: true},
+		"place of the spans":  {spoil: func(_ *server, p *archive.Parts) { p.Spans.Out-- }, early: true},
+		"inside the spans":    {spoil: func(_ *server, p *archive.Parts) { p.Spans.In++ }, early: true},
+		"no spans":            {spoil: func(s *server, p *archive.Parts) { s.missing = fmt.Sprint(p.Spans.In) }, early: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := startServer(t, true)
 			f := s.finder(t)
-			a, tail := tailed(t, img)
-			bad(s, tail)
+			var early, closed atomic.Int32
+			f.opts.Early = func(a *archive.Archive) func() {
+				early.Add(1)
+				go func() { _, _ = a.Spans(0) }() // what comes to nothing holds nobody up
+				return func() { closed.Add(1) }
+			}
+			a, parts := parted(t, img)
+			c.spoil(s, parts)
 			s.refer(s.put(t, a))
+			before := openArchives(t, f.opts.Dir)
 			find(t.Context(), t, f, s.ref(), img)
 			require.Equal(t, fmt.Sprintf("GET /v2/%s/blobs/%s ", repo, digest.FromBytes(a.blob)), s.requests[len(s.requests)-1])
+			require.Equal(t, c.early, early.Load() > 0)
+			require.Equal(t, early.Load(), closed.Load())
+			f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+			require.Equal(t, before, openArchives(t, f.opts.Dir))
 		})
 	}
+}
+
+// TestNoRanges has a registry that sends everything whole.
+func TestNoRanges(t *testing.T) {
+	img := testImage(t, "one")
+	s := startServer(t, true)
+	s.rangeless = true
+	a, _ := parted(t, img)
+	s.refer(s.put(t, a))
+	find(t.Context(), t, s.finder(t), s.ref(), img)
 }
 
 // TestAlteredInTransit has the registry send other bytes than it lists.

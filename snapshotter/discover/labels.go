@@ -2,6 +2,7 @@ package discover
 
 import (
 	"fmt"
+	"maps"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
@@ -66,4 +67,22 @@ func ParseTarget(labels map[string]string) (Target, error) {
 		return t, fmt.Errorf("digest %q of the archive that the image links to: %w", t.Image.Link, errdefs.ErrInvalidArgument)
 	}
 	return t, nil
+}
+
+// LazyLabels returns the labels of a lazy snapshot that is made before containerd
+// asks for it, together with one of a layer below, whose labels are given: all
+// that are not of the layer itself.
+func LazyLabels(labels map[string]string, chainID digest.Digest) map[string]string {
+	own := maps.Clone(labels)
+	if own == nil {
+		own = map[string]string{}
+	}
+	if own[snapshots.LabelSnapshotRef] == chainID.String() {
+		return own
+	}
+	own[snapshots.LabelSnapshotRef] = chainID.String()
+	for _, name := range []string{snapshots.LabelSnapshotDiffID, snapshotters.TargetLayerDigestLabel, snapshotters.TargetImageLayersLabel} {
+		delete(own, name)
+	}
+	return own
 }

@@ -65,25 +65,22 @@ func (f *Finder) findReferrer(ctx context.Context, ref string, manifest digest.D
 	return nil, err
 }
 
-// download fetches an archive: the part of it that is read here if that can be
+// download fetches an archive: the parts of it that are read here if those can be
 // had alone.
 func (f *Finder) download(ctx context.Context, fetcher remotes.Fetcher, a Artifact) (*archive.Archive, error) {
-	if tail, ok := archive.TailOf(a.Blob.Annotations, a.Blob.Size); ok {
-		opened, err := f.fetch(ctx, fetcher, a, tail, archive.OpenTail)
+	parts, ok := archive.PartsOf(a.Blob.Annotations, a.Blob.Size)
+	if ranges, can := fetcher.(rangeFetcher); ok && can {
+		opened, err := f.fetchParts(ctx, ranges, a, parts)
 		if err == nil || ctx.Err() != nil {
 			return opened, err
 		}
 		log.G(ctx).WithError(err).WithField("digest", a.Blob.Digest).Info("a part of an archive cannot be fetched; fetching all of it")
 	}
-	return f.fetch(ctx, fetcher, a, whole(a.Blob), archive.Open)
-}
-
-func (f *Finder) fetch(ctx context.Context, fetcher remotes.Fetcher, a Artifact, part archive.Tail, open opener) (*archive.Archive, error) {
 	tmp, err := f.nameless()
 	if err != nil {
 		return nil, err
 	}
-	return fetchPart(ctx, fetcher, a, part, tmp, open)
+	return Download(ctx, fetcher, a, tmp)
 }
 
 // nameless makes a file that is gone as soon as nobody has it open.
@@ -188,26 +185,41 @@ func fetchSmall(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descr
 // Download writes an archive to the empty file dst and opens it. It takes dst
 // over: Close of the archive, or an error, closes it.
 func Download(ctx context.Context, fetcher remotes.Fetcher, a Artifact, dst *os.File) (*archive.Archive, error) {
-	return fetchPart(ctx, fetcher, a, whole(a.Blob), dst, archive.Open)
+	size, err := downloadBlob(ctx, fetcher, a.Blob, dst)
+	if err != nil {
+		dst.Close()
+		return nil, err
+	}
+	return openOf(dst, size, a.Subject, archive.Open)
+}
+
+func downloadBlob(ctx context.Context, fetcher remotes.Fetcher, blob ocispec.Descriptor, dst *os.File) (int64, error) {
+	if err := checkBlob(blob); err != nil {
+		return 0, err
+	}
+	rc, err := fetcher.Fetch(ctx, blob)
+	if err != nil {
+		return 0, err
+	}
+	return decompress(rc, blob.Size, blob.Digest, dst, 0)
+}
+
+// checkBlob returns an error for a compressed archive that is not to be fetched.
+func checkBlob(desc ocispec.Descriptor) error {
+	if desc.Size > maxCompressed {
+		return fmt.Errorf("archive of %d bytes, more than %d: %w", desc.Size, maxCompressed, errdefs.ErrInvalidArgument)
+	}
+	if err := desc.Digest.Validate(); err != nil {
+		return fmt.Errorf("digest %q: %w", desc.Digest, errdefs.ErrInvalidArgument)
+	}
+	return nil
 }
 
 // opener opens an archive in the first bytes of a file.
 type opener func(io.ReaderAt, int64) (*archive.Archive, error)
 
-// whole is all of a compressed archive.
-func whole(blob ocispec.Descriptor) archive.Tail { return archive.Tail{Digest: blob.Digest} }
-
-func fetchPart(ctx context.Context, fetcher remotes.Fetcher, a Artifact, part archive.Tail, dst *os.File, open opener) (*archive.Archive, error) {
-	size, err := fetchBlob(ctx, fetcher, a.Blob, part, dst)
-	if err != nil {
-		dst.Close()
-		return nil, err
-	}
-	return openOf(dst, size, a.Subject, open)
-}
-
 // openOf opens the archive in f, which must be of manifest. It takes f over.
-func openOf(f *os.File, size int64, manifest digest.Digest, open opener) (*archive.Archive, error) {
+func openOf(f file, size int64, manifest digest.Digest, open opener) (*archive.Archive, error) {
 	a, err := open(f, size)
 	if err != nil {
 		f.Close()
@@ -220,47 +232,32 @@ func openOf(f *os.File, size int64, manifest digest.Digest, open opener) (*archi
 	return a, nil
 }
 
-// fetchBlob downloads a part of a compressed archive to where it belongs in dst
-// and returns the size of the archive.
-func fetchBlob(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, part archive.Tail, dst *os.File) (int64, error) {
-	if desc.Size > maxCompressed {
-		return 0, fmt.Errorf("archive of %d bytes, more than %d: %w", desc.Size, maxCompressed, errdefs.ErrInvalidArgument)
-	}
-	if err := desc.Digest.Validate(); err != nil {
-		return 0, fmt.Errorf("digest %q: %w", desc.Digest, errdefs.ErrInvalidArgument)
-	}
-	rc, err := fetcher.Fetch(ctx, desc)
-	if err != nil {
-		return 0, err
-	}
+type file interface {
+	io.ReaderAt
+	io.Closer
+}
+
+// decompress writes what the zstd stream rc of n bytes holds to dst, from at on,
+// and returns where it ends. It closes rc.
+func decompress(rc io.ReadCloser, n int64, want digest.Digest, dst io.WriterAt, at int64) (end int64, err error) {
 	defer rc.Close()
-	if part.In > 0 {
-		s, ok := rc.(io.Seeker)
-		if !ok {
-			return 0, fmt.Errorf("a fetcher that cannot seek: %w", errdefs.ErrNotImplemented)
-		}
-		if _, err := s.Seek(part.In, io.SeekStart); err != nil {
-			return 0, err
-		}
-	}
-	verifier := part.Digest.Verifier()
-	compressed := io.TeeReader(io.LimitReader(rc, desc.Size-part.In), verifier)
+	verifier := want.Verifier()
+	compressed := io.TeeReader(io.LimitReader(rc, n), verifier)
 	dec, err := zstd.NewReader(compressed, zstd.WithDecoderMaxWindow(64<<20), zstd.WithDecoderConcurrency(1))
 	if err != nil {
 		return 0, err
 	}
 	defer dec.Close()
-	size, err := copyBounded(dst, part.Out, dec)
-	if err != nil {
+	if end, err = copyBounded(dst, at, dec); err != nil {
 		return 0, err
 	}
 	if _, err := io.Copy(io.Discard, compressed); err != nil {
 		return 0, err
 	}
 	if !verifier.Verified() {
-		return 0, fmt.Errorf("content does not match digest %s: %w", part.Digest, errdefs.ErrDataLoss)
+		return 0, fmt.Errorf("content does not match digest %s: %w", want, errdefs.ErrDataLoss)
 	}
-	return size, nil
+	return end, nil
 }
 
 // copyBounded copies the end of an archive to where it belongs in dst, up to the

@@ -3,7 +3,6 @@ package remote
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net/url"
 	"regexp"
@@ -11,7 +10,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
-	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -24,7 +22,7 @@ func (c *Client) Fetcher(ctx context.Context, ref string) (remotes.Fetcher, erro
 	if err != nil {
 		return nil, err
 	}
-	return fetcher{f}, nil
+	return fetcher{f, c, ref}, nil
 }
 
 // Resolve returns what the reference ref names in its registry now.
@@ -51,7 +49,16 @@ func (c *Client) resolver() remotes.Resolver {
 }
 
 // fetcher is containerd's, with errors that hold no secrets.
-type fetcher struct{ remotes.Fetcher }
+type fetcher struct {
+	remotes.Fetcher
+	client *Client
+	ref    string
+}
+
+// FetchRange returns the bytes [off, off+n) of a blob, as Client.Open does.
+func (f fetcher) FetchRange(ctx context.Context, d digest.Digest, off, n int64) (io.ReadCloser, error) {
+	return f.client.Open(ctx, []string{f.ref}, d, off, n)
+}
 
 // Fetch implements remotes.Fetcher.
 func (f fetcher) Fetch(ctx context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {
@@ -80,16 +87,6 @@ func (f fetched) Read(p []byte) (int, error) {
 		err = redacted(err)
 	}
 	return n, err
-}
-
-// Seek implements io.Seeker, as what containerd's fetcher returns does: what is
-// before the place is not asked for.
-func (f fetched) Seek(offset int64, whence int) (int64, error) {
-	s, ok := f.ReadCloser.(io.Seeker)
-	if !ok {
-		return 0, fmt.Errorf("reading a part: %w", errdefs.ErrNotImplemented)
-	}
-	return s.Seek(offset, whence)
 }
 
 // redacted returns err with a text in which URLs have neither queries nor

@@ -17,13 +17,9 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/tree"
 )
 
-// build merges layers, lowest first, and writes their metadata image to path,
-// and its digest beside it.
-func build(path string, layers []*layer.Index) (err error) {
-	merged, err := tree.Merge(layers)
-	if err != nil {
-		return err
-	}
+// writeImage writes the metadata image of layers, lowest first, to path, and its
+// digest beside it.
+func writeImage(path string, layers []*layer.Index, merged *tree.Node) (err error) {
 	devices := make([]erofs.Device, len(layers))
 	for i, x := range layers {
 		devices[i] = erofs.Device{Tag: x.DiffID.Encoded(), Size: x.OutSize}
@@ -55,7 +51,7 @@ func build(path string, layers []*layer.Index) (err error) {
 // proofOf is the file with the digest of a metadata image.
 func proofOf(image string) string { return image + ".sha256" }
 
-// proven returns an error if the metadata image at path is not what build
+// proven returns an error if the metadata image at path is not what writeImage
 // wrote, which is fs.ErrNotExist if there is none.
 func proven(path string) error {
 	f, err := os.Open(path)

@@ -85,7 +85,15 @@ func (r Root) target() string { return filepath.Join(r.Dir, "mnt") }
 
 // Build does what can be done before Mount, unless it is done. ctx carries the
 // logger and nothing else.
-func (r Root) Build(ctx context.Context, m Mode) error {
+func (r Root) Build(ctx context.Context, m Mode) error { return r.build(ctx, m, r.merge) }
+
+// BuildMerged is Build for whoever has merged r's layers already. Their entries
+// are not looked at.
+func (r Root) BuildMerged(ctx context.Context, m Mode, layers []*layer.Index, merged *tree.Node) error {
+	return r.build(ctx, m, func() ([]*layer.Index, *tree.Node, error) { return layers, merged, nil })
+}
+
+func (r Root) build(ctx context.Context, m Mode, merge func() ([]*layer.Index, *tree.Node, error)) error {
 	for _, dir := range []string{r.Dir, r.target()} {
 		if err := os.Mkdir(dir, 0o700); err != nil && !os.IsExist(err) {
 			return err
@@ -101,11 +109,21 @@ func (r Root) Build(ctx context.Context, m Mode) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		log.G(ctx).WithError(err).WithField("path", r.Image()).Error("a metadata image was damaged on disk and is built again; see whether the disk fails or somebody writes below roots")
 	}
-	layers, err := r.Indexes()
+	layers, merged, err := merge()
 	if err != nil {
 		return err
 	}
-	return build(r.Image(), layers)
+	return writeImage(r.Image(), layers, merged)
+}
+
+// merge stacks r's layers.
+func (r Root) merge() ([]*layer.Index, *tree.Node, error) {
+	layers, err := r.Indexes()
+	if err != nil {
+		return nil, nil, err
+	}
+	merged, err := tree.Merge(layers)
+	return layers, merged, err
 }
 
 // Mount builds and mounts r. Nothing is left mounted if it fails.
@@ -143,11 +161,7 @@ func (r Root) Resume(ctx context.Context) error {
 
 // tree returns what mode FUSE serves.
 func (r Root) tree() (*tree.Node, []treefs.Layer, error) {
-	layers, err := r.Indexes()
-	if err != nil {
-		return nil, nil, err
-	}
-	merged, err := tree.Merge(layers)
+	_, merged, err := r.merge()
 	if err != nil {
 		return nil, nil, err
 	}

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/beam-cloud/containerd-clip/archive/layer"
+	"github.com/beam-cloud/containerd-clip/archive/tree"
 	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
 )
 
@@ -211,11 +212,20 @@ func TestManyLayers(t *testing.T) {
 	}
 }
 
+// mergedImage writes the metadata image of layers.
+func mergedImage(path string, layers ...*layer.Index) error {
+	merged, err := tree.Merge(layers)
+	if err != nil {
+		return err
+	}
+	return writeImage(path, layers, merged)
+}
+
 func TestDamage(t *testing.T) {
 	files, dir := newFS(t), t.TempDir()
 	x := testLayer(t, files, "file", "content")
 	whole := filepath.Join(dir, "whole")
-	require.NoError(t, build(whole, []*layer.Index{x}))
+	require.NoError(t, mergedImage(whole, x))
 	raw, err := os.ReadFile(whole)
 	require.NoError(t, err)
 	const superblock = 1024
@@ -278,8 +288,8 @@ func TestBuildFailureLeavesNothing(t *testing.T) {
 	bad := &layer.Index{DiffID: digest.FromString("x"), OutSize: 512, Entries: []layer.Entry{
 		{Name: "a", Link: "missing", Type: layer.TypeLink},
 	}}
-	require.Error(t, build(filepath.Join(dir, "image"), []*layer.Index{bad}))
-	require.Error(t, build(filepath.Join(dir, "no", "image"), nil))
+	require.Error(t, mergedImage(filepath.Join(dir, "image"), bad))
+	require.Error(t, mergedImage(filepath.Join(dir, "no", "image")))
 	left, err := os.ReadDir(dir)
 	require.NoError(t, err)
 	require.Empty(t, left)

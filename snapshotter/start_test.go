@@ -1,0 +1,189 @@
+package snapshotter
+
+import (
+	"context"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/snapshotters"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"github.com/beam-cloud/containerd-clip/archive/tree"
+	"github.com/beam-cloud/containerd-clip/internal/testutil"
+	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
+	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
+)
+
+// prepareFirst asks for the lowest layer of an image.
+func prepareFirst(t *testing.T, sn *Snapshotter, img *testutil.Image, ref string) {
+	t.Helper()
+	_, err := sn.Prepare(t.Context(), "extract", "", snapshots.WithLabels(map[string]string{
+		snapshots.LabelSnapshotRef:             img.DiffIDs[0].String(),
+		snapshots.LabelSnapshotDiffID:          img.DiffIDs[0].String(),
+		snapshotters.TargetRefLabel:            ref,
+		snapshotters.TargetManifestDigestLabel: img.Descriptor.Digest.String(),
+		snapshotters.TargetImageLayersLabel:    "sha256:1,sha256:2",
+	}))
+	require.ErrorIs(t, err, errdefs.ErrAlreadyExists)
+}
+
+// all returns the snapshots by name.
+func all(t *testing.T, sn *Snapshotter) map[string]snapshots.Info {
+	t.Helper()
+	found := map[string]snapshots.Info{}
+	require.NoError(t, sn.Walk(t.Context(), func(_ context.Context, info snapshots.Info) error {
+		found[info.Name] = info
+		return nil
+	}))
+	return found
+}
+
+// TestMadeTogether makes the snapshots of all layers when containerd asks for the
+// first, and again what it has removed because it did not know it yet.
+func TestMadeTogether(t *testing.T) {
+	dir := t.TempDir()
+	img, ref := lazyImage(t, dir)
+	sn := open(t, dir)
+	prepareFirst(t, sn, img, ref)
+	chainID := identity.ChainID(img.DiffIDs)
+	low := lazyName(img.DiffIDs[0], "")
+	high := lazyName(chainID, low)
+	made := all(t, sn)
+	require.Len(t, made, 2)
+	require.Equal(t, low, made[high].Parent)
+	require.Equal(t, snapshots.KindCommitted, made[high].Kind)
+	require.Equal(t, map[string]string{
+		snapshots.LabelSnapshotRef:             chainID.String(),
+		snapshotters.TargetRefLabel:            ref,
+		snapshotters.TargetManifestDigestLabel: img.Descriptor.Digest.String(),
+		discover.LabelLazy:                     "true",
+	}, made[high].Labels)
+	require.Equal(t, "sha256:1,sha256:2", made[low].Labels[snapshotters.TargetImageLayersLabel])
+
+	require.NoError(t, sn.Remove(t.Context(), high))
+	require.Equal(t, high, pull(t, sn, img, ref))
+	mounts, err := sn.Prepare(t.Context(), "container", high)
+	require.NoError(t, err)
+	requireRead(t, mounts)
+}
+
+// TestCommitTogether makes all or nothing, and leaves alone what is there.
+func TestCommitTogether(t *testing.T) {
+	dir := t.TempDir()
+	img, _ := lazyImage(t, dir)
+	sn := open(t, dir)
+	sn.gate.RLock()
+	defer sn.gate.RUnlock()
+	c := chain{ChainID: img.DiffIDs[0], Layers: img.DiffIDs[:1]}
+	_, err := sn.commitLazy(t.Context(), []lazySnapshot{{name: "a", chain: c}, {name: "b", parent: "nobody", chain: c}})
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	require.Empty(t, all(t, sn))
+	require.Empty(t, names(t, filepath.Join(dir, "snapshots")))
+	require.False(t, sn.refs.used(c.ChainID))
+
+	ids, err := sn.commitLazy(t.Context(), []lazySnapshot{{name: "a", chain: c}})
+	require.NoError(t, err)
+	more, err := sn.commitLazy(t.Context(), []lazySnapshot{{name: "a", chain: c}, {name: "b", parent: "a", chain: c}})
+	require.NoError(t, err)
+	require.Len(t, more, 1)
+	require.ElementsMatch(t, append(ids, more...), names(t, filepath.Join(dir, "snapshots")))
+	require.Equal(t, "a", all(t, sn)["b"].Parent)
+}
+
+// TestRefused unpacks an image of which it knows that its layers make no root.
+func TestRefused(t *testing.T) {
+	dir := t.TempDir()
+	img, ref := lazyImage(t, dir)
+	sn := open(t, dir)
+	sn.refused[img.Descriptor.Digest] = tree.ErrInvalid
+	mounts, err := sn.Prepare(t.Context(), "extract", "", snapshots.WithLabels(map[string]string{
+		snapshots.LabelSnapshotRef:             img.DiffIDs[0].String(),
+		snapshotters.TargetRefLabel:            ref,
+		snapshotters.TargetManifestDigestLabel: img.Descriptor.Digest.String(),
+	}))
+	require.NoError(t, err)
+	require.NotEmpty(t, mounts)
+	require.Contains(t, all(t, sn)["extract"].Labels[discover.LabelNotLazy], tree.ErrInvalid.Error())
+	require.Empty(t, names(t, filepath.Join(dir, "layers")))
+}
+
+func TestStartFiles(t *testing.T) {
+	file := func(size int64) *tree.Node { return &tree.Node{Mode: unix.S_IFREG | 0o755, Size: size} }
+	dir := func(children ...tree.Dirent) *tree.Node { return &tree.Node{Mode: unix.S_IFDIR, Children: children} }
+	loader, cache, passwd := file(1), file(2), file(3)
+	app, python, large, script := file(10), file(11), file(mostOfFile+1), file(12)
+	root := dir(
+		tree.Dirent{Name: "etc", Node: dir(tree.Dirent{Name: "ld.so.cache", Node: cache}, tree.Dirent{Name: "passwd", Node: passwd})},
+		tree.Dirent{Name: "lib64", Node: &tree.Node{Mode: unix.S_IFLNK, Target: "usr/lib64"}},
+		tree.Dirent{Name: "srv", Node: dir(tree.Dirent{Name: "run.sh", Node: script})},
+		tree.Dirent{Name: "usr", Node: dir(
+			tree.Dirent{Name: "bin", Node: dir(tree.Dirent{Name: "app", Node: app}, tree.Dirent{Name: "large", Node: large}, tree.Dirent{Name: "python3", Node: python})},
+			tree.Dirent{Name: "lib64", Node: dir(tree.Dirent{Name: "ld-linux-x86-64.so.2", Node: loader})})},
+	)
+	common := []*tree.Node{loader, cache, passwd}
+	path := []string{"HOME=/", "PATH=/nowhere:/usr/bin"}
+	for name, c := range map[string]struct {
+		config ocispec.ImageConfig
+		want   *tree.Node
+	}{
+		"nothing":             {},
+		"absolute":            {ocispec.ImageConfig{Entrypoint: []string{"/usr/bin/app", "x"}, Cmd: []string{"python3"}}, app},
+		"of PATH":             {ocispec.ImageConfig{Cmd: []string{"python3", "-c"}, Env: path}, python},
+		"without PATH":        {ocispec.ImageConfig{Cmd: []string{"python3"}}, nil},
+		"relative":            {ocispec.ImageConfig{Entrypoint: []string{"./run.sh"}, WorkingDir: "/srv"}, script},
+		"too large":           {ocispec.ImageConfig{Entrypoint: []string{"large"}, Env: path}, nil},
+		"a directory":         {ocispec.ImageConfig{Entrypoint: []string{"/etc"}}, nil},
+		"far back in PATH":    {ocispec.ImageConfig{Entrypoint: []string{"app"}, Env: []string{"PATH=" + strings.Repeat("/x:", mostDirs-1) + "/usr/bin:/usr/bin"}}, app},
+		"too far back":        {ocispec.ImageConfig{Entrypoint: []string{"app"}, Env: []string{"PATH=" + strings.Repeat("/x:", mostDirs) + "/usr/bin"}}, nil},
+		"not there":           {ocispec.ImageConfig{Entrypoint: []string{"/usr/bin/none"}}, nil},
+		"fetched without it":  {ocispec.ImageConfig{Entrypoint: []string{"/etc/passwd"}}, nil},
+		"an empty entrypoint": {ocispec.ImageConfig{Entrypoint: []string{""}, Env: path}, nil},
+	} {
+		want := common
+		if c.want != nil {
+			want = append(common[:len(common):len(common)], c.want)
+		}
+		got := startFiles(testutil.JSON(t, ocispec.Image{Config: c.config}), root)
+		require.Len(t, got, len(want), name)
+		for i := range want {
+			require.Same(t, want[i], got[i], name)
+		}
+	}
+	require.Len(t, startFiles([]byte("no JSON"), root), len(common))
+}
+
+// TestStartIsFetched has what every start reads before anybody reads it, and
+// nothing else.
+func TestStartIsFetched(t *testing.T) {
+	for name, prefetch := range map[string]bool{"on": true, "off": false} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			img := testutil.NewImage(t,
+				testutil.Tar(t, testutil.File{Name: "other", Data: noise(4 << 20)}),
+				testutil.Tar(t, testutil.File{Name: "etc/passwd", Data: "root:x:0:0::/:/bin/sh\n"}))
+			ref, _ := publishImage(t, dir, img)
+			sn, err := New(t.Context(), Options{Root: dir, Prefetch: prefetch, Fill: fill.Options{Workers: 1, ListsOnly: true}})
+			require.NoError(t, err)
+			t.Cleanup(func() { require.NoError(t, sn.Close()) })
+			pull(t, sn, img, ref)
+			low, err := sn.layers.Layer(img.DiffIDs[0])
+			require.NoError(t, err)
+			high, err := sn.layers.Layer(img.DiffIDs[1])
+			require.NoError(t, err)
+			if prefetch {
+				require.Eventually(t, func() bool { return high.Fetched() == high.Size() }, 20*time.Second, 10*time.Millisecond)
+			} else {
+				time.Sleep(200 * time.Millisecond)
+				require.Zero(t, high.Fetched())
+			}
+			require.Zero(t, low.Fetched())
+		})
+	}
+}
