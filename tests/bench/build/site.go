@@ -28,6 +28,7 @@ import (
 var links = []testbed.Link{
 	{Name: "loopback"},
 	{Name: "1 Gbit/s", Link: harness.Link{Rate: 125e6, Up: 125e6, Latency: time.Millisecond / 2}},
+	{Name: "100 Mbit/s", Link: harness.Link{Rate: 12.5e6, Up: 12.5e6, Latency: 10 * time.Millisecond}},
 }
 
 // prepared is what all runs build from.
