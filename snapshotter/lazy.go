@@ -76,8 +76,9 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, parent string, target dis
 	if last == len(a.DiffIDs())-1 && len(ids) > 0 {
 		s.finder.Forget(target.Image) // nothing more will be asked of it
 		c := made[len(made)-1].chain
-		s.fetchList(ctx, a, is, target.Image.Ref)
-		s.buildAhead(ctx, ids[len(ids)-1], c, is, can.Mode)
+		id := ids[len(ids)-1]
+		s.fetchList(ctx, id, a, is, target.Image.Ref)
+		s.buildAhead(ctx, id, c, is, can.Mode)
 		s.fill(ctx, c)
 	}
 	return nil
@@ -153,6 +154,7 @@ func position(a *archive.Archive, target discover.Target) (int, error) {
 type stack struct {
 	layers []*layer.Index // with entries, without spans and seek points
 	root   *tree.Node
+	ahead  *rootAhead // nil if none is being built
 }
 
 // merging is a stack that is being made while the rest of its archive comes.
@@ -162,20 +164,31 @@ type merging struct {
 	err  error  // valid after done
 }
 
-// mergeEarly begins to merge the layers of an archive that is still coming.
+// mergeEarly begins to merge the layers of an archive that is still coming, and to
+// build their root.
 func (s *Snapshotter) mergeEarly(a *archive.Archive) (forget func()) {
-	m := &merging{done: make(chan struct{})}
+	m, ahead := &merging{done: make(chan struct{})}, newRootAhead()
 	s.mergeMu.Lock()
 	s.early[a] = m
 	s.mergeMu.Unlock()
 	s.background.Go(func() {
-		defer close(m.done)
+		defer close(ahead.done)
 		m.is, m.err = s.mergeNow(a)
+		if m.err != nil || len(m.is.layers) < len(a.DiffIDs()) {
+			close(m.done)
+			return
+		}
+		m.is.ahead = ahead
+		close(m.done)
+		s.buildEarly(ahead, m.is, a.Info().StorageRef)
 	})
 	return func() {
 		s.mergeMu.Lock()
-		defer s.mergeMu.Unlock()
 		delete(s.early, a)
+		s.mergeMu.Unlock()
+		if ahead.claim() {
+			s.background.Go(ahead.remove)
+		}
 	}
 }
 

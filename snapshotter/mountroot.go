@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/containerd/v2/pkg/tracing"
 	"github.com/containerd/errdefs"
@@ -58,6 +59,9 @@ func (s *Snapshotter) root(id string, c chain) root.Root {
 // mountRoot makes sure that the root of the lazy snapshot id is mounted and
 // returns the directory that is the container's root.
 func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (_ string, err error) {
+	if wants := s.starts.take(id); len(wants) > 0 {
+		s.filler.Prefetch(wants)
+	}
 	st := s.roots.get(id)
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -117,16 +121,68 @@ func (s *Snapshotter) layerOf(diffID digest.Digest, mode root.Mode) (_ root.Laye
 	return root.Layer{Device: path, Stream: stream}, seen, release, err
 }
 
+// rootAhead is a root that is built before there is a snapshot for it: while the
+// image's archive comes, processor and disk have nothing else to do.
+type rootAhead struct {
+	done    chan struct{}
+	dir     string // valid after done; empty if it was not built
+	claimed atomic.Bool
+}
+
+func newRootAhead() *rootAhead { return &rootAhead{done: make(chan struct{})} }
+
+// claim says whether the caller is the one who moves or removes the root.
+func (r *rootAhead) claim() bool { return r.claimed.CompareAndSwap(false, true) }
+
+func (r *rootAhead) remove() {
+	if <-r.done; r.dir != "" {
+		os.RemoveAll(r.dir)
+	}
+}
+
+// move makes it the root to, unless there is one already. If it does not come
+// about, to is built as any other.
+func (r *rootAhead) move(to string) {
+	if <-r.done; r.dir != "" && os.Rename(r.dir, to) != nil {
+		os.RemoveAll(r.dir)
+	}
+}
+
+// buildEarly builds the root of a stack that has no snapshot yet.
+func (s *Snapshotter) buildEarly(r *rootAhead, is *stack, image string) {
+	can, err := s.able.known()
+	if err != nil {
+		return
+	}
+	dir, err := os.MkdirTemp(filepath.Join(s.dir, "roots"), "new-")
+	if err == nil {
+		err = root.Root{Dir: dir}.BuildMerged(context.Background(), can.Mode, is.layers, is.root)
+	}
+	if err != nil {
+		os.RemoveAll(dir)
+		log.L.WithError(err).WithField("image", image).Debug("a root was not built while its archive came; it is built later")
+		return
+	}
+	r.dir = dir
+}
+
 // buildAhead builds the root of an image's top layer while containerd is still
 // pulling, so that the first container finds it ready.
 func (s *Snapshotter) buildAhead(ctx context.Context, id string, c chain, is *stack, mode root.Mode) {
 	ctx = context.WithoutCancel(ctx)
+	mine := is.ahead != nil && is.ahead.claim()
 	s.background.Go(func() {
 		st := s.roots.get(id)
 		st.mu.Lock()
 		defer st.mu.Unlock()
 		if _, err := s.chain(id); err != nil {
+			if mine {
+				is.ahead.remove()
+			}
 			return // removed meanwhile
+		}
+		if mine {
+			is.ahead.move(s.root(id, c).Dir)
 		}
 		if err := s.root(id, c).BuildMerged(ctx, mode, is.layers, is.root); err != nil {
 			log.G(ctx).WithError(err).WithField("image", c.Image).Warn("building the root ahead failed; it is tried again when a container needs it")
@@ -144,6 +200,7 @@ func (s *Snapshotter) removeRoot(id string) error {
 		return fmt.Errorf("unmounting %s: %w", r.Dir, err)
 	}
 	st.mounted = false
+	s.starts.take(id)
 	s.mounted.drop(id)
 	if err := os.RemoveAll(r.Dir); err != nil {
 		return err

@@ -21,10 +21,11 @@ import (
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
-// fetchList has fetched what the archive says that a start of its image reads, or
-// what every start does. A list that cannot be used is no reason to refuse the
-// image. The caller holds gate and has added the layers.
-func (s *Snapshotter) fetchList(ctx context.Context, a *archive.Archive, is *stack, ref string) {
+// fetchList has fetched what the archive says that a start of its image reads.
+// Without a list it remembers what every start reads, for the first mount of the
+// snapshot id. A list that cannot be used is no reason to refuse the image. The
+// caller holds gate and has added the layers.
+func (s *Snapshotter) fetchList(ctx context.Context, id string, a *archive.Archive, is *stack, ref string) {
 	if !s.prefetch {
 		return
 	}
@@ -34,7 +35,7 @@ func (s *Snapshotter) fetchList(ctx context.Context, a *archive.Archive, is *sta
 		logger.WithError(err).Warn("ignoring the archive's prefetch list")
 	}
 	if list == nil {
-		s.filler.Prefetch(s.wantsOf(is, startFiles(a.Config(), is.root)))
+		s.starts.set(id, s.wantsOf(is, startFiles(a.Config(), is.root)))
 		return
 	}
 	wants, unknown, err := s.wants(a, list.Spans)

@@ -118,6 +118,8 @@ type Snapshotter struct {
 	refused map[digest.Digest]error       // images whose layers make no root
 	early   map[*archive.Archive]*merging // those that are still coming
 
+	starts starts
+
 	background sync.WaitGroup
 	stop       context.CancelFunc // ends what waits for the network there; nil if nothing does
 	closing    sync.Once

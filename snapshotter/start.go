@@ -5,6 +5,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -80,6 +81,31 @@ func program(config []byte, root *tree.Node) *tree.Node {
 		}
 	}
 	return nil
+}
+
+// starts holds what the first containers of images will read, whatever they run,
+// by the snapshots that they will stand on. The zero value is ready.
+type starts struct {
+	mu   sync.Mutex // guards byID
+	byID map[string][]fill.Want
+}
+
+func (s *starts) set(id string, wants []fill.Want) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.byID == nil {
+		s.byID = map[string][]fill.Want{}
+	}
+	s.byID[id] = wants
+}
+
+// take returns what was set for a snapshot, once.
+func (s *starts) take(id string) []fill.Want {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	wants := s.byID[id]
+	delete(s.byID, id)
+	return wants
 }
 
 // wantsOf returns where the files are, which are of the stack is.

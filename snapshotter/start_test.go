@@ -2,6 +2,7 @@ package snapshotter
 
 import (
 	"context"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -15,10 +16,12 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
 	"github.com/beam-cloud/containerd-clip/internal/testutil"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
+	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
 // prepareFirst asks for the lowest layer of an image.
@@ -159,8 +162,8 @@ func TestStartFiles(t *testing.T) {
 	require.Len(t, startFiles([]byte("no JSON"), root), len(common))
 }
 
-// TestStartIsFetched has what every start reads before anybody reads it, and
-// nothing else.
+// TestStartIsFetched has what every start reads as soon as a container is made, and
+// nothing else; a pull alone fetches nothing.
 func TestStartIsFetched(t *testing.T) {
 	for name, prefetch := range map[string]bool{"on": true, "off": false} {
 		t.Run(name, func(t *testing.T) {
@@ -172,10 +175,13 @@ func TestStartIsFetched(t *testing.T) {
 			sn, err := New(t.Context(), Options{Root: dir, Prefetch: prefetch, Fill: fill.Options{Workers: 1, ListsOnly: true}})
 			require.NoError(t, err)
 			t.Cleanup(func() { require.NoError(t, sn.Close()) })
-			pull(t, sn, img, ref)
+			top := pull(t, sn, img, ref)
 			low, err := sn.layers.Layer(img.DiffIDs[0])
 			require.NoError(t, err)
 			high, err := sn.layers.Layer(img.DiffIDs[1])
+			require.NoError(t, err)
+			require.Never(t, func() bool { return high.Fetched() > 0 }, 200*time.Millisecond, 20*time.Millisecond)
+			_, err = sn.Prepare(t.Context(), "container", top)
 			require.NoError(t, err)
 			if prefetch {
 				require.Eventually(t, func() bool { return high.Fetched() == high.Size() }, 20*time.Second, 10*time.Millisecond)
@@ -186,4 +192,43 @@ func TestStartIsFetched(t *testing.T) {
 			require.Zero(t, low.Fetched())
 		})
 	}
+}
+
+// TestBuiltEarly builds the root of an archive that is still coming, which becomes
+// that of the snapshot, or nobody's.
+func TestBuiltEarly(t *testing.T) {
+	dir := t.TempDir()
+	img, ref := lazyImage(t, dir)
+	sn := open(t, dir)
+	a, err := archive.OpenFile(filepath.Join(dir, "archives", "a.clip"))
+	require.NoError(t, err)
+	defer a.Close()
+
+	forget := sn.mergeEarly(a)
+	is, err := sn.merge(a)
+	require.NoError(t, err)
+	require.NotNil(t, is.root.Lookup("/low"))
+	<-is.ahead.done
+	require.Equal(t, []string{filepath.Base(is.ahead.dir)}, names(t, filepath.Join(dir, "roots")))
+	forget()
+	require.Empty(t, sn.early)
+	require.Eventually(t, func() bool { return len(names(t, filepath.Join(dir, "roots"))) == 0 }, 20*time.Second, 10*time.Millisecond)
+
+	forget = sn.mergeEarly(a)
+	is, err = sn.merge(a)
+	require.NoError(t, err)
+	top := pull(t, sn, img, ref) // finds the same archive by itself
+	c, err := sn.chain("2")
+	require.NoError(t, err)
+	built := sn.root("2", c)
+	sn.background.Wait()
+	require.NoError(t, os.RemoveAll(built.Dir))
+	sn.buildAhead(t.Context(), "2", c, is, root.File)
+	forget()
+	sn.background.Wait()
+	require.Equal(t, []string{"2"}, names(t, filepath.Join(dir, "roots")))
+	require.NoDirExists(t, is.ahead.dir)
+	mounts, err := sn.Prepare(t.Context(), "container", top)
+	require.NoError(t, err)
+	requireRead(t, mounts)
 }

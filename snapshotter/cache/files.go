@@ -78,6 +78,22 @@ func syncDir(dir *os.Root) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
+// syncAll makes files of dir durable, as far as they are there.
+func syncAll(dir *os.Root, names ...string) error {
+	var errs []error
+	for _, name := range names {
+		f, err := dir.Open(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err == nil {
+			err = errors.Join(f.Sync(), f.Close())
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
 // control calls fn with f's descriptor, which is not closed meanwhile.
 func control(f *os.File, fn func(fd int) error) error {
 	conn, err := f.SyscallConn()

@@ -291,7 +291,9 @@ func (s *Store) missing(layers []Encoded) (missing []Encoded, size int64, err er
 const createWorkers = 16
 
 // create writes the directories of new layers; each appears whole or not at
-// all, and when create returns nil, they stay.
+// all, unless the machine dies within moments: a pull does not wait for the disk.
+// What a layer loses then is damage, as any other, and there is nothing yet for
+// which it is the index.
 func (s *Store) create(layers []Encoded, source string) (err error) {
 	if len(layers) == 0 {
 		return nil
@@ -329,17 +331,40 @@ func (s *Store) create(layers []Encoded, source string) (err error) {
 		}
 		made[i] = ""
 	}
-	all, err := os.OpenRoot(s.dir)
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(syncDir(all), all.Close()); err != nil {
-		return err
-	}
+	s.work.Go(func() { s.settle(layers) })
 	return s.markArrived(layers, arrived)
 }
 
-// writeLayer writes the files of a new layer into dir, durably.
+// settle makes new layers durable.
+func (s *Store) settle(layers []Encoded) {
+	var g errgroup.Group
+	g.SetLimit(createWorkers)
+	for _, x := range layers {
+		g.Go(func() error {
+			dir, err := os.OpenRoot(filepath.Join(s.dir, x.DiffID.Encoded()))
+			if os.IsNotExist(err) {
+				return nil // it was removed
+			}
+			if err != nil {
+				return err
+			}
+			defer dir.Close()
+			return syncAll(dir, spansFile, entriesFile, sourcesFile, ".")
+		})
+	}
+	err := g.Wait()
+	if err == nil {
+		var all *os.Root
+		if all, err = os.OpenRoot(s.dir); err == nil {
+			err = errors.Join(syncDir(all), all.Close())
+		}
+	}
+	if err != nil {
+		log.G(s.life).WithError(err).Error("the disk may not keep what was written of new layers")
+	}
+}
+
+// writeLayer writes the files of a new layer into dir.
 func writeLayer(dir string, x Encoded, source string) error {
 	files := map[string][]byte{spansFile: x.AppendSpans(nil), entriesFile: x.Entries}
 	if validSource(source) {
@@ -356,12 +381,9 @@ func writeLayer(dir string, x Encoded, source string) error {
 	defer root.Close()
 	var g errgroup.Group
 	for name, b := range files {
-		g.Go(func() error { return newFile(root, name, b) })
+		g.Go(func() error { return root.WriteFile(name, b, 0o600) })
 	}
-	if err := g.Wait(); err != nil {
-		return err
-	}
-	return syncDir(root)
+	return g.Wait()
 }
 
 // Mend is Add for a layer whose index on disk may be damaged: it is written
