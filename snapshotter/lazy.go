@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"sync"
 	"syscall"
@@ -61,13 +60,14 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, parent string, target dis
 	if err != nil {
 		return err
 	}
-	last := len(is.layers) - 1
+	last := agreed(a, target, top, len(is.layers)-1)
 	s.gate.RLock()
 	defer s.gate.RUnlock()
 	if err := s.addLayers(a, is, target.Image.Ref); err != nil {
 		return err
 	}
-	made := lazySnapshots(a, target, parent, top, last, labels)
+	made := lazySnapshots(a, target, parent, top, last)
+	made[0].labels = labels
 	ids, err := s.commitLazy(ctx, made)
 	if err != nil {
 		return err
@@ -91,16 +91,29 @@ type lazySnapshot struct {
 	labels       map[string]string
 }
 
+// agreed returns the last of the archive's layers from top to last that are also
+// the image's, as far as containerd says. An archive that an image links to may be
+// of one whose upper layers were compressed otherwise.
+func agreed(a *archive.Archive, target discover.Target, top, last int) int {
+	m, _ := a.Manifest()
+	for i, d := range target.Above {
+		if at := top + i; i > 0 && at <= last && m.Layers[at].Digest != d {
+			return at - 1
+		}
+	}
+	return last
+}
+
 // lazySnapshots returns the snapshots of the layers from top, which is the target
 // on the snapshot parent, to last. containerd asks for those behind the target
 // next: made together, they cost one wait for the disk.
-func lazySnapshots(a *archive.Archive, target discover.Target, parent string, top, last int, labels map[string]string) []lazySnapshot {
+func lazySnapshots(a *archive.Archive, target discover.Target, parent string, top, last int) []lazySnapshot {
 	var all []lazySnapshot
 	chainIDs := a.ChainIDs()
 	for i := top; i <= last; i++ {
 		c := chain{ChainID: chainIDs[i], Layers: a.DiffIDs()[:i+1], Image: target.Image.Ref, Manifest: target.Image.Manifest, Link: target.Image.Link}
 		name := lazyName(c.ChainID, parent)
-		all = append(all, lazySnapshot{name, parent, c, discover.LazyLabels(labels, c.ChainID)})
+		all = append(all, lazySnapshot{name, parent, c, discover.LazyLabels(target.Image, c.ChainID)})
 		parent = name
 	}
 	return all
@@ -165,13 +178,14 @@ type merging struct {
 }
 
 // mergeEarly begins to merge the layers of an archive that is still coming, and to
-// build their root.
+// build their root. The archive is not closed before forget has returned, which
+// waits for both.
 func (s *Snapshotter) mergeEarly(a *archive.Archive) (forget func()) {
 	m, ahead := &merging{done: make(chan struct{})}, newRootAhead()
 	s.mergeMu.Lock()
 	s.early[a] = m
 	s.mergeMu.Unlock()
-	s.background.Go(func() {
+	go func() {
 		defer close(ahead.done)
 		m.is, m.err = s.mergeNow(a)
 		if m.err != nil || len(m.is.layers) < len(a.DiffIDs()) {
@@ -181,14 +195,15 @@ func (s *Snapshotter) mergeEarly(a *archive.Archive) (forget func()) {
 		m.is.ahead = ahead
 		close(m.done)
 		s.buildEarly(ahead, m.is, a.Info().StorageRef)
-	})
+	}()
 	return func() {
 		s.mergeMu.Lock()
 		delete(s.early, a)
 		s.mergeMu.Unlock()
 		if ahead.claim() {
-			s.background.Go(ahead.remove)
+			ahead.remove()
 		}
+		<-ahead.done
 	}
 }
 
@@ -196,26 +211,22 @@ func (s *Snapshotter) mergeEarly(a *archive.Archive) (forget func()) {
 // containerd would refuse must be refused before any of it is committed, and
 // for all of its layers.
 func (s *Snapshotter) merge(a *archive.Archive) (*stack, error) {
-	s.mergeMu.Lock()
-	m := s.early[a]
-	s.mergeMu.Unlock()
-	if m == nil {
-		return s.mergeNow(a)
-	}
-	<-m.done
-	return m.is, m.err
-}
-
-func (s *Snapshotter) mergeNow(a *archive.Archive) (*stack, error) {
 	const most = 256
 	image := a.Info().Descriptor.Digest
 	s.mergeMu.Lock()
-	err := s.refused[image]
+	m, err := s.early[a], s.refused[image]
+	delete(s.early, a) // it is large, and who asks again can wait
 	s.mergeMu.Unlock()
 	if err != nil {
 		return nil, err
 	}
-	is, err := stackOf(a)
+	var is *stack
+	if m != nil {
+		<-m.done
+		is, err = m.is, m.err
+	} else {
+		is, err = s.mergeNow(a)
+	}
 	if errors.Is(err, tree.ErrInvalid) || errors.Is(err, tree.ErrUnsupported) { // what else went wrong may go right the next time
 		s.mergeMu.Lock()
 		defer s.mergeMu.Unlock()
@@ -227,38 +238,31 @@ func (s *Snapshotter) mergeNow(a *archive.Archive) (*stack, error) {
 	return is, err
 }
 
-func stackOf(a *archive.Archive) (*stack, error) {
-	n := 0
-	for n < len(a.DiffIDs()) && a.NotLazy(n) == "" {
-		n++
+// mergeNow merges the layers of one image at a time: hostile ones take much memory.
+func (s *Snapshotter) mergeNow(a *archive.Archive) (*stack, error) {
+	s.merging.Lock()
+	defer s.merging.Unlock()
+	is := new(stack)
+	var total tree.Total
+	for i := range a.DiffIDs() {
+		if a.NotLazy(i) != "" {
+			break
+		}
+		x, err := a.Files(i)
+		if err == nil {
+			err = total.Add(x)
+		}
+		if err != nil {
+			return nil, err
+		}
+		is.layers = append(is.layers, x)
 	}
-	is := &stack{layers: make([]*layer.Index, n)}
-	var (
-		mu    sync.Mutex // guards total
-		total tree.Total
-	)
-	g, ctx := errgroup.WithContext(context.Background())
-	g.SetLimit(runtime.GOMAXPROCS(0))
-	for i := range is.layers {
-		g.Go(func() error {
-			if ctx.Err() != nil {
-				return nil // it is too much already, or something else is wrong
-			}
-			x, err := a.Files(i)
-			if err != nil {
-				return err
-			}
-			is.layers[i] = x
-			mu.Lock()
-			defer mu.Unlock()
-			return total.Add(x)
-		})
+	merged, err := tree.Merge(is.layers)
+	if err != nil {
+		return nil, err
 	}
-	err := g.Wait()
-	if err == nil {
-		is.root, err = tree.Merge(is.layers)
-	}
-	return is, err
+	is.root = merged
+	return is, nil
 }
 
 // addLayers makes sure that the layers are in the store, to be fetched from ref's

@@ -59,9 +59,6 @@ func (s *Snapshotter) root(id string, c chain) root.Root {
 // mountRoot makes sure that the root of the lazy snapshot id is mounted and
 // returns the directory that is the container's root.
 func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (_ string, err error) {
-	if wants := s.starts.take(id); len(wants) > 0 {
-		s.filler.Prefetch(wants)
-	}
 	st := s.roots.get(id)
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -75,7 +72,7 @@ func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (_ stri
 	if err != nil {
 		return "", fmt.Errorf("image %s was pulled lazily, but this machine can no longer mount it: %w", c.Image, err)
 	}
-	if err := s.repaired(ctx, c, func() error { return s.mountShared(ctx, r, c, can.Mode) }); err != nil {
+	if err := s.repaired(ctx, c, func() error { return s.mountShared(ctx, id, r, c, can.Mode) }); err != nil {
 		return "", fmt.Errorf("root of image %s: %w", c.Image, err)
 	}
 	st.mounted, st.mode = true, can.Mode
@@ -83,8 +80,9 @@ func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (_ stri
 	return r.Path(), nil
 }
 
-// mountShared mounts the root r that all containers of an image share.
-func (s *Snapshotter) mountShared(ctx context.Context, r root.Root, c chain, mode root.Mode) error {
+// mountShared mounts the root r of the snapshot id, which all containers of an
+// image share.
+func (s *Snapshotter) mountShared(ctx context.Context, id string, r root.Root, c chain, mode root.Mode) error {
 	start := record.Document{Image: c.Image, ChainID: c.ChainID, Layers: c.Layers}
 	for i, diffID := range c.Layers {
 		l, seen, release, err := s.layerOf(diffID, mode)
@@ -99,6 +97,9 @@ func (s *Snapshotter) mountShared(ctx context.Context, r root.Root, c chain, mod
 		}
 	}
 	s.recorder.Start(start)
+	if wants := s.starts.take(id); len(wants) > 0 {
+		s.filler.Prefetch(wants)
+	}
 	return r.Mount(ctx, mode)
 }
 
@@ -120,6 +121,9 @@ func (s *Snapshotter) layerOf(diffID digest.Digest, mode root.Mode) (_ root.Laye
 	}
 	return root.Layer{Device: path, Stream: stream}, seen, release, err
 }
+
+// earlyDir holds roots that are built before there is a snapshot for them.
+const earlyDir = "early"
 
 // rootAhead is a root that is built before there is a snapshot for it: while the
 // image's archive comes, processor and disk have nothing else to do.
@@ -154,7 +158,7 @@ func (s *Snapshotter) buildEarly(r *rootAhead, is *stack, image string) {
 	if err != nil {
 		return
 	}
-	dir, err := os.MkdirTemp(filepath.Join(s.dir, "roots"), "new-")
+	dir, err := os.MkdirTemp(filepath.Join(s.dir, earlyDir), "")
 	if err == nil {
 		err = root.Root{Dir: dir}.BuildMerged(context.Background(), can.Mode, is.layers, is.root)
 	}

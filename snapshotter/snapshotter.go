@@ -19,6 +19,7 @@
 //	snapshots/<id>/fs,work  an ordinary snapshot
 //	snapshots/<id>/chain    a lazy snapshot: its layers, JSON
 //	roots/<id>/             its root: image and mount point
+//	early/                  roots of snapshots that are about to be made
 //	layers/                 package cache
 //	archives/               package discover
 //	recordings/             package record
@@ -114,6 +115,8 @@ type Snapshotter struct {
 
 	prepared *prometheus.CounterVec
 
+	merging sync.Mutex // held while layers are merged
+
 	mergeMu sync.Mutex                    // guards the fields below
 	refused map[digest.Digest]error       // images whose layers make no root
 	early   map[*archive.Archive]*merging // those that are still coming
@@ -130,7 +133,10 @@ type Snapshotter struct {
 // left half-done. It needs neither network nor containerd.
 func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	s := &Snapshotter{started: time.Now(), dir: opts.Root, helper: opts.Helper, prefetch: opts.Prefetch, roots: newRoots(), refused: map[digest.Digest]error{}, early: map[*archive.Archive]*merging{}}
-	for _, sub := range []string{"snapshots", "roots", "archives"} {
+	if err := os.RemoveAll(filepath.Join(s.dir, earlyDir)); err != nil {
+		return nil, err
+	}
+	for _, sub := range []string{"snapshots", "roots", "archives", earlyDir} {
 		if err := os.MkdirAll(filepath.Join(s.dir, sub), 0o700); err != nil {
 			return nil, err
 		}

@@ -69,15 +69,14 @@ func program(config []byte, root *tree.Node) *tree.Node {
 	case strings.Contains(args[0], "/"):
 		return root.Lookup(path.Join("/", c.Config.WorkingDir, args[0]))
 	}
-	for _, env := range c.Config.Env {
-		dirs, ok := strings.CutPrefix(env, "PATH=")
-		if !ok {
-			continue
-		}
-		for _, dir := range strings.SplitN(dirs, ":", mostDirs+1)[:min(strings.Count(dirs, ":")+1, mostDirs)] {
-			if n := root.Lookup(path.Join("/", dir, args[0])); n != nil {
-				return n
-			}
+	i := slices.IndexFunc(c.Config.Env, func(env string) bool { return strings.HasPrefix(env, "PATH=") })
+	if i < 0 {
+		return nil
+	}
+	dirs := strings.SplitN(c.Config.Env[i][len("PATH="):], ":", mostDirs+1)
+	for _, dir := range dirs[:min(len(dirs), mostDirs)] {
+		if n := root.Lookup(path.Join("/", dir, args[0])); n != nil {
+			return n
 		}
 	}
 	return nil

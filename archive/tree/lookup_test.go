@@ -10,6 +10,9 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/tree"
 )
 
+// maxSteps is how many names a lookup looks at.
+const maxSteps = 1 << 10
+
 // TestLookup finds what a process would find whose root the tree is.
 func TestLookup(t *testing.T) {
 	file := &tree.Node{Mode: unix.S_IFREG, Size: 1}
@@ -24,19 +27,25 @@ func TestLookup(t *testing.T) {
 		tree.Dirent{Name: "usr", Node: dir(tree.Dirent{Name: "lib", Node: lib})},
 	)
 	for path, want := range map[string]*tree.Node{
-		"/":                          root,
-		"":                           root,
-		"/usr/lib/libc.so":           file,
-		"usr//lib/./libc.so":         file,
-		"/lib/libc.so":               file,
-		"/etc/alt":                   file,
-		"/lib/up/libc.so":            file,
-		"/../../lib/../lib":          lib,
-		"/lib/libc.so.6":             nil,
-		"/lib/libc.so/x":             nil,
-		"/a":                         nil,
-		"/usr/a":                     nil,
-		"/" + strings.Repeat("x", 9): nil,
+		"/":                  root,
+		"":                   root,
+		"/usr/lib/libc.so":   file,
+		"usr//lib/./libc.so": file,
+		"/lib/libc.so":       file,
+		"/etc/alt":           file,
+		"/lib/up/libc.so":    file,
+		"/../../lib/../lib":  lib,
+		"/lib/libc.so.6":     nil,
+		"/lib/libc.so/x":     nil,
+		"/lib/libc.so/":      nil,
+		"/lib/libc.so/..":    nil,
+		"/lib/":              lib,
+		"/usr" + strings.Repeat("/.", maxSteps-3) + "/lib": lib,
+		"/usr" + strings.Repeat("/.", maxSteps) + "/lib":   nil,
+		strings.Repeat("/", 4096):                          nil,
+		"/a":                                               nil,
+		"/usr/a":                                           nil,
+		"/" + strings.Repeat("x", 9):                       nil,
 	} {
 		require.Same(t, want, root.Lookup(path), path)
 	}

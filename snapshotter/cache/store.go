@@ -292,8 +292,8 @@ const createWorkers = 16
 
 // create writes the directories of new layers; each appears whole or not at
 // all, unless the machine dies within moments: a pull does not wait for the disk.
-// What a layer loses then is damage, as any other, and there is nothing yet for
-// which it is the index.
+// What an index loses then is damage as any other, and shows; only the sources are
+// durable at once, whose loss would not show.
 func (s *Store) create(layers []Encoded, source string) (err error) {
 	if len(layers) == 0 {
 		return nil
@@ -323,6 +323,8 @@ func (s *Store) create(layers []Encoded, source string) (err error) {
 		return err
 	}
 	arrived := make([]int64, len(layers))
+	var unsettled []digest.Digest
+	defer func() { s.work.Go(func() { s.settle(unsettled) }) }()
 	for i, x := range layers {
 		arrived[i] = s.takeIncoming(made[i], x.Index)
 		if err := os.Rename(made[i], filepath.Join(s.dir, x.DiffID.Encoded())); err != nil {
@@ -330,18 +332,18 @@ func (s *Store) create(layers []Encoded, source string) (err error) {
 			return err
 		}
 		made[i] = ""
+		unsettled = append(unsettled, x.DiffID)
 	}
-	s.work.Go(func() { s.settle(layers) })
 	return s.markArrived(layers, arrived)
 }
 
 // settle makes new layers durable.
-func (s *Store) settle(layers []Encoded) {
+func (s *Store) settle(layers []digest.Digest) {
 	var g errgroup.Group
 	g.SetLimit(createWorkers)
-	for _, x := range layers {
+	for _, diffID := range layers {
 		g.Go(func() error {
-			dir, err := os.OpenRoot(filepath.Join(s.dir, x.DiffID.Encoded()))
+			dir, err := os.OpenRoot(filepath.Join(s.dir, diffID.Encoded()))
 			if os.IsNotExist(err) {
 				return nil // it was removed
 			}
@@ -349,7 +351,7 @@ func (s *Store) settle(layers []Encoded) {
 				return err
 			}
 			defer dir.Close()
-			return syncAll(dir, spansFile, entriesFile, sourcesFile, ".")
+			return syncAll(dir, spansFile, entriesFile, ".")
 		})
 	}
 	err := g.Wait()
@@ -366,24 +368,22 @@ func (s *Store) settle(layers []Encoded) {
 
 // writeLayer writes the files of a new layer into dir.
 func writeLayer(dir string, x Encoded, source string) error {
-	files := map[string][]byte{spansFile: x.AppendSpans(nil), entriesFile: x.Entries}
-	if validSource(source) {
-		raw, err := json.Marshal([]string{source})
-		if err != nil {
-			return err
-		}
-		files[sourcesFile] = raw
-	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
 	var g errgroup.Group
-	for name, b := range files {
-		g.Go(func() error { return root.WriteFile(name, b, 0o600) })
+	if validSource(source) {
+		raw, err := json.Marshal([]string{source})
+		if err != nil {
+			return err
+		}
+		g.Go(func() error { return newFile(root, sourcesFile, raw) })
 	}
-	return g.Wait()
+	g.Go(func() error { return root.WriteFile(entriesFile, x.Entries, 0o600) })
+	err = root.WriteFile(spansFile, x.AppendSpans(nil), 0o600)
+	return errors.Join(err, g.Wait())
 }
 
 // Mend is Add for a layer whose index on disk may be damaged: it is written

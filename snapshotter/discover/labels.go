@@ -2,7 +2,7 @@ package discover
 
 import (
 	"fmt"
-	"maps"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
@@ -32,7 +32,9 @@ const LabelRecord = "containerd.io/snapshot/clip.record"
 type Target struct {
 	ChainID digest.Digest // what the snapshot will be called
 	Layer   digest.Digest // the layer as it is in the registry; empty if containerd does not say
-	Image   Image
+	// Above are the layers from this one on, as far as containerd lists them.
+	Above []digest.Digest
+	Image Image
 }
 
 // ErrNoTarget says that a snapshot is not prepared for unpacking a layer.
@@ -54,6 +56,11 @@ func ParseTarget(labels map[string]string) (Target, error) {
 	if t.ChainID == "" {
 		return t, ErrNoTarget
 	}
+	if list := labels[snapshotters.TargetImageLayersLabel]; list != "" {
+		for _, d := range strings.Split(list, ",") {
+			t.Above = append(t.Above, digest.Digest(d))
+		}
+	}
 	if err := t.ChainID.Validate(); err != nil {
 		return t, fmt.Errorf("chain ID %q: %w", t.ChainID, errdefs.ErrInvalidArgument)
 	}
@@ -69,20 +76,18 @@ func ParseTarget(labels map[string]string) (Target, error) {
 	return t, nil
 }
 
-// LazyLabels returns the labels of a lazy snapshot that is made before containerd
-// asks for it, together with one of a layer below, whose labels are given: all
-// that are not of the layer itself.
-func LazyLabels(labels map[string]string, chainID digest.Digest) map[string]string {
-	own := maps.Clone(labels)
-	if own == nil {
-		own = map[string]string{}
+// LazyLabels returns what a lazy snapshot of an image's layer is labelled with that
+// is made before containerd asks for it.
+func LazyLabels(image Image, chainID digest.Digest) map[string]string {
+	labels := map[string]string{snapshots.LabelSnapshotRef: chainID.String(), LabelLazy: "true"}
+	for name, value := range map[string]string{
+		snapshotters.TargetRefLabel:            image.Ref,
+		snapshotters.TargetManifestDigestLabel: image.Manifest.String(),
+		archive.AnnotationLink:                 image.Link.String(),
+	} {
+		if value != "" {
+			labels[name] = value
+		}
 	}
-	if own[snapshots.LabelSnapshotRef] == chainID.String() {
-		return own
-	}
-	own[snapshots.LabelSnapshotRef] = chainID.String()
-	for _, name := range []string{snapshots.LabelSnapshotDiffID, snapshotters.TargetLayerDigestLabel, snapshotters.TargetImageLayersLabel} {
-		delete(own, name)
-	}
-	return own
+	return labels
 }

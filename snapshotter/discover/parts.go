@@ -20,11 +20,12 @@ type rangeFetcher interface {
 }
 
 // fetchParts fetches of an archive what is read here: first what can be put to use
-// alone, then the spans.
+// alone, and as soon as that begins to come, the spans.
 func (f *Finder) fetchParts(ctx context.Context, fetcher rangeFetcher, a Artifact, parts archive.Parts) (_ *archive.Archive, err error) {
 	if err := checkBlob(a.Blob); err != nil {
 		return nil, err
 	}
+	spans, ctx := errgroup.WithContext(ctx)
 	rest, err := fetcher.FetchRange(ctx, a.Blob.Digest, parts.Rest.In, a.Blob.Size-parts.Rest.In)
 	if err != nil {
 		return nil, err
@@ -35,7 +36,6 @@ func (f *Finder) fetchParts(ctx context.Context, fetcher rangeFetcher, a Artifac
 		return nil, err
 	}
 	late := &lateFile{File: tmp, end: parts.Rest.Out, done: make(chan struct{})}
-	spans, ctx := errgroup.WithContext(ctx)
 	spans.Go(func() error { return late.come(fetchSpans(ctx, fetcher, a.Blob.Digest, parts, tmp)) })
 	size, err := decompress(rest, a.Blob.Size-parts.Rest.In, parts.Rest.Digest, tmp, parts.Rest.Out)
 	var opened *archive.Archive
@@ -47,9 +47,9 @@ func (f *Finder) fetchParts(ctx context.Context, fetcher rangeFetcher, a Artifac
 	if err != nil {
 		spans.Go(func() error { return err }) // which ends the other
 	}
-	if failed := spans.Wait(); failed != nil && opened != nil {
+	if err = spans.Wait(); err != nil && opened != nil {
 		opened.Close() // it was only read from
-		return nil, failed
+		return nil, err
 	}
 	return opened, err
 }

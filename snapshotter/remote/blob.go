@@ -36,13 +36,18 @@ const (
 // every candidate has refused, ErrUnavailable or ErrDataLoss otherwise, and
 // has the cause of ctx in it if that has ended.
 func (c *Client) Open(ctx context.Context, sources []string, d digest.Digest, off, n int64) (io.ReadCloser, error) {
+	return c.openRange(ctx, sources, d, off, n, false)
+}
+
+// openRange is Open; partly refuses hosts that send the whole blob.
+func (c *Client) openRange(ctx context.Context, sources []string, d digest.Digest, off, n int64, partly bool) (io.ReadCloser, error) {
 	if len(sources) == 0 {
 		return nil, fmt.Errorf("blob %s: no repository is known to hold it: %w", d, errdefs.ErrNotFound)
 	}
 	if off < 0 || n <= 0 || off+n < off {
 		return nil, fmt.Errorf("blob %s: range of %d bytes at %d: %w", d, n, off, errdefs.ErrInvalidArgument)
 	}
-	r := &Reader{client: c, ctx: ctx, digest: d, off: off, end: off + n, pause: firstPause, until: time.Now().Add(c.opts.GiveUp)}
+	r := &Reader{client: c, ctx: ctx, digest: d, off: off, end: off + n, partly: partly, pause: firstPause, until: time.Now().Add(c.opts.GiveUp)}
 	if r.hasty = c.isHopeless(d); r.hasty {
 		r.until = time.Now().Add(min(c.opts.GiveUp, c.opts.SilenceTimeout/5))
 	}
@@ -69,6 +74,7 @@ type Reader struct {
 	ctx      context.Context // of Open; an io.Reader has no other place for it
 	digest   digest.Digest
 	off, end int64 // what is still to come
+	partly   bool  // hosts that send the whole blob are of no use
 
 	candidates []*candidate
 	body       *body         // nil between two
@@ -281,7 +287,7 @@ func (r *Reader) round() (last map[*candidate]error, wait time.Duration) {
 		last[c] = err
 		var later *unavailable
 		switch {
-		case errors.Is(err, errWhole):
+		case errors.Is(err, errWhole) && !r.partly:
 			whole = append(whole, c)
 		case errors.As(err, &later) && !later.refused && !force:
 			broken = append(broken, c)
@@ -350,7 +356,7 @@ func (r *Reader) try(c *candidate, force, drain bool) error {
 	if r.ctx.Err() != nil {
 		return context.Cause(r.ctx)
 	}
-	drain = drain || r.client.rank(c.place) == 2
+	drain = !r.partly && (drain || r.client.rank(c.place) == 2)
 	ctx := docker.WithScope(r.ctx, c.scope)
 	b, err := r.client.open(ctx, query{candidate: c, off: r.off, end: r.end, until: r.until, force: force, drain: drain})
 	if err == nil {
@@ -361,6 +367,8 @@ func (r *Reader) try(c *candidate, force, drain bool) error {
 		return nil
 	}
 	switch {
+	case r.partly && errors.Is(err, errWhole):
+		c.final = err
 	case errdefs.IsDataLoss(err):
 		r.wrong++
 		r.client.avoid(c.place)

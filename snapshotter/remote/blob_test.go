@@ -453,3 +453,33 @@ func TestConcurrentReads(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// TestFetchRange has parts of blobs, and tells who has none from others.
+func TestFetchRange(t *testing.T) {
+	const off = 2 << 20
+	blob := strings.Repeat("x", off) + "the end"
+	id := digest.FromString(blob)
+	good := start(t, func(w http.ResponseWriter, r *http.Request) {
+		http.ServeContent(w, r, "", time.Time{}, strings.NewReader(blob))
+	})
+	whole := start(t, func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, blob) })
+	fetch := func(h *host) (string, error) {
+		fetcher, err := newClient(t).Fetcher(t.Context(), h.ref())
+		require.NoError(t, err)
+		rc, err := fetcher.(interface {
+			FetchRange(ctx context.Context, d digest.Digest, off, n int64) (io.ReadCloser, error)
+		}).FetchRange(t.Context(), id, off, 7)
+		if err != nil {
+			return "", err
+		}
+		defer rc.Close()
+		b, err := io.ReadAll(rc)
+		return string(b), err
+	}
+	got, err := fetch(good)
+	require.NoError(t, err)
+	require.Equal(t, "the end", got)
+	_, err = fetch(whole)
+	require.ErrorIs(t, err, errWhole)
+	require.Len(t, whole.seen(), 1, "it is asked once")
+}

@@ -55,9 +55,10 @@ type fetcher struct {
 	ref    string
 }
 
-// FetchRange returns the bytes [off, off+n) of a blob, as Client.Open does.
+// FetchRange returns the bytes [off, off+n) of a blob as Client.Open does, unless
+// nobody has a part of it alone.
 func (f fetcher) FetchRange(ctx context.Context, d digest.Digest, off, n int64) (io.ReadCloser, error) {
-	return f.client.Open(ctx, []string{f.ref}, d, off, n)
+	return f.client.openRange(ctx, []string{f.ref}, d, off, n, true)
 }
 
 // Fetch implements remotes.Fetcher.

@@ -9,8 +9,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strconv"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
@@ -108,8 +111,7 @@ func runWatch(ctx context.Context, c Config) error {
 	if err := c.setLog(); err != nil {
 		return err
 	}
-	// All threads of the process group have to be named: niceness is a thread's.
-	if err := unix.Setpriority(unix.PRIO_PGRP, 0, c.Watch.Nice); err != nil {
+	if err := beNice(c.Watch.Nice); err != nil {
 		log.G(ctx).WithError(err).Warn("cannot be nice")
 	}
 	cache, err := index.OpenCache(c.Watch.CacheDir, index.DefaultCacheSize)
@@ -130,6 +132,29 @@ func runWatch(ctx context.Context, c Config) error {
 	}
 	defer unobserved()
 	return w.Run(ctx)
+}
+
+// beNice makes all threads of the process group so nice: niceness is a thread's. One
+// that is just being made has that of its maker and is not found, so it looks again.
+func beNice(nice int) error {
+	for range 10 {
+		if err := unix.Setpriority(unix.PRIO_PGRP, 0, nice); err != nil {
+			return err
+		}
+		time.Sleep(5 * time.Millisecond)
+		threads, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			return err
+		}
+		if !slices.ContainsFunc(threads, func(thread os.DirEntry) bool {
+			id, _ := strconv.Atoi(thread.Name())
+			has, err := unix.Getpriority(unix.PRIO_PROCESS, id)
+			return err == nil && has != 20-nice // getpriority(2) returns what is left of 20
+		}) {
+			return nil
+		}
+	}
+	return fmt.Errorf("threads that begin do not become it: %w", errdefs.ErrUnavailable)
 }
 
 // restartWatch is how long after its end the watcher is started again.
