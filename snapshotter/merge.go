@@ -24,7 +24,7 @@ type merging struct {
 
 // mergeEarly begins to merge the layers of an archive that is still coming, and to
 // build their root. The archive is not closed before forget has returned, which
-// waits for both.
+// waits for the merge, and for the root if nobody has claimed it.
 func (s *Snapshotter) mergeEarly(a *archive.Archive) (forget func()) {
 	m, ahead := &merging{done: make(chan struct{})}, newRootAhead()
 	s.mergeMu.Lock()
@@ -45,10 +45,10 @@ func (s *Snapshotter) mergeEarly(a *archive.Archive) (forget func()) {
 		s.mergeMu.Lock()
 		delete(s.early, a)
 		s.mergeMu.Unlock()
+		<-m.done
 		if ahead.claim() {
 			ahead.remove()
 		}
-		<-ahead.done
 	}
 }
 
