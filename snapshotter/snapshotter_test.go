@@ -271,6 +271,7 @@ func TestCompleteLayersAreDevices(t *testing.T) {
 	require.NoError(t, sn.Close())
 
 	sn = open(t, root)
+	require.Eventually(t, func() bool { return len(sn.filler.State()) == 2 }, 20*time.Second, 10*time.Millisecond)
 	mounts, err = sn.Mounts(t.Context(), "container")
 	require.NoError(t, err)
 	requireRead(t, mounts)

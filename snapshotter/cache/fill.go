@@ -62,7 +62,7 @@ type Filled struct {
 // are taken along. It returns when the spans are there.
 //
 // While a reader waits for something else it stands still, and it begins only
-// when none did for a moment. ErrFull says that there is no room: a fill
+// when none did for a moment; if it is not expected, for two seconds. ErrFull says that there is no room: a fill
 // displaces nothing.
 func (l *Layer) Fill(ctx context.Context, f Fill) (done Filled, err error) {
 	want := l.clip(f.Want)

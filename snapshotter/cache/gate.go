@@ -12,6 +12,7 @@ type gate struct {
 	readers int           // that wait for anything
 	others  int           // of them, those who wait for what was not expected of them
 	left    time.Time     // when the last of these had what it waited for
+	last    time.Time     // when the last reader of all had
 	changed chan struct{} // closed and replaced when they become more or fewer
 }
 
@@ -24,6 +25,14 @@ const quiet = 50 * time.Millisecond
 // connections that nobody reads from.
 const longestHold = 5 * time.Second
 
+// A fill that nobody expects does not begin while a start goes on: what a server has
+// sent of it is in the way of what is missed next, and on a slow link that is
+// seconds. Where somebody misses something all the time it begins all the same.
+const (
+	startQuiet = 2 * time.Second
+	startHold  = 30 * time.Second
+)
+
 // enter says that a reader waits for what r brings.
 func (g *gate) enter(r *run) { g.count(r, 1) }
 
@@ -35,6 +44,9 @@ func (g *gate) count(r *run, n int) {
 	defer g.mu.Unlock()
 	g.readers += n
 	r.readers += n
+	if n < 0 {
+		g.last = time.Now()
+	}
 	if !r.expected {
 		if g.others += n; n < 0 {
 			g.left = time.Now()
@@ -55,14 +67,20 @@ func (g *gate) wanted(r *run) bool {
 
 // wait returns when nobody waits for anything that holds r back, or after a while.
 func (g *gate) wait(ctx context.Context, r *run) error {
-	return g.until(ctx, func() (bool, time.Duration) { return r.readers > 0 || g.freeLocked(r.expected), 0 })
+	return g.until(ctx, longestHold, func() (bool, time.Duration) { return r.readers > 0 || g.freeLocked(r.expected), 0 })
 }
 
 // begin is wait for a fill that has not begun.
 func (g *gate) begin(ctx context.Context, expected bool) error {
-	return g.until(ctx, func() (bool, time.Duration) {
-		rest := quiet - time.Since(g.left)
-		return g.freeLocked(expected) && rest <= 0, rest
+	if expected {
+		return g.until(ctx, longestHold, func() (bool, time.Duration) {
+			rest := quiet - time.Since(g.left)
+			return g.freeLocked(true) && rest <= 0, rest
+		})
+	}
+	return g.until(ctx, startHold, func() (bool, time.Duration) {
+		rest := startQuiet - time.Since(g.last)
+		return g.freeLocked(false) && rest <= 0, rest
 	})
 }
 
@@ -75,11 +93,11 @@ func (g *gate) freeLocked(expected bool) bool {
 	return g.readers == 0
 }
 
-// until waits until free, which is called with g.mu held, says yes. It is asked
-// when readers become more or fewer, and in the time that it returns if that is
-// positive.
-func (g *gate) until(ctx context.Context, free func() (bool, time.Duration)) error {
-	timeout := time.NewTimer(longestHold)
+// until waits until free, which is called with g.mu held, says yes, at most hold.
+// It is asked when readers become more or fewer, and in the time that it returns if
+// that is positive.
+func (g *gate) until(ctx context.Context, hold time.Duration, free func() (bool, time.Duration)) error {
+	timeout := time.NewTimer(hold)
 	defer timeout.Stop()
 	for {
 		g.mu.Lock()

@@ -48,6 +48,14 @@ type Options struct {
 // for a layer to be shared among workers and for a failure to cost little.
 const rangeSize = 8 << 20
 
+// On a slow link a range is what arrives in rangeTime: what a server has sent cannot
+// be taken back when a reader comes. Sizes in compressed bytes.
+const (
+	rangeTime  = time.Second
+	leastRange = 1 << 20
+	firstRange = 2 << 20
+)
+
 // Pauses before a layer is looked at again.
 const (
 	busyPause  = time.Second      // the rest of it is being fetched by others
@@ -64,7 +72,8 @@ type Filler struct {
 	stop  context.CancelFunc
 	work  sync.WaitGroup
 
-	listSize atomic.Int64 // compressed bytes of the next request for a list
+	listSize  atomic.Int64 // compressed bytes of the next request for a list
+	rangeSize atomic.Int64 // and of another one
 
 	mu      sync.Mutex    // guards the fields below
 	changed chan struct{} // closed and replaced when there may be more to do
@@ -88,6 +97,7 @@ type job struct {
 func New(ctx context.Context, opts Options) *Filler {
 	f := &Filler{opts: opts, changed: make(chan struct{})}
 	f.listSize.Store(leastList)
+	f.rangeSize.Store(firstRange)
 	if opts.Rate > 0 {
 		f.limit = rate.NewLimiter(rate.Limit(opts.Rate), burst)
 	}
@@ -238,13 +248,13 @@ func (f *Filler) run() {
 
 // fetch sends one request for j.
 func (f *Filler) fetch(j *job) {
-	size := int64(rangeSize)
+	size, aim, least := &f.rangeSize, rangeTime, int64(leastRange)
 	if j.list {
-		size = f.listSize.Load()
+		size, aim, least = &f.listSize, listTime, leastList
 	}
-	done, err := j.layer.Fill(f.life, cache.Fill{Want: j.want, Bytes: size, Expected: j.list, Pace: f.pace})
-	if j.list && done.Bytes > 0 && err == nil {
-		f.listSize.Store(listSize(done.Bytes, done.Took))
+	done, err := j.layer.Fill(f.life, cache.Fill{Want: j.want, Bytes: size.Load(), Expected: j.list, Pace: f.pace})
+	if done.Bytes > 0 && err == nil {
+		size.Store(nextSize(done.Bytes, done.Took, aim, least))
 	}
 	f.done(j, done.Bytes > 0, err)
 }

@@ -28,9 +28,10 @@ const (
 	leastList = 256 << 10
 )
 
-// listSize returns how much to ask for after n bytes took that long.
-func listSize(n int64, took time.Duration) int64 {
-	return min(max(int64(float64(n)*float64(listTime)/float64(max(took, time.Microsecond))), leastList), rangeSize)
+// nextSize returns how much to ask for, at least so much, for it to take about the
+// time aim, after n bytes took that long.
+func nextSize(n int64, took, aim time.Duration, least int64) int64 {
+	return min(max(int64(float64(n)*float64(aim)/float64(max(took, time.Microsecond))), least), rangeSize)
 }
 
 // listAttempts is how often a part of a list is tried again.

@@ -77,10 +77,11 @@ func TestCut(t *testing.T) {
 	require.Empty(t, rest)
 }
 
-func TestListSize(t *testing.T) {
-	require.EqualValues(t, 1250<<10, listSize(2500<<10, 200*time.Millisecond))
-	require.EqualValues(t, leastList, listSize(1, time.Second))
-	require.EqualValues(t, rangeSize, listSize(1<<30, 0))
+func TestNextSize(t *testing.T) {
+	require.EqualValues(t, 1250<<10, nextSize(2500<<10, 200*time.Millisecond, listTime, leastList))
+	require.EqualValues(t, 3<<20, nextSize(2<<20, 2*rangeTime/3, rangeTime, leastRange))
+	require.EqualValues(t, leastList, nextSize(1, time.Second, listTime, leastList))
+	require.EqualValues(t, rangeSize, nextSize(1<<30, 0, listTime, leastList))
 }
 
 // jobsOf returns how many lists and layers are waiting or being fetched.
