@@ -234,6 +234,9 @@ func (a *Archive) Files(i int) (*layer.Index, error) {
 		}
 		return x, err
 	}
+	if size < 0 || size > maxOutSize {
+		return nil, fmt.Errorf("%w: layer %d: the description says that it has %d bytes", ErrCorrupt, i, size)
+	}
 	x := &layer.Index{Digest: want.Digest, Size: inflate.In(want.Size), DiffID: a.diffIDs[i], OutSize: size}
 	return x, a.decodeEntries(i, x.DecodeEntries)
 }

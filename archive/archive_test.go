@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"math"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -20,8 +21,10 @@ import (
 	"github.com/stretchr/testify/require"
 	"github.com/tidwall/btree"
 
+	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/internal/testimage"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
+	"github.com/beam-cloud/containerd-clip/archive/tree"
 )
 
 func TestSizes(t *testing.T) {
@@ -99,6 +102,11 @@ func TestOtherSize(t *testing.T) {
 	_, err = a.Layer(1)
 	require.ErrorIs(t, err, ErrCorrupt)
 	require.ErrorIs(t, a.check(1), ErrCorrupt)
+	for _, size := range []inflate.Out{-1, math.MinInt64, maxOutSize + 1, math.MaxInt64} {
+		a.info.Sizes[id] = size
+		_, err = a.Files(1)
+		require.ErrorIs(t, err, ErrCorrupt, size)
+	}
 	a.info.Sizes[id] = 1
 	_, err = a.Files(1)
 	require.ErrorIs(t, err, ErrCorrupt, "its files lie behind the end")
@@ -461,6 +469,27 @@ func TestOpenForged(t *testing.T) {
 	}
 }
 
+// mergeFiles merges the layers of an archive as one does whose spans are still coming.
+func mergeFiles(b []byte) error {
+	a, err := open(b)
+	if err != nil {
+		return err
+	}
+	var layers []*layer.Index
+	for i := range a.DiffIDs() {
+		if a.NotLazy(i) != "" {
+			break
+		}
+		x, err := a.Files(i)
+		if err != nil {
+			return err
+		}
+		layers = append(layers, x)
+	}
+	_, err = tree.Merge(layers)
+	return err
+}
+
 func FuzzOpen(f *testing.F) {
 	f.Add(write(f, &smallImage(f).Image))
 	f.Add(forge(f, smallImage(f).sections(f), nil))
@@ -469,9 +498,12 @@ func FuzzOpen(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		_, err := readAll(b)
 		if err == nil {
+			err = mergeFiles(b)
+		}
+		if err == nil {
 			return
 		}
-		for _, known := range []error{ErrNotArchive, ErrNoSections, ErrVersion, ErrCorrupt} {
+		for _, known := range []error{ErrNotArchive, ErrNoSections, ErrVersion, ErrCorrupt, tree.ErrInvalid, tree.ErrUnsupported} {
 			if errors.Is(err, known) {
 				return
 			}

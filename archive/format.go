@@ -69,6 +69,7 @@ const (
 const (
 	maxSections = 1 << 16
 	maxSection  = 1 << 30 // decompressed bytes of one section
+	maxOutSize  = 1 << 49 // uncompressed bytes of a layer: more than the spans of one section can be
 	maxDocument = 8 << 20 // of info, manifest and config: containerd's own bound for manifests
 )
 
