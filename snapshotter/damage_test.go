@@ -87,6 +87,7 @@ func TestDamage(t *testing.T) {
 		"data altered":      {"layers/*/data", alter, []string{"damaged on disk", "fetched again"}},
 		"data removed":      {"layers/*/data", os.Remove, nil},
 		"marks altered":     {"layers/*/have", alter, nil},
+		"sources emptied":   {"layers/*/sources", func(path string) error { return os.Truncate(path, 0) }, []string{"damaged on disk", "replaced from the image's archive"}},
 		"sources and layer": {"layers/*", os.RemoveAll, []string{"damaged on disk", "replaced from the image's archive"}},
 	} {
 		t.Run(name, func(t *testing.T) {

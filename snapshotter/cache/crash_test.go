@@ -367,7 +367,11 @@ func FuzzSources(f *testing.F) {
 	f.Add([]byte(`["a","registry.example/repo@sha256:00",""]`))
 	f.Add([]byte(`[`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		sources := decodeSources(raw)
+		sources, err := decodeSources(raw)
+		if err != nil {
+			require.ErrorIs(t, err, errdefs.ErrDataLoss)
+			require.Empty(t, sources)
+		}
 		if len(sources) > maxSources {
 			t.Fatal("too many")
 		}

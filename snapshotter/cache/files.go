@@ -4,12 +4,14 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"slices"
 	"syscall"
 
 	"github.com/containerd/containerd/v2/pkg/reference"
+	"github.com/containerd/errdefs"
 )
 
 // Files of a layer's directory.
@@ -128,12 +130,12 @@ const (
 	maxSourceSize = 4 << 10
 )
 
-// decodeSources returns the repositories that raw lists. Damage costs the
-// entries that it hits.
-func decodeSources(raw []byte) []string {
+// decodeSources returns the repositories that raw lists. Damage that leaves a list
+// costs the entries that it hits.
+func decodeSources(raw []byte) ([]string, error) {
 	var all []string
 	if len(raw) > maxSources*2*maxSourceSize || json.Unmarshal(raw, &all) != nil {
-		return nil
+		return nil, fmt.Errorf("its list of repositories on disk is damaged: %w", errdefs.ErrDataLoss)
 	}
 	var good []string
 	for _, source := range all {
@@ -141,7 +143,7 @@ func decodeSources(raw []byte) []string {
 			good = append(good, source)
 		}
 	}
-	return good
+	return good, nil
 }
 
 func validSource(source string) bool {

@@ -292,8 +292,7 @@ const createWorkers = 16
 
 // create writes the directories of new layers; each appears whole or not at
 // all, unless the machine dies within moments: a pull does not wait for the disk.
-// What an index loses then is damage as any other, and shows; only the sources are
-// durable at once, whose loss would not show.
+// What it loses then is damage as any other, and shows.
 func (s *Store) create(layers []Encoded, source string) (err error) {
 	if len(layers) == 0 {
 		return nil
@@ -351,7 +350,7 @@ func (s *Store) settle(layers []digest.Digest) {
 				return err
 			}
 			defer dir.Close()
-			return syncAll(dir, spansFile, entriesFile, ".")
+			return syncAll(dir, sourcesFile, spansFile, entriesFile, ".")
 		})
 	}
 	err := g.Wait()
@@ -379,7 +378,7 @@ func writeLayer(dir string, x Encoded, source string) error {
 		if err != nil {
 			return err
 		}
-		g.Go(func() error { return newFile(root, sourcesFile, raw) })
+		g.Go(func() error { return root.WriteFile(sourcesFile, raw, 0o600) })
 	}
 	g.Go(func() error { return root.WriteFile(entriesFile, x.Entries, 0o600) })
 	err = root.WriteFile(spansFile, x.AppendSpans(nil), 0o600)
@@ -415,6 +414,14 @@ func (s *Store) mend(x Encoded) error {
 		return err
 	}
 	defer dir.Close()
+	if raw, err := dir.ReadFile(sourcesFile); err == nil {
+		if _, damaged := decodeSources(raw); damaged != nil {
+			// The repository that it is mended from is added by the caller.
+			if err := removeFile(dir, sourcesFile); err != nil {
+				return err
+			}
+		}
+	}
 	if err := writeFile(dir, spansFile, x.AppendSpans(nil)); err != nil {
 		return err
 	}
@@ -460,7 +467,9 @@ func (s *Store) load(diffID digest.Digest) (_ *Layer, err error) {
 	}
 	l := newLayer(s, dir, x)
 	if raw, err := dir.ReadFile(sourcesFile); err == nil {
-		l.sources = decodeSources(raw)
+		if l.sources, err = decodeSources(raw); err != nil {
+			return nil, err
+		}
 	} else if !os.IsNotExist(err) {
 		return nil, err
 	}
