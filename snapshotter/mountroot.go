@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/containerd/containerd/v2/pkg/tracing"
 	"github.com/containerd/errdefs"
@@ -77,6 +78,7 @@ func (s *Snapshotter) mountRoot(ctx context.Context, id string, c chain) (_ stri
 	}
 	st.mounted, st.mode = true, can.Mode
 	s.mounted.add(id, c.Layers)
+	s.tidy.Reset(tidyAfter)
 	return r.Path(), nil
 }
 
@@ -124,6 +126,10 @@ func (s *Snapshotter) layerOf(diffID digest.Digest, mode root.Mode) (_ root.Laye
 
 // earlyDir holds roots that are built before there is a snapshot for them.
 const earlyDir = "early"
+
+// tidyAfter is how long after the last root was built the memory that it took is
+// given back. Nothing else may allocate for minutes, and then nothing collects.
+const tidyAfter = 10 * time.Second
 
 // rootAhead is a root that is built before there is a snapshot for it: while the
 // image's archive comes, processor and disk have nothing else to do.
@@ -176,6 +182,7 @@ func (s *Snapshotter) buildAhead(ctx context.Context, id string, c chain, is *st
 	ctx = context.WithoutCancel(ctx)
 	mine := is.ahead != nil && is.ahead.claim()
 	s.background.Go(func() {
+		defer s.tidy.Reset(tidyAfter)
 		st := s.roots.get(id)
 		st.mu.Lock()
 		defer st.mu.Unlock()

@@ -39,6 +39,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -122,6 +123,7 @@ type Snapshotter struct {
 	early   map[*archive.Archive]*merging // those that are still coming
 
 	starts starts
+	tidy   *time.Timer // gives memory back
 
 	background sync.WaitGroup
 	stop       context.CancelFunc // ends what waits for the network there; nil if nothing does
@@ -133,6 +135,7 @@ type Snapshotter struct {
 // left half-done. It needs neither network nor containerd.
 func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	s := &Snapshotter{started: time.Now(), dir: opts.Root, helper: opts.Helper, prefetch: opts.Prefetch, roots: newRoots(), refused: map[digest.Digest]error{}, early: map[*archive.Archive]*merging{}}
+	s.tidy = time.AfterFunc(tidyAfter, debug.FreeOSMemory)
 	if err := os.RemoveAll(filepath.Join(s.dir, earlyDir)); err != nil {
 		return nil, err
 	}
@@ -242,6 +245,7 @@ func (s *Snapshotter) close() error {
 		s.stop()
 	}
 	s.background.Wait()
+	s.tidy.Stop()
 	if s.filler != nil {
 		s.filler.Close()
 	}
