@@ -85,7 +85,6 @@ func TestStatus(t *testing.T) {
 	require.Equal(t, w.ref(images.SmallName), st.Containers[0].Image)
 	require.True(t, st.Containers[0].Lazy)
 	require.Equal(t, st.Daemon.Mode, st.Containers[0].Mount)
-	w.requireMetrics()
 	host := ""
 	for _, l := range st.Layers {
 		host += l.Host
@@ -105,6 +104,7 @@ func TestStatus(t *testing.T) {
 	require.Contains(t, wrong, w.registry.Host(), "and what went wrong")
 	require.NoError(t, w.registry.SwitchOn())
 	w.ctr(w.worker, "task", "exec", "--exec-id", "f", "web", "md5sum", "/sizes/noise-1M")
+	w.requireMetrics()
 	w.eventually("it is forgotten when it goes right", func() bool {
 		wrong := ""
 		for _, l := range w.status().Layers {
@@ -150,7 +150,7 @@ func (w *world) metrics(socket string) map[string]string {
 	return values
 }
 
-// requireMetrics is after a container has started on a lazy image.
+// requireMetrics is after a container has read what was not fetched for its start.
 func (w *world) requireMetrics() {
 	w.Helper()
 	got := w.metrics(w.lab.Path("metrics"))
