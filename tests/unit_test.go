@@ -33,7 +33,6 @@ func TestUnit(t *testing.T) {
 		"Unit.StartLimitIntervalSec":          "0",
 		"Unit.Before":                         "containerd.service",
 		"Service.FileDescriptorStorePreserve": "yes",
-		"Service.Environment":                 "FDSTORE=" + got["Service.FileDescriptorStoreMax"],
 		"Install.WantedBy":                    "multi-user.target",
 	} {
 		require.Equal(t, want, got[key], key)

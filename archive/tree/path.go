@@ -25,11 +25,13 @@ const (
 )
 
 // baseSteps and stepsPerEntry bound the path components looked at while
-// resolving paths the long way, which hostile layers can make quadratic. Real
-// images use almost none.
+// resolving paths the long way, which hostile layers can make quadratic, and
+// the bytes of paths joined for that: as many as bytesPerStep cost as much as a
+// component. Real images use almost none.
 const (
-	baseSteps     = 1 << 24
+	baseSteps     = 1 << 22
 	stepsPerEntry = 1 << 8
+	bytesPerStep  = 8
 )
 
 // budget counts down the steps that are left for all layers together.
@@ -226,6 +228,9 @@ func (f *finder) followOnce(name string, links *int) (string, error) {
 		}
 		if *links > maxLinks {
 			return "", unix.ELOOP
+		}
+		if err := f.work.spend(1 + len(cur)/bytesPerStep); err != nil {
+			return "", err
 		}
 		p := path.Join("/", cur, elem)
 		in, err := f.lstat(p)

@@ -4,10 +4,11 @@
 // of it. There are two places:
 //
 //   - systemd's file descriptor store, in a service that has one
-//     (FileDescriptorStoreMax);
+//     (FileDescriptorStoreMax), since systemd 254;
 //   - else a process of its own, which the daemon starts and which lives as
-//     long as it holds something. The daemon talks to it over a socket in a
-//     directory that only root can enter, see wire.go.
+//     long as it holds something, in a session and a control group of its own.
+//     The daemon talks to it over a socket in a directory that only root can
+//     enter, see wire.go.
 //
 // A process that starts finds what its predecessor kept (Keeper.Names, Take).
 // Whether that is still of use is for its user to find out.
@@ -20,10 +21,12 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"sync"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 )
 
@@ -54,11 +57,14 @@ type Keeper struct {
 // systemd keeps descriptors. ctx carries the logger and nothing else.
 func Open(ctx context.Context, dir string, command ...string) (*Keeper, error) {
 	k := &Keeper{kept: map[string][]int{}}
+	p := &process{dir: dir, command: command}
 	if found, store := openSystemd(); store != nil {
 		k.place, k.found = store, found
+		if err := k.adopt(ctx, p); err != nil {
+			return nil, err
+		}
 		return k, nil
 	}
-	p := &process{dir: dir, command: command}
 	found, err := p.open(ctx)
 	if err != nil {
 		return nil, err
@@ -66,6 +72,34 @@ func Open(ctx context.Context, dir string, command ...string) (*Keeper, error) {
 	k.place, k.found = p, found
 	p.watch(ctx, func() { k.again(ctx, p) })
 	return k, nil
+}
+
+// adopt gives systemd what a keeper process holds: systemd became new enough to
+// have it while containers were running.
+func (k *Keeper) adopt(ctx context.Context, p *process) error {
+	if err := p.connect(); err != nil {
+		return nil // there is none
+	}
+	defer p.close()
+	held, err := p.list()
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return err // it holds what nobody else has
+	}
+	for name, fds := range held {
+		if k.found[name] != nil {
+			closeAll(fds)
+			continue
+		}
+		if err := k.place.keep(name, fds); err != nil {
+			return fmt.Errorf("giving systemd %q, which a keeper process holds: %w", name, err)
+		}
+		k.found[name] = fds
+		if err := p.drop(name); err != nil {
+			return err
+		}
+	}
+	log.G(ctx).Info("systemd keeps the connections to the kernel from now on")
+	return nil
 }
 
 // Names lists what an earlier process kept and nobody has taken yet.

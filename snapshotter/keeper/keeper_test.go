@@ -237,9 +237,10 @@ func dial(t *testing.T, addr *net.UnixAddr) *net.UnixConn {
 	return conn
 }
 
-// TestSystemd has a service manager that does what systemd's documentation
-// says of the store.
-func TestSystemd(t *testing.T) {
+// serviceManager does what systemd's documentation says of the store, but that it
+// keeps nothing. It returns what it is told.
+func serviceManager(t *testing.T) <-chan string {
+	t.Helper()
 	addr := &net.UnixAddr{Net: "unixgram", Name: filepath.Join(t.TempDir(), "notify")}
 	conn, err := net.ListenUnixgram(addr.Net, addr)
 	require.NoError(t, err)
@@ -259,6 +260,11 @@ func TestSystemd(t *testing.T) {
 			closeAll(fds)
 		}
 	}()
+	return got
+}
+
+func TestSystemd(t *testing.T) {
+	got := serviceManager(t)
 	k, err := Open(context.Background(), "/nowhere")
 	require.NoError(t, err)
 	fd, end := pipe(t)
@@ -274,4 +280,29 @@ func TestSystemd(t *testing.T) {
 	t.Setenv("FDSTORE", "0")
 	_, place := openSystemd()
 	require.Nil(t, place, "a unit without a store")
+}
+
+// TestAdopt has systemd become one that keeps descriptors while a process does it.
+func TestAdopt(t *testing.T) {
+	dir := t.TempDir()
+	k := open(t, dir)
+	pid := pidOf(t, k)
+	fd, end := pipe(t)
+	require.NoError(t, k.Keep("a", fd))
+	require.NoError(t, unix.Close(fd))
+	require.NoError(t, k.Close())
+
+	got := serviceManager(t)
+	k = open(t, dir)
+	require.Equal(t, "FDSTORE=1\nFDPOLL=0\nFDNAME=a (1)", <-got)
+	require.Equal(t, "BARRIER=1 (1)", <-got)
+	require.Eventually(t, func() bool { return unix.Kill(pid, 0) == unix.ESRCH }, 10*time.Second, 10*time.Millisecond)
+	require.Equal(t, []string{"a"}, k.Names())
+	fds := k.Take("a")
+	_, err := unix.Write(fds[0], []byte("x"))
+	require.NoError(t, err)
+	closeAll(fds)
+	_, err = end.Read(make([]byte, 1))
+	require.NoError(t, err)
+	requireEnded(t, end)
 }

@@ -26,9 +26,6 @@ type server struct {
 // serves the socket that it got and ends when it holds nothing and nobody is
 // connected.
 func Main() error {
-	// The kernel looks for memory elsewhere first. Without the right to ask for
-	// that, the keeper is as likely a victim as any process of its size.
-	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
 	f := os.NewFile(listenerFD, "keeper socket")
 	l, err := net.FileListener(f)
 	if err != nil {
@@ -39,6 +36,11 @@ func Main() error {
 	if !ok {
 		return fmt.Errorf("the keeper's socket is a %T", l)
 	}
+	// The kernel looks for memory elsewhere first. Without the right to ask for
+	// that, the keeper is as likely a victim as any process of its size.
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
+	// In a container whose control groups are read-only it stays where it is.
+	_ = leaveCgroup()
 	return serve(ul)
 }
 

@@ -21,8 +21,9 @@ type systemd struct {
 const barrierTimeout = 10 * time.Second
 
 // openSystemd returns what systemd kept of an earlier process of the service.
-// The store is nil where there is none. systemd says so in $FDSTORE since
-// version 254; the unit says it to older ones.
+// The store is nil where there is none that outlives the service's stop: that
+// is so since version 254, with FileDescriptorStorePreserve, and since then
+// systemd says in $FDSTORE how large it is.
 func openSystemd() (map[string][]int, place) {
 	socket, size := os.Getenv("NOTIFY_SOCKET"), os.Getenv("FDSTORE")
 	if socket == "" || size == "" || size == "0" {

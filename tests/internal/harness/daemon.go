@@ -22,6 +22,14 @@ type Daemon struct {
 // StartDaemon starts a daemon in a directory of its own. name is unique in the lab; config is its configuration file's
 // content, empty for the defaults.
 func (l *Lab) StartDaemon(ctx context.Context, name, config string) (*Daemon, error) {
+	d, err := l.newDaemon(name, config)
+	if err != nil {
+		return nil, err
+	}
+	return d, l.RestartDaemon(ctx, d)
+}
+
+func (l *Lab) newDaemon(name, config string) (*Daemon, error) {
 	dir := l.Path(name)
 	d := &Daemon{
 		Name:   name,
@@ -34,15 +42,15 @@ func (l *Lab) StartDaemon(ctx context.Context, name, config string) (*Daemon, er
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	if err := os.WriteFile(d.Config, []byte(config), 0o600); err != nil {
-		return nil, err
-	}
-	return d, l.RestartDaemon(ctx, d)
+	return d, os.WriteFile(d.Config, []byte(config), 0o600)
+}
+
+func (d *Daemon) args() []string {
+	return []string{"--config", d.Config, "--root", d.Root, "--address", d.Socket, "--log-level", "debug"}
 }
 
 // RestartDaemon starts a daemon that was stopped or killed again.
 func (l *Lab) RestartDaemon(ctx context.Context, d *Daemon) (err error) {
-	d.Process, err = l.start(ctx, d.Name, dialable(d.Socket), d.Program,
-		"--config", d.Config, "--root", d.Root, "--address", d.Socket, "--log-level", "debug")
+	d.Process, err = l.start(ctx, d.Name, dialable(d.Socket), d.Program, d.args()...)
 	return err
 }

@@ -28,6 +28,15 @@ type Process struct {
 // start runs a server until Stop, Kill or Lab.Close. ready is asked until it says nil; a server that ends before or
 // takes longer than 20 seconds is an error that carries its log.
 func (l *Lab) start(ctx context.Context, name string, ready func(context.Context) error, program string, args ...string) (*Process, error) {
+	p, err := l.launch(name, 0, program, args...)
+	if err != nil {
+		return nil, err
+	}
+	return p, p.await(ctx, ready)
+}
+
+// launch starts a server in new namespaces, CLONE_NEW flags, and does not wait for it.
+func (l *Lab) launch(name string, namespaces uintptr, program string, args ...string) (*Process, error) {
 	p := &Process{Name: name, logFile: l.Path(name + ".log"), done: make(chan struct{})}
 	out, err := os.OpenFile(p.logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -38,7 +47,7 @@ func (l *Lab) start(ctx context.Context, name string, ready func(context.Context
 	p.cmd.Env = l.environ()
 	p.cmd.Dir = l.Dir
 	p.cmd.Stdout, p.cmd.Stderr = out, out
-	p.cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true} // a terminal's Ctrl-C is ours to handle, not theirs
+	p.cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true, Cloneflags: namespaces} // a terminal's Ctrl-C is ours to handle, not theirs
 	if err := p.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("starting %s: %w", name, err)
 	}
@@ -48,7 +57,7 @@ func (l *Lab) start(ctx context.Context, name string, ready func(context.Context
 	}()
 	l.opts.Log(fmt.Sprintf("started %s (pid %d): %s %s", name, p.Pid(), program, strings.Join(args, " ")))
 	l.OnClose(func(context.Context) error { return p.Stop() })
-	return p, p.await(ctx, ready)
+	return p, nil
 }
 
 // StartServer runs a server that the harness does not know, until Stop, Kill or Lab.Close. It is ready when it listens
