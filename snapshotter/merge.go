@@ -41,11 +41,12 @@ func (s *Snapshotter) mergeEarly(a *archive.Archive) (forget func()) {
 		close(m.done)
 		s.buildEarly(ahead, m.is, a.Info().StorageRef)
 	}()
+	done := m.done // and not m: who came for the stack is through with it long before
 	return func() {
 		s.mergeMu.Lock()
 		delete(s.early, a)
 		s.mergeMu.Unlock()
-		<-m.done
+		<-done
 		if ahead.claim() {
 			ahead.remove()
 		}
