@@ -19,14 +19,16 @@ PEERS  := tests/bench/peers/daemons
 UNIT    = $(shell $(GO) list ./... | grep -v -e /tests/e2e -e /tests/demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps parts images test unit e2e soak lint vuln bench bench-index bench-read bench-build bench-peers fuzz demo man install install-files deb image clean
+.PHONY: help build deps parts images test unit e2e soak lint vuln bench bench-index bench-read bench-build bench-peers fuzz demo man install install-files deb image image-files clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The tag leaves out a transport of the client for gs:// that takes 13 MB and is not used.
+STATIC := -tags disable_grpc_modules -trimpath -ldflags='-s -w'
+
 build: ## static binaries in bin/
-	CGO_ENABLED=0 $(GO) build -tags disable_grpc_modules -trimpath -ldflags='-s -w' -o $(BIN)/ ./cmd/clipctl ./cmd/containerd-clip-grpc
+	CGO_ENABLED=0 $(GO) build $(STATIC) -o $(BIN)/ ./cmd/clipctl ./cmd/containerd-clip-grpc
 
 deps: ## Debian packages that tests and demo need, installed when missing (root)
 	@tests/parts/deps
@@ -104,7 +106,7 @@ demo: deps parts build ## an image indexed, pushed and run lazily, next to a ful
 
 man: ## manual pages in bin/man
 	rm -rf $(BIN)/man
-	$(GO) run ./cmd/internal/man $(BIN)/man
+	CGO_ENABLED=0 $(GO) run $(STATIC) ./cmd/internal/man $(BIN)/man
 
 install: build install-files ## binaries, manual pages, shell completion, systemd's unit, containerd's settings, below $(DESTDIR)$(PREFIX)
 
@@ -128,15 +130,20 @@ install-files: man
 	install -m 644 config.toml.example $(DESTDIR)$(PREFIX)/share/containerd-clip
 
 deb: build ## a Debian package for ARCH (this machine's; amd64 or arm64) in bin/
-	CGO_ENABLED=0 GOOS=linux GOARCH=$(ARCH) $(GO) build -trimpath -ldflags='-s -w' -o $(BIN)/linux-$(ARCH)/ ./cmd/clipctl ./cmd/containerd-clip-grpc
+	CGO_ENABLED=0 GOOS=linux GOARCH=$(ARCH) $(GO) build $(STATIC) -o $(BIN)/linux-$(ARCH)/ ./cmd/clipctl ./cmd/containerd-clip-grpc
 	@packaging/deb $(BIN)/linux-$(ARCH) $(ARCH) $(VERSION) $(BIN)/containerd-clip_$(VERSION)_$(ARCH).deb
 
-image: build ## the installer of deploy/daemonset.yaml, with $(DOCKER) build
-	rm -rf $(BIN)/image
-	$(MAKE) --no-print-directory -s install-files DESTDIR=$(BIN)/image/payload PREFIX=/usr/local
-	install -D -m 755 packaging/node-uninstall $(BIN)/image/payload/usr/local/sbin/containerd-clip-uninstall
-	install -D -m 755 packaging/node-install $(BIN)/image/usr/local/bin/node-install
+image: build image-files ## the installer of deploy/daemonset.yaml, with $(DOCKER) build
 	$(DOCKER) build -t containerd-clip-installer:dev -f packaging/Dockerfile $(BIN)/image
+
+# What the installer's image is made of, in IMAGE.
+IMAGE ?= $(BIN)/image
+
+image-files:
+	rm -rf $(IMAGE)
+	$(MAKE) --no-print-directory -s install-files DESTDIR=$(IMAGE)/payload PREFIX=/usr/local
+	install -D -m 755 packaging/node-uninstall $(IMAGE)/payload/usr/local/sbin/containerd-clip-uninstall
+	install -D -m 755 packaging/node-install $(IMAGE)/usr/local/bin/node-install
 
 clean: ## what was built; .cache/images stays
 	rm -rf $(BIN) $(PARTS)

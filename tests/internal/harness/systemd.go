@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Systemd is the first process of namespaces of its own, with the units of the lab alone. What its services mount in
-// the lab is mounted for everybody.
+// Systemd is the first process of a node: of namespaces of its own, with the units of the lab alone. What is mounted in
+// the lab there is mounted for everybody. /etc is a copy of the host's, /usr/local, /var/lib and /run are empty.
 type Systemd struct {
 	*Process
 
@@ -27,9 +27,8 @@ type Systemd struct {
 // Service is the name of the daemon's unit.
 const Service = "containerd-clip-grpc.service"
 
-// startSystemd prepares the namespaces in which it runs and becomes systemd. Its arguments are the cgroup that it
-// enters, the lab's directory, and an empty directory. Everything but the lab is hidden from the host before anything
-// is mounted.
+// startSystemd makes the node's namespaces what they are to be and becomes systemd. Its arguments are the cgroup that it
+// enters, and the lab's directory. Everything but the lab is hidden from the host before anything is mounted.
 const startSystemd = `set -e
 echo 0 >"$1/cgroup.procs"
 findmnt --noheadings --list --output TARGET | while read -r mount; do
@@ -38,47 +37,38 @@ done
 mount -t proc proc /proc
 mount --bind /proc/sys /proc/sys
 mount -o remount,bind,ro /proc/sys
-mount --bind /etc /etc
-mount -o remount,bind,ro /etc
-mount -t tmpfs tmpfs /sys/fs/cgroup
-for dir in /run/systemd /run/dbus; do
-	[ ! -d $dir ] || mount -t tmpfs tmpfs $dir
+mount -t overlay -o "lowerdir=/etc,upperdir=$2/etc,workdir=$2/work" overlay /etc
+for dir in /etc/systemd /etc/containerd; do
+	mkdir -p $dir
+	mount -t tmpfs tmpfs $dir
 done
-export container=lab SYSTEMD_UNIT_PATH="$2/units" SYSTEMD_GENERATOR_PATH="$3" SYSTEMD_ENVIRONMENT_GENERATOR_PATH="$3"
-exec unshare --cgroup sh -c 'mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec /lib/systemd/systemd --system --unit=lab.target --log-target=console --show-status=0'
+for dir in /usr/local /var/lib; do
+	mount --bind "$2/node$dir" $dir
+done
+mount --bind "$2/units" /usr/lib/systemd/system
+mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /sys/fs/cgroup
+export container=lab SYSTEMD_GENERATOR_PATH=/nowhere SYSTEMD_ENVIRONMENT_GENERATOR_PATH=/nowhere
+exec unshare --cgroup sh -c 'mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec /lib/systemd/systemd --system --unit=multi-user.target --log-target=console --show-status=0'
 `
 
 // targets are the units that every service has something to do with.
-var targets = []string{"lab.target", "sysinit.target", "basic.target", "local-fs.target", "shutdown.target", "exit.target"}
+var targets = []string{"multi-user.target", "sysinit.target", "basic.target", "local-fs.target", "shutdown.target", "exit.target"}
 
-// StartSystemd starts a systemd, with the daemon's unit as it is delivered. It is started before what mounts anything in
-// the lab.
+// StartSystemd starts a node. It is started before what mounts anything in the lab.
 func (l *Lab) StartSystemd(ctx context.Context) (*Systemd, error) {
-	units := l.Path("units")
-	if err := os.MkdirAll(filepath.Join(units, Service+".d"), 0o755); err != nil {
-		return nil, err
-	}
-	for _, name := range targets {
-		if err := os.WriteFile(filepath.Join(units, name), []byte("[Unit]\nDescription="+name+"\nDefaultDependencies=no\n"), 0o644); err != nil {
+	for _, dir := range []string{"units", "etc", "work", "node/usr/local/bin", "node/var/lib"} {
+		if err := os.MkdirAll(l.Path(dir), 0o755); err != nil {
 			return nil, err
 		}
 	}
-	top, err := Top()
+	for _, name := range targets {
+		if err := os.WriteFile(l.Path("units", name), []byte("[Unit]\nDescription="+name+"\nDefaultDependencies=no\n"), 0o644); err != nil {
+			return nil, err
+		}
+	}
+	err := shareMount(l.Dir)
 	if err != nil {
-		return nil, err
-	}
-	unit, err := os.ReadFile(filepath.Join(top, Service))
-	if err != nil {
-		return nil, err
-	}
-	if err := os.WriteFile(filepath.Join(units, Service), unit, 0o644); err != nil {
-		return nil, err
-	}
-	if err := shareMount(l.Dir); err != nil {
-		return nil, err
-	}
-	empty := l.Path("empty")
-	if err := os.Mkdir(empty, 0o755); err != nil {
 		return nil, err
 	}
 	s := &Systemd{lab: l}
@@ -87,21 +77,26 @@ func (l *Lab) StartSystemd(ctx context.Context) (*Systemd, error) {
 	}
 	l.OnClose(func(context.Context) error { return removeCgroup(s.cgroup) })
 	s.Process, err = l.launch("systemd", unix.CLONE_NEWNS|unix.CLONE_NEWPID|unix.CLONE_NEWUTS|unix.CLONE_NEWIPC,
-		"/bin/sh", "-c", startSystemd, "sh", s.cgroup, l.Dir, empty)
+		"/bin/sh", "-c", startSystemd, "sh", s.cgroup, l.Dir)
 	if err != nil {
 		return nil, err
 	}
 	l.OnClose(func(context.Context) error { s.Kill(); return nil }) // and with it all processes of its namespace
 	return s, s.await(ctx, func(ctx context.Context) error {
-		_, err := s.Ctl(ctx, "is-active", "lab.target")
+		_, err := s.Ctl(ctx, "is-active", "multi-user.target")
 		return err
 	})
 }
 
+// Run runs a program on the node.
+func (s *Systemd) Run(ctx context.Context, program string, args ...string) (Result, error) {
+	pid := strconv.Itoa(s.Pid())
+	return s.lab.Run(ctx, "nsenter", append([]string{"--target", pid, "--mount", "--uts", "--ipc", "--pid", "--", program}, args...)...)
+}
+
 // Ctl runs systemctl against it.
 func (s *Systemd) Ctl(ctx context.Context, args ...string) (Result, error) {
-	pid := strconv.Itoa(s.Pid())
-	return s.lab.Run(ctx, "nsenter", append([]string{"--target", pid, "--mount", "--pid", "--", "systemctl", "--no-pager"}, args...)...)
+	return s.Run(ctx, "systemctl", append([]string{"--no-pager"}, args...)...)
 }
 
 // Show returns a property of the daemon's service.
@@ -110,31 +105,50 @@ func (s *Systemd) Show(ctx context.Context, property string) (string, error) {
 	return strings.TrimSpace(r.Stdout), err
 }
 
-// StartDaemon has systemd start the daemon with more settings of its unit, in directories as those that the lab's
-// StartDaemon uses. What is done to the process of the result is done to systemd.
+// StartDaemon has systemd start the daemon, with its unit as it is delivered and more settings, in directories as those
+// that the lab's StartDaemon uses. What is done to the process of the result is done to systemd.
 func (s *Systemd) StartDaemon(ctx context.Context, name, config, settings string) (*Daemon, error) {
+	top, err := Top()
+	if err != nil {
+		return nil, err
+	}
+	unit, err := os.ReadFile(filepath.Join(top, Service))
+	if err != nil {
+		return nil, err
+	}
 	d, err := s.lab.newDaemon(name, config)
 	if err != nil {
 		return nil, err
 	}
 	d.Process = s.Process
-	lines := []string{"[Service]", "ExecStart=", "ExecStart=" + strings.Join(append([]string{s.lab.program(d.Program)}, d.args()...), " ")}
+	more := "[Service]\nExecStart=\nExecStart=" + strings.Join(append([]string{s.lab.program(d.Program)}, d.args()...), " ") + "\n"
+	return d, s.StartService(ctx, Service, string(unit), more+settings)
+}
+
+// StartService has systemd start a service, with more settings beside its unit. Its output is in the lab's log of its
+// name.
+func (s *Systemd) StartService(ctx context.Context, name, unit, settings string) error {
+	log := s.lab.Path(strings.TrimSuffix(name, ".service") + ".log")
+	more := "StandardOutput=append:" + log + "\nStandardError=append:" + log + "\n"
 	for _, v := range s.lab.environ() {
-		lines = append(lines, "Environment="+v)
+		more += "Environment=" + v + "\n"
 	}
-	log := s.lab.Path(name + ".log")
-	lines = append(lines, "StandardOutput=append:"+log, "StandardError=append:"+log, settings, "")
-	if err := os.WriteFile(s.lab.Path("units", Service+".d", "lab.conf"), []byte(strings.Join(lines, "\n")), 0o644); err != nil {
-		return nil, err
+	for file, text := range map[string]string{name: unit, filepath.Join(name+".d", "lab.conf"): settings + "\n[Service]\n" + more} {
+		if err := os.MkdirAll(filepath.Dir(s.lab.Path("units", file)), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(s.lab.Path("units", file), []byte(text), 0o644); err != nil {
+			return err
+		}
 	}
 	if _, err := s.Ctl(ctx, "daemon-reload"); err != nil {
-		return nil, err
+		return err
 	}
-	if _, err := s.Ctl(ctx, "start", Service); err != nil {
+	if _, err := s.Ctl(ctx, "start", name); err != nil {
 		text, _ := os.ReadFile(log)
-		return nil, fmt.Errorf("%w\n%s", err, text)
+		return fmt.Errorf("%w\n%s", err, text)
 	}
-	return d, nil
+	return nil
 }
 
 // shareMount makes a directory a mount whose copies in other namespaces see what is mounted in it, and the other way
