@@ -361,7 +361,7 @@ func TestAlteredInTransit(t *testing.T) {
 			fetch := fetcherFunc(func() io.ReadCloser { return io.NopCloser(bytes.NewReader(sent)) })
 			_, err := f.download(t.Context(), fetch, Artifact{
 				Blob: ocispec.Descriptor{Digest: digest.FromBytes(whole), Size: int64(len(whole))}, Subject: img.Descriptor.Digest,
-			})
+			}, nil)
 			if name == "longer" {
 				require.NoError(t, err, "what lies behind the declared size is not read")
 				return

@@ -38,18 +38,17 @@ func TestParts(t *testing.T) {
 	f := s.finder(t)
 	var early *archive.Archive
 	var closed atomic.Bool
-	f.opts.Early = func(a *archive.Archive) func() {
+	a, parts := parted(t, img)
+	s.refer(s.put(t, a))
+	before := s.gets()
+	image := Image{Ref: s.ref(), Manifest: img.Descriptor.Digest}
+	found, release, err := f.FindEarly(t.Context(), image, func(a *archive.Archive) func() {
 		x, err := a.Files(0)
 		require.NoError(t, err)
 		require.NotEmpty(t, x.Entries)
 		early = a
 		return func() { closed.Store(true) }
-	}
-	a, parts := parted(t, img)
-	s.refer(s.put(t, a))
-	before := s.gets()
-	image := Image{Ref: s.ref(), Manifest: img.Descriptor.Digest}
-	found, release, err := f.Find(t.Context(), image)
+	})
 	require.NoError(t, err)
 	require.Same(t, early, found)
 	x, err := found.Layer(0)
@@ -88,22 +87,25 @@ func TestBadParts(t *testing.T) {
 			s := startServer(t, true)
 			f := s.finder(t)
 			var early, closed atomic.Int32
-			f.opts.Early = func(a *archive.Archive) func() {
-				early.Add(1)
-				go func() { _, _ = a.Spans(0) }() // what comes to nothing holds nobody up
-				return func() { closed.Add(1) }
-			}
 			a, parts := parted(t, img)
 			c.spoil(s, parts)
 			s.refer(s.put(t, a))
 			before := openArchives(t, f.opts.Dir)
+			image := Image{Ref: s.ref(), Manifest: img.Descriptor.Digest}
+			_, release, err := f.FindEarly(t.Context(), image, func(a *archive.Archive) func() {
+				early.Add(1)
+				go func() { _, _ = a.Spans(0) }() // what comes to nothing holds nobody up
+				return func() { closed.Add(1) }
+			})
+			require.NoError(t, err)
+			release()
 			find(t.Context(), t, f, s.ref(), img)
 			require.Contains(t, s.seen(), fmt.Sprintf("GET /v2/%s/blobs/%s ", repo, digest.FromBytes(a.blob)))
 			if !c.early { // else it depends on which part comes first
 				require.Zero(t, early.Load())
 			}
 			require.Equal(t, early.Load(), closed.Load())
-			f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+			f.Forget(image)
 			require.Equal(t, before, openArchives(t, f.opts.Dir))
 		})
 	}
