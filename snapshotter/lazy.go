@@ -45,7 +45,7 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, parent string, target dis
 	if _, err := s.Stat(ctx, lazyName(target.ChainID, parent)); err == nil {
 		return nil // it was made with a layer below, from another namespace, or by an earlier pull
 	}
-	a, release, err := s.finder.Find(ctx, target.Image)
+	a, release, err := s.finder.FindEarly(ctx, target.Image, s.mergeEarly)
 	if err != nil {
 		return err
 	}

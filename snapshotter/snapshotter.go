@@ -178,7 +178,6 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	s.finder = discover.New(discover.Options{
 		Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher, Sources: opts.Sources,
 		Receive: func() discover.Stream { return s.layers.Receive() }, Known: s.layers.Entries,
-		Early: s.mergeEarly,
 	})
 	if s.files == nil {
 		s.files, s.noFiles = layerfs.New(ctx, s.session)

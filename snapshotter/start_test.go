@@ -11,7 +11,9 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
+	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -248,4 +250,56 @@ func TestBuiltEarly(t *testing.T) {
 	mounts, err := sn.Prepare(t.Context(), "container", top)
 	require.NoError(t, err)
 	requireRead(t, mounts)
+}
+
+// TestRepairBuildsNoRoot has repairs, which need what is in an archive and no root of it.
+func TestRepairBuildsNoRoot(t *testing.T) {
+	dir := t.TempDir()
+	img, ref := lazyImage(t, dir)
+	sn := open(t, dir)
+	pull(t, sn, img, ref)
+	c, err := sn.chain("2")
+	require.NoError(t, err)
+	c.Link = linkArchive(t, filepath.Join(dir, "archives", "a.clip"), img, ref)
+	image := discover.Image{Ref: ref, Manifest: c.Manifest, Link: c.Link}
+	for name, repair := range map[string]func() error{
+		"layers": func() error { return sn.repair(t.Context(), c) },
+		"chain":  func() error { _, err := sn.fetchChain(t.Context(), "2", c); return err },
+	} {
+		require.NoError(t, repair(), name)
+		require.Empty(t, sn.early, name)
+		require.Never(t, func() bool {
+			built, _ := filepath.Glob(filepath.Join(dir, earlyDir, "*")) // the pattern is right
+			return len(built) > 0
+		}, 200*time.Millisecond, 10*time.Millisecond, name)
+		sn.finder.Forget(image)
+	}
+	_, release, err := sn.finder.FindEarly(t.Context(), image, sn.mergeEarly)
+	require.NoError(t, err)
+	release()
+	require.Len(t, sn.early, 1, "that archive comes in parts, and a pull would build its root")
+}
+
+// linkArchive puts the archive at path into the registry of ref, in parts, and
+// returns what the image would name it by.
+func linkArchive(t *testing.T, path string, img *testutil.Image, ref string) digest.Digest {
+	t.Helper()
+	a, err := archive.OpenFile(path)
+	require.NoError(t, err)
+	defer a.Close()
+	blob, parts, err := a.Compress()
+	require.NoError(t, err)
+	desc := ocispec.Descriptor{MediaType: archive.MediaType, Digest: digest.FromBytes(blob), Size: int64(len(blob)),
+		Annotations: map[string]string{archive.AnnotationParts: string(testutil.JSON(t, parts))}}
+	raw := testutil.JSON(t, ocispec.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest,
+		ArtifactType: archive.ArtifactType, Subject: &img.Descriptor,
+		Config: ocispec.DescriptorEmptyJSON, Layers: []ocispec.Descriptor{desc},
+	})
+	host, _, _ := strings.Cut(ref, "/")
+	testutil.PutBlob(t, host, "team/app", desc.Digest, blob)
+	testutil.PutBlob(t, host, "team/app", ocispec.DescriptorEmptyJSON.Digest, ocispec.DescriptorEmptyJSON.Data)
+	link := digest.FromBytes(raw)
+	testutil.PutManifest(t, host, "team/app", link.String(), ocispec.MediaTypeImageManifest, raw)
+	return link
 }

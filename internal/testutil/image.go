@@ -1,4 +1,4 @@
-// Package testutil makes small images and puts them where tests need them.
+// Package testutil makes small images and layers, and puts and reads them where tests need them.
 package testutil
 
 import (

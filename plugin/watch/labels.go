@@ -17,8 +17,8 @@ const (
 	// LabelTarget is the digest of what was worked on. Without it the work is
 	// done again at once.
 	LabelTarget = "cloud.beam.clip/target"
-	// LabelPlan is what was to be done: action, platforms, repository, object.
-	LabelPlan = "cloud.beam.clip/plan"
+	// labelPlan is what was to be done: action, platforms, repository, object.
+	labelPlan = "cloud.beam.clip/plan"
 	// LabelArchive and a platform have the digest of the artifact in the registry.
 	LabelArchive = "cloud.beam.clip/archive."
 	// LabelFile and a platform have the name of the file that is kept.
@@ -45,7 +45,7 @@ type status struct {
 }
 
 func readStatus(labels map[string]string) status {
-	s := status{target: digest.Digest(labels[LabelTarget]), plan: labels[LabelPlan], err: labels[LabelError], archives: map[string]string{}}
+	s := status{target: digest.Digest(labels[LabelTarget]), plan: labels[labelPlan], err: labels[LabelError], archives: map[string]string{}}
 	s.retry, _ = time.Parse(time.RFC3339, labels[LabelRetry]) // zero if there is none
 	for k, v := range labels {
 		if _, ok := platformOf(k); ok && v != "" {
@@ -89,7 +89,7 @@ func (s status) write(ctx context.Context, store images.Store, name string) erro
 	if err != nil {
 		return err
 	}
-	labels := map[string]string{LabelTarget: s.target.String(), LabelPlan: s.plan, LabelError: truncate(s.err), LabelRetry: ""}
+	labels := map[string]string{LabelTarget: s.target.String(), labelPlan: s.plan, LabelError: truncate(s.err), LabelRetry: ""}
 	if !s.retry.IsZero() {
 		labels[LabelRetry] = s.retry.UTC().Format(time.RFC3339)
 	}

@@ -40,11 +40,6 @@ type Options struct {
 	// Known returns the index of a layer that is on the node already, by its
 	// diff ID, or errdefs.ErrNotFound. Nil knows none.
 	Known func(diffID digest.Digest) (*layer.Index, error)
-	// Early is told of an archive of which all but the spans is there, so that
-	// the rest can be put to use while they are fetched. If they do not come, Find
-	// does not return the archive. What Early returns is called when the archive
-	// is closed. Nil is told nothing.
-	Early func(a *archive.Archive) (closed func())
 	// Referrers asks the image's registry for archives.
 	Referrers bool
 	// Fetcher returns a fetcher for the repository of an image reference.
@@ -53,6 +48,11 @@ type Options struct {
 	// they are asked.
 	Sources []Source
 }
+
+// Early is told of an archive of which all but the spans is there, so that the
+// rest can be put to use while they are fetched. If they do not come, nobody gets
+// the archive. What Early returns is called when the archive is closed.
+type Early func(a *archive.Archive) (closed func())
 
 // Source is a place that may have archives, such as a bucket.
 type Source interface {
@@ -110,6 +110,7 @@ func (l localFile) isOf(ref string, manifest digest.Digest) bool {
 
 // result is the outcome of a search for a manifest's archive.
 type result struct {
+	early   Early              // nil if there is nobody to tell
 	cancel  context.CancelFunc // ends the search
 	done    chan struct{}
 	archive *archive.Archive // valid after done
@@ -147,6 +148,12 @@ func New(opts Options) *Finder {
 // archive, and does not close it. The error is errdefs.ErrNotFound if there is
 // none.
 func (f *Finder) Find(ctx context.Context, image Image) (a *archive.Archive, release func(), err error) {
+	return f.FindEarly(ctx, image, nil)
+}
+
+// FindEarly is Find, and tells early of what is fetched for it. What is known, or
+// searched for somebody else, is not told of.
+func (f *Finder) FindEarly(ctx context.Context, image Image, early Early) (a *archive.Archive, release func(), err error) {
 	if err := image.Manifest.Validate(); err != nil {
 		return nil, nil, fmt.Errorf("manifest digest %q: %w", image.Manifest, errdefs.ErrInvalidArgument)
 	}
@@ -157,7 +164,7 @@ func (f *Finder) Find(ctx context.Context, image Image) (a *archive.Archive, rel
 	if r == nil {
 		// The search serves all who ask meanwhile: it outlives the first.
 		searching, cancel := context.WithCancel(context.WithoutCancel(ctx))
-		r = &result{cancel: cancel, done: make(chan struct{}), users: 1}
+		r = &result{early: early, cancel: cancel, done: make(chan struct{}), users: 1}
 		f.known[image] = r
 		go f.run(searching, r, image)
 	}
@@ -239,7 +246,7 @@ func (f *Finder) release(r *result) {
 // docs/operating.md lists.
 func (f *Finder) search(ctx context.Context, r *result, image Image) (*archive.Archive, error) {
 	if image.Link != "" && image.Ref != "" {
-		a, err := f.findLinked(ctx, image)
+		a, err := f.findLinked(ctx, r, image)
 		if err == nil {
 			return a, nil
 		}
@@ -260,7 +267,7 @@ func (f *Finder) search(ctx context.Context, r *result, image Image) (*archive.A
 	err = fmt.Errorf("archive of %s: %w", image.Manifest, errdefs.ErrNotFound)
 	if f.opts.Referrers && image.Ref != "" {
 		var a *archive.Archive
-		if a, err = f.findReferrer(ctx, image.Ref, image.Manifest); err == nil {
+		if a, err = f.findReferrer(ctx, r, image.Ref, image.Manifest); err == nil {
 			return a, nil
 		}
 	}

@@ -21,7 +21,7 @@ type rangeFetcher interface {
 
 // fetchParts fetches of an archive what is read here: first what can be put to use
 // alone, and as soon as that begins to come, the spans.
-func (f *Finder) fetchParts(ctx context.Context, fetcher rangeFetcher, a Artifact, parts archive.Parts) (_ *archive.Archive, err error) {
+func (f *Finder) fetchParts(ctx context.Context, fetcher rangeFetcher, a Artifact, parts archive.Parts, early Early) (_ *archive.Archive, err error) {
 	if err := checkBlob(a.Blob); err != nil {
 		return nil, err
 	}
@@ -41,8 +41,8 @@ func (f *Finder) fetchParts(ctx context.Context, fetcher rangeFetcher, a Artifac
 	var opened *archive.Archive
 	if err != nil {
 		tmp.Close()
-	} else if opened, err = openOf(late, size, a.Subject, archive.OpenTail); err == nil && f.opts.Early != nil {
-		late.closed = f.opts.Early(opened)
+	} else if opened, err = openOf(late, size, a.Subject, archive.OpenTail); err == nil && early != nil {
+		late.closed = early(opened)
 	}
 	if err != nil {
 		spans.Go(func() error { return err }) // which ends the other

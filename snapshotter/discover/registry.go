@@ -28,7 +28,7 @@ type Artifact struct {
 }
 
 // findLinked fetches the archive that the image names.
-func (f *Finder) findLinked(ctx context.Context, image Image) (*archive.Archive, error) {
+func (f *Finder) findLinked(ctx context.Context, r *result, image Image) (*archive.Archive, error) {
 	ctx, cancel := context.WithTimeout(ctx, searchTimeout)
 	defer cancel()
 	fetcher, err := f.opts.Fetcher(ctx, image.Ref)
@@ -39,7 +39,7 @@ func (f *Finder) findLinked(ctx context.Context, image Image) (*archive.Archive,
 	if err != nil {
 		return nil, fmt.Errorf("archive %s: %w", image.Link, err)
 	}
-	opened, err := f.download(ctx, fetcher, a)
+	opened, err := f.download(ctx, fetcher, a, r.early)
 	if err != nil {
 		return nil, fmt.Errorf("archive %s: %w", image.Link, err)
 	}
@@ -47,7 +47,7 @@ func (f *Finder) findLinked(ctx context.Context, image Image) (*archive.Archive,
 }
 
 // findReferrer takes the newest archive that refers to the manifest and is usable.
-func (f *Finder) findReferrer(ctx context.Context, ref string, manifest digest.Digest) (*archive.Archive, error) {
+func (f *Finder) findReferrer(ctx context.Context, r *result, ref string, manifest digest.Digest) (*archive.Archive, error) {
 	ctx, cancel := context.WithTimeout(ctx, searchTimeout)
 	defer cancel()
 	fetcher, err := f.opts.Fetcher(ctx, ref)
@@ -56,7 +56,7 @@ func (f *Finder) findReferrer(ctx context.Context, ref string, manifest digest.D
 	}
 	found, err := Referrers(ctx, fetcher, manifest)
 	for _, a := range found {
-		opened, failed := f.download(ctx, fetcher, a)
+		opened, failed := f.download(ctx, fetcher, a, r.early)
 		if failed == nil {
 			return opened, nil
 		}
@@ -67,10 +67,10 @@ func (f *Finder) findReferrer(ctx context.Context, ref string, manifest digest.D
 
 // download fetches an archive: the parts of it that are read here if those can be
 // had alone.
-func (f *Finder) download(ctx context.Context, fetcher remotes.Fetcher, a Artifact) (*archive.Archive, error) {
+func (f *Finder) download(ctx context.Context, fetcher remotes.Fetcher, a Artifact, early Early) (*archive.Archive, error) {
 	parts, ok := archive.PartsOf(a.Blob.Annotations, a.Blob.Size)
 	if ranges, can := fetcher.(rangeFetcher); ok && can {
-		opened, err := f.fetchParts(ctx, ranges, a, parts)
+		opened, err := f.fetchParts(ctx, ranges, a, parts, early)
 		if err == nil || ctx.Err() != nil {
 			return opened, err
 		}

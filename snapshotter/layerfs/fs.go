@@ -161,9 +161,9 @@ type FS struct {
 	closeErr error // of the first Close
 }
 
-// Connection is the name under which the file system is kept for the next
+// connection is the name under which the file system is kept for the next
 // process. The number changes when requests no longer mean the same.
-const Connection = "layers-1"
+const connection = "layers-1"
 
 func newTable(ctx context.Context) *table {
 	return &table{
@@ -180,7 +180,7 @@ func options(session *fuseconn.Session) fuseconn.Options {
 			ExtraCapabilities:    fuse.CAP_ASYNC_DIO,
 			DisabledCapabilities: fuse.CAP_PASSTHROUGH | fuse.CAP_READDIRPLUS,
 		},
-		Session: session, Name: Connection, KeepMount: true,
+		Session: session, Name: connection, KeepMount: true,
 	}
 }
 

@@ -15,48 +15,15 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/beam-cloud/containerd-clip/internal/testutil"
 )
-
-// memory is a layer that lies in memory, with a hook before each read.
-type memory struct {
-	*bytes.Reader
-	before func() error
-}
-
-func (m memory) ReadAt(_ context.Context, p []byte, off int64) (int, error) {
-	if m.before != nil {
-		if err := m.before(); err != nil {
-			return 0, err
-		}
-	}
-	return m.Reader.ReadAt(p, off)
-}
 
 func randomBytes(n int) []byte {
 	b := make([]byte, n)
 	src := rand.NewChaCha8([32]byte{1})
 	_, _ = src.Read(b)
 	return b
-}
-
-// openFile opens a layer file in the process that serves it. os.Open would
-// hand it to the runtime's poller, which asks the file system whether it can be
-// polled, and keeps the processor that should answer.
-func openFile(path string) (*os.File, error) {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, err
-	}
-	return os.NewFile(uintptr(fd), path), nil
-}
-
-func readFile(path string) ([]byte, error) {
-	f, err := openFile(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(f)
 }
 
 func newFS(t *testing.T) *FS {
@@ -71,16 +38,16 @@ func TestReadsEqualTheLayer(t *testing.T) {
 	fs := newFS(t)
 	data := randomBytes(5<<20 + 12345)
 	id := digest.FromBytes(data)
-	require.NoError(t, fs.Add(id, memory{Reader: bytes.NewReader(data)}))
+	require.NoError(t, fs.Add(id, testutil.Stream{Reader: bytes.NewReader(data)}))
 
-	got, err := readFile(fs.Path(id))
+	got, err := testutil.ReadFile(fs.Path(id))
 	require.NoError(t, err)
 	require.Zero(t, len(got)%blockSize)
 	require.Less(t, len(got)-len(data), blockSize)
 	require.True(t, bytes.Equal(data, got[:len(data)]))
 	require.True(t, bytes.Equal(make([]byte, len(got)-len(data)), got[len(data):]), "padding is zero")
 
-	f, err := openFile(fs.Path(id))
+	f, err := testutil.Open(fs.Path(id))
 	require.NoError(t, err)
 	defer f.Close()
 	var wg sync.WaitGroup
@@ -109,16 +76,16 @@ func TestReadErrorIsEIOAndNotRemembered(t *testing.T) {
 	id := digest.FromBytes(data)
 	var fail atomic.Bool
 	fail.Store(true)
-	require.NoError(t, fs.Add(id, memory{bytes.NewReader(data), func() error {
+	require.NoError(t, fs.Add(id, testutil.Stream{Reader: bytes.NewReader(data), Before: func() error {
 		if fail.Load() {
 			return errors.New("registry is away")
 		}
 		return nil
 	}}))
-	_, err := readFile(fs.Path(id))
+	_, err := testutil.ReadFile(fs.Path(id))
 	require.ErrorIs(t, err, unix.EIO)
 	fail.Store(false)
-	got, err := readFile(fs.Path(id))
+	got, err := testutil.ReadFile(fs.Path(id))
 	require.NoError(t, err)
 	require.True(t, bytes.Equal(data, got))
 }
@@ -129,13 +96,13 @@ func TestUnknownLayersAndWrites(t *testing.T) {
 	id := digest.FromBytes(data)
 	_, err := os.Stat(fs.Path(id))
 	require.ErrorIs(t, err, os.ErrNotExist)
-	require.NoError(t, fs.Add(id, memory{Reader: bytes.NewReader(data)}))
+	require.NoError(t, fs.Add(id, testutil.Stream{Reader: bytes.NewReader(data)}))
 	_, err = os.OpenFile(fs.Path(id), os.O_RDWR, 0)
 	require.Error(t, err)
 	fs.Remove(id)
-	_, err = readFile(fs.Path(id))
+	_, err = testutil.ReadFile(fs.Path(id))
 	require.ErrorIs(t, err, os.ErrNotExist)
-	require.Error(t, fs.Add("sha256:nonsense", memory{Reader: bytes.NewReader(data)}))
+	require.Error(t, fs.Add("sha256:nonsense", testutil.Stream{Reader: bytes.NewReader(data)}))
 }
 
 func TestManySlowReadersAreServedAtOnce(t *testing.T) {
@@ -147,13 +114,13 @@ func TestManySlowReadersAreServedAtOnce(t *testing.T) {
 		data := randomBytes(100 + i)
 		id := digest.FromBytes(data)
 		once := sync.Once{}
-		require.NoError(t, fs.Add(id, memory{bytes.NewReader(data), func() error {
+		require.NoError(t, fs.Add(id, testutil.Stream{Reader: bytes.NewReader(data), Before: func() error {
 			once.Do(entered.Done)
 			entered.Wait() // ends only if all of them are being answered at once
 			return nil
 		}}))
 		read.Go(func() {
-			got, err := readFile(fs.Path(id))
+			got, err := testutil.ReadFile(fs.Path(id))
 			if err != nil || !bytes.Equal(data, got[:len(data)]) {
 				t.Errorf("layer %d: %v", i, err)
 			}
@@ -170,8 +137,8 @@ func TestErrorThatWrapsEOF(t *testing.T) {
 			fs := newFS(t)
 			data := randomBytes(1 << 20)
 			id := digest.FromBytes(data)
-			require.NoError(t, fs.Add(id, memory{bytes.NewReader(data), func() error { return err }}))
-			_, err := readFile(fs.Path(id))
+			require.NoError(t, fs.Add(id, testutil.Stream{Reader: bytes.NewReader(data), Before: func() error { return err }}))
+			_, err := testutil.ReadFile(fs.Path(id))
 			require.ErrorIs(t, err, unix.EIO)
 		})
 	}

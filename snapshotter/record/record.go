@@ -26,8 +26,8 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Version of Document.
-const Version = 1
+// version of Document.
+const version = 1
 
 // Document is what was recorded, as it is kept and handed out.
 type Document struct {
@@ -79,7 +79,7 @@ type piece struct {
 // New returns a recording that begins now. Of doc, what says which image it is
 // counts.
 func New(doc Document) *Recording {
-	doc.Version, doc.Began, doc.Touches = Version, time.Now().UTC(), nil
+	doc.Version, doc.Began, doc.Touches = version, time.Now().UTC(), nil
 	return &Recording{doc: doc, seen: map[piece]struct{}{}}
 }
 

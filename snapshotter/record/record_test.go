@@ -67,7 +67,7 @@ func TestTouches(t *testing.T) {
 			{0, 32768, 16384, 0}, {1, 0, 16384, 1500}, {0, 49152, 3 * 16384, 1500}, {0, 0, 32768, 1500},
 		}, doc.Touches)
 		require.False(t, doc.Full)
-		require.Equal(t, Version, doc.Version)
+		require.Equal(t, version, doc.Version)
 	})
 }
 
@@ -166,7 +166,7 @@ func TestOldRecordingsGo(t *testing.T) {
 	for i := range mostKept + 3 {
 		doc := document(fmt.Sprint(i))
 		doc.Touches = []Touch{{0, 0, 1, 0}}
-		doc.Version = Version
+		doc.Version = version
 		require.NoError(t, r.keep(doc))
 		at := time.Now().Add(time.Duration(i-1000) * time.Second)
 		require.NoError(t, os.Chtimes(r.file(doc.ChainID), at, at))

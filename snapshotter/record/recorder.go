@@ -164,7 +164,7 @@ func (r *Recorder) load(chainID digest.Digest) (doc Document, err error) {
 	if err := json.NewDecoder(io.LimitReader(f, mostFile)).Decode(&doc); err != nil {
 		return doc, fmt.Errorf("recording %s: %w", f.Name(), err)
 	}
-	if doc.Version != Version || doc.ChainID != chainID {
+	if doc.Version != version || doc.ChainID != chainID {
 		return doc, fmt.Errorf("recording %s is of version %d and chain %q: %w", f.Name(), doc.Version, doc.ChainID, errdefs.ErrNotFound)
 	}
 	return doc, nil

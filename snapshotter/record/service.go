@@ -37,7 +37,7 @@ func Get(ctx context.Context, conn grpc.ClientConnInterface, name string) (doc D
 	if err := unary.Call(ctx, conn, serviceName, getMethod, name, mostFile, &doc); err != nil {
 		return doc, err
 	}
-	if doc.Version != Version {
+	if doc.Version != version {
 		return doc, fmt.Errorf("the daemon's recordings are of version %d: %w", doc.Version, errdefs.ErrNotImplemented)
 	}
 	return doc, nil

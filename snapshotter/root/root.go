@@ -83,12 +83,9 @@ func (r Root) Path() string { return filepath.Join(r.target(), erofs.RootDir) }
 func (r Root) Image() string  { return filepath.Join(r.Dir, "image") }
 func (r Root) target() string { return filepath.Join(r.Dir, "mnt") }
 
-// Build does what can be done before Mount, unless it is done. ctx carries the
+// BuildMerged does what can be done before Mount, unless it is done, for whoever
+// has merged r's layers already. Their entries are not looked at. ctx carries the
 // logger and nothing else.
-func (r Root) Build(ctx context.Context, m Mode) error { return r.build(ctx, m, r.merge) }
-
-// BuildMerged is Build for whoever has merged r's layers already. Their entries
-// are not looked at.
 func (r Root) BuildMerged(ctx context.Context, m Mode, layers []*layer.Index, merged *tree.Node) error {
 	return r.build(ctx, m, func() ([]*layer.Index, *tree.Node, error) { return layers, merged, nil })
 }
@@ -128,7 +125,7 @@ func (r Root) merge() ([]*layer.Index, *tree.Node, error) {
 
 // Mount builds and mounts r. Nothing is left mounted if it fails.
 func (r Root) Mount(ctx context.Context, m Mode) error {
-	if err := r.Build(ctx, m); err != nil {
+	if err := r.build(ctx, m, r.merge); err != nil {
 		return err
 	}
 	if m == FUSE {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
+	"github.com/beam-cloud/containerd-clip/internal/testutil"
 	"github.com/beam-cloud/containerd-clip/snapshotter/layerfs"
 )
 
@@ -129,17 +130,12 @@ func testRoot(dir string, files *layerfs.FS, layers ...*layer.Index) Root {
 	return r
 }
 
-// read reads a small file. Package os would wait for the poller, and the
-// poller for this process.
+// read reads a file of a root that this process serves.
 func read(t *testing.T, path string) string {
 	t.Helper()
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	b, err := testutil.ReadFile(path)
 	require.NoError(t, err)
-	defer unix.Close(fd)
-	buf := make([]byte, 4096)
-	n, err := unix.Read(fd, buf)
-	require.NoError(t, err)
-	return string(buf[:n])
+	return string(b)
 }
 
 func TestMount(t *testing.T) {

@@ -2,7 +2,6 @@ package treefs
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -23,23 +22,9 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
+	"github.com/beam-cloud/containerd-clip/internal/testutil"
 	"github.com/beam-cloud/containerd-clip/snapshotter/fuseconn"
 )
-
-// memory is a layer that lies in memory, with a hook before each read.
-type memory struct {
-	*bytes.Reader
-	before func() error
-}
-
-func (m memory) ReadAt(_ context.Context, p []byte, off int64) (int, error) {
-	if m.before != nil {
-		if err := m.before(); err != nil {
-			return 0, err
-		}
-	}
-	return m.Reader.ReadAt(p, off)
-}
 
 // mounted mounts a tree until the test ends and returns the directory that it is.
 func mounted(t *testing.T, root *tree.Node, layers ...Layer) string {
@@ -55,14 +40,11 @@ func dir(children ...tree.Dirent) *tree.Node {
 	return &tree.Node{Mode: unix.S_IFDIR | 0o755, Nlink: 2, Children: children}
 }
 
-// open opens a file of this process's own file system. os.Open would hand it
-// to the runtime's poller, which asks the file system whether it can be
-// polled, and keeps the processor that should answer.
+// open opens a file of this process's own file system.
 func open(t *testing.T, path string) *os.File {
 	t.Helper()
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	f, err := testutil.Open(path)
 	require.NoError(t, err, path)
-	f := os.NewFile(uintptr(fd), path)
 	t.Cleanup(func() { _ = f.Close() })
 	return f
 }
@@ -90,7 +72,7 @@ func TestAttributes(t *testing.T) {
 	for name, n := range nodes {
 		children = append(children, tree.Dirent{Name: name, Node: n})
 	}
-	root := mounted(t, dir(children...), memory{Reader: bytes.NewReader([]byte("hello"))})
+	root := mounted(t, dir(children...), testutil.Stream{Reader: bytes.NewReader([]byte("hello"))})
 	seen := map[uint64]string{}
 	for name, n := range nodes {
 		st := stat(t, filepath.Join(root, name))
@@ -162,7 +144,7 @@ func TestContents(t *testing.T) {
 		}})
 		data[l] = append(append(data[l], content...), "padding"...)
 	}
-	root := mounted(t, dir(children...), memory{Reader: bytes.NewReader(data[0])}, memory{Reader: bytes.NewReader(data[1])})
+	root := mounted(t, dir(children...), testutil.Stream{Reader: bytes.NewReader(data[0])}, testutil.Stream{Reader: bytes.NewReader(data[1])})
 	var wg sync.WaitGroup
 	for i, c := range children {
 		f := open(t, filepath.Join(root, c.Name))
@@ -192,13 +174,13 @@ func TestHoles(t *testing.T) {
 		{Pos: 512, Len: 1024, Off: 2048}, {Pos: 1536, Len: 512, Off: 512}, {Pos: 8192, Len: 1000, Off: 0},
 	}}
 	hole := &tree.Node{Mode: unix.S_IFREG | 0o644, Nlink: 1, Size: 9000, Sparse: []layer.Extent{}}
-	root := mounted(t, dir(tree.Dirent{Name: "hole", Node: hole}, tree.Dirent{Name: "holed", Node: holed}), memory{Reader: bytes.NewReader(data)})
+	root := mounted(t, dir(tree.Dirent{Name: "hole", Node: hole}, tree.Dirent{Name: "holed", Node: holed}), testutil.Stream{Reader: bytes.NewReader(data)})
 	for name, n := range map[string]*tree.Node{"holed": holed, "hole": hole} {
 		want := make([]byte, n.Size)
 		for _, x := range n.Sparse {
 			copy(want[x.Pos:x.End()], data[x.Off:])
 		}
-		s := &server{layers: []Layer{memory{Reader: bytes.NewReader(data)}}}
+		s := &server{layers: []Layer{testutil.Stream{Reader: bytes.NewReader(data)}}}
 		for off := int64(0); off < n.Size; off += 97 {
 			for _, size := range []int64{1, 100, 4096, n.Size} {
 				p := bytes.Repeat([]byte{0xff}, int(min(size, n.Size-off)))
@@ -247,7 +229,7 @@ func TestDirectories(t *testing.T) {
 func TestReadErrors(t *testing.T) {
 	var fail atomic.Bool
 	fail.Store(true)
-	broken := memory{bytes.NewReader([]byte("content and more")), func() error {
+	broken := testutil.Stream{Reader: bytes.NewReader([]byte("content and more")), Before: func() error {
 		if fail.Load() {
 			return errors.New("registry is away")
 		}

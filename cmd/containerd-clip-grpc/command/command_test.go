@@ -54,7 +54,7 @@ func TestDefaultConfigRoundTrip(t *testing.T) {
 	got, err := loadConfig(writeFile(t, out))
 	require.NoError(t, err)
 	require.Equal(t, defaultConfig(), got)
-	require.NoError(t, got.Validate())
+	require.NoError(t, got.validate())
 }
 
 func TestLoadConfig(t *testing.T) {
@@ -68,7 +68,7 @@ func TestLoadConfig(t *testing.T) {
 		"rot = \"/r\"":              "rot",
 		"[discover]\nreferers = 1":  "referers",
 		"[registry]\nmirrors = []":  "mirrors",
-		"root = 1":                  "Config.Root",
+		"root = 1":                  "config.Root",
 		"root = ":                   "config.toml",
 		"[registry]\nconfig_path=1": "config_path",
 		"[cache]\nmax_size='0'":     "20GiB",
@@ -105,38 +105,38 @@ func TestFlagsOverride(t *testing.T) {
 func TestValidate(t *testing.T) {
 	long := "/" + strings.Repeat("s", 106)
 	for name, c := range map[string]struct {
-		edit    func(*Config)
+		edit    func(*config)
 		message string
 	}{
-		"default":          {func(*Config) {}, ""},
-		"longest socket":   {func(c *Config) { c.Address = long }, ""},
-		"too long socket":  {func(c *Config) { c.Address = long + "s" }, "107"},
-		"relative root":    {func(c *Config) { c.Root = "var/lib" }, "root"},
-		"empty root":       {func(c *Config) { c.Root = "" }, "root"},
-		"unknown mode":     {func(c *Config) { c.Mount.Mode = "erofs" }, "mount mode \"erofs\""},
-		"relative address": {func(c *Config) { c.Address = "clip.sock" }, "address"},
-		"relative CRI":     {func(c *Config) { c.CRI.Containerd = "containerd.sock" }, "cri.containerd"},
-		"no CRI":           {func(c *Config) { c.CRI.Containerd = "" }, ""},
-		"metrics":          {func(c *Config) { c.Metrics.Address = "127.0.0.1:9254" }, ""},
-		"metrics socket":   {func(c *Config) { c.Metrics.Address = "unix:///run/m" }, ""},
-		"public metrics":   {func(c *Config) { c.Metrics.Address = "0.0.0.0:9254" }, "metrics.address"},
-		"all addresses":    {func(c *Config) { c.Metrics.Address = ":9254" }, "metrics.address"},
-		"a host's name":    {func(c *Config) { c.Metrics.Address = "localhost:9254" }, "metrics.address"},
-		"public profiles":  {func(c *Config) { c.Debug.Address = "127.0.0.1:9255" }, "debug.address"},
-		"log format":       {func(c *Config) { c.LogFormat = "xml" }, "log_format"},
-		"sources":          {func(c *Config) { c.Discover.Sources = []string{"s3://b/{{.Path}}/{{.Manifest}}.clip", "file:///a"} }, ""},
-		"bad source":       {func(c *Config) { c.Discover.Sources = []string{"ftp://host/a"} }, "ftp"},
-		"bad template":     {func(c *Config) { c.Discover.Sources = []string{"s3://b/{{.Size}}.clip"} }, "Size"},
-		"fill off":         {func(c *Config) { c.Fill.Mode = "off" }, ""},
-		"fill mode":        {func(c *Config) { c.Fill.Mode = "maybe" }, "maybe"},
-		"fill delay":       {func(c *Config) { c.Fill.Delay = -1 }, "negative"},
-		"fill workers":     {func(c *Config) { c.Fill.Workers = 65 }, "65"},
-		"never give up":    {func(c *Config) { c.Registry.GiveUp = 0 }, "give_up"},
-		"hang":             {func(c *Config) { c.Registry.GiveUp = Duration(time.Hour) }, "give_up"},
+		"default":          {func(*config) {}, ""},
+		"longest socket":   {func(c *config) { c.Address = long }, ""},
+		"too long socket":  {func(c *config) { c.Address = long + "s" }, "107"},
+		"relative root":    {func(c *config) { c.Root = "var/lib" }, "root"},
+		"empty root":       {func(c *config) { c.Root = "" }, "root"},
+		"unknown mode":     {func(c *config) { c.Mount.Mode = "erofs" }, "mount mode \"erofs\""},
+		"relative address": {func(c *config) { c.Address = "clip.sock" }, "address"},
+		"relative CRI":     {func(c *config) { c.CRI.Containerd = "containerd.sock" }, "cri.containerd"},
+		"no CRI":           {func(c *config) { c.CRI.Containerd = "" }, ""},
+		"metrics":          {func(c *config) { c.Metrics.Address = "127.0.0.1:9254" }, ""},
+		"metrics socket":   {func(c *config) { c.Metrics.Address = "unix:///run/m" }, ""},
+		"public metrics":   {func(c *config) { c.Metrics.Address = "0.0.0.0:9254" }, "metrics.address"},
+		"all addresses":    {func(c *config) { c.Metrics.Address = ":9254" }, "metrics.address"},
+		"a host's name":    {func(c *config) { c.Metrics.Address = "localhost:9254" }, "metrics.address"},
+		"public profiles":  {func(c *config) { c.Debug.Address = "127.0.0.1:9255" }, "debug.address"},
+		"log format":       {func(c *config) { c.LogFormat = "xml" }, "log_format"},
+		"sources":          {func(c *config) { c.Discover.Sources = []string{"s3://b/{{.Path}}/{{.Manifest}}.clip", "file:///a"} }, ""},
+		"bad source":       {func(c *config) { c.Discover.Sources = []string{"ftp://host/a"} }, "ftp"},
+		"bad template":     {func(c *config) { c.Discover.Sources = []string{"s3://b/{{.Size}}.clip"} }, "Size"},
+		"fill off":         {func(c *config) { c.Fill.Mode = "off" }, ""},
+		"fill mode":        {func(c *config) { c.Fill.Mode = "maybe" }, "maybe"},
+		"fill delay":       {func(c *config) { c.Fill.Delay = -1 }, "negative"},
+		"fill workers":     {func(c *config) { c.Fill.Workers = 65 }, "65"},
+		"never give up":    {func(c *config) { c.Registry.GiveUp = 0 }, "give_up"},
+		"hang":             {func(c *config) { c.Registry.GiveUp = duration(time.Hour) }, "give_up"},
 	} {
 		conf := defaultConfig()
 		c.edit(&conf)
-		err := conf.Validate()
+		err := conf.validate()
 		if c.message == "" {
 			require.NoError(t, err, name)
 			continue
@@ -146,7 +146,7 @@ func TestValidate(t *testing.T) {
 }
 
 // testConfig has everything in a directory of the test.
-func testConfig(t *testing.T) Config {
+func testConfig(t *testing.T) config {
 	t.Helper()
 	dir := t.TempDir()
 	c := defaultConfig()
@@ -155,7 +155,7 @@ func testConfig(t *testing.T) Config {
 }
 
 // start serves in the background until stop is called.
-func start(t *testing.T, c Config) (stop func() error) {
+func start(t *testing.T, c config) (stop func() error) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	t.Cleanup(cancel)
@@ -213,7 +213,7 @@ func TestWatchConfig(t *testing.T) {
 	text := "[watch]\nnamespaces = ['default', 'k8s.io']\n[[watch.rules]]\nnames = ['a/*']\naction = 'both'\nlabels = {x = 'y'}\nplatforms = ['all']\nstorage_ref = 'r.example.com/{{.Path}}:{{.Tag}}'\nto = 's3://b/{{.Manifest}}.clip?region=r'\n"
 	c, err := loadConfig(writeFile(t, text))
 	require.NoError(t, err)
-	require.NoError(t, c.Validate())
+	require.NoError(t, c.validate())
 	require.Equal(t, []watchRule{{
 		Names: []string{"a/*"}, Labels: map[string]string{"x": "y"}, Platforms: []string{"all"},
 		Action: "both", StorageRef: "r.example.com/{{.Path}}:{{.Tag}}", To: "s3://b/{{.Manifest}}.clip?region=r",
@@ -238,7 +238,7 @@ func TestWatchConfig(t *testing.T) {
 	} {
 		c, err := loadConfig(writeFile(t, broken))
 		require.NoError(t, err)
-		require.ErrorContains(t, c.Validate(), message)
+		require.ErrorContains(t, c.validate(), message)
 	}
 	_, err = run(t, "watch", "--config", writeFile(t, "[watch]\nnamespaces = ['default']\n"))
 	require.ErrorContains(t, err, "[[watch.rules]]")

@@ -23,8 +23,8 @@ import (
 // defaultConfigPath is read if it exists and --config is not given.
 const defaultConfigPath = "/etc/containerd-clip-grpc/config.toml"
 
-// Config is the daemon's configuration file.
-type Config struct {
+// config is the daemon's configuration file.
+type config struct {
 	// Root is the directory of all state.
 	Root string `toml:"root" comment:"directory of all state; on a real disk, not on overlayfs or tmpfs"`
 	// Address is the daemon's own socket.
@@ -64,7 +64,7 @@ type discoverConfig struct {
 type registryConfig struct {
 	ConfigPath []string `toml:"config_path" comment:"directories with containerd's <host>/hosts.toml files"`
 	// GiveUp is how long a read tries to get an answer.
-	GiveUp Duration `toml:"give_up" comment:"how long a read goes on when nothing arrives before it is an input/output error; at most 60s"`
+	GiveUp duration `toml:"give_up" comment:"how long a read goes on when nothing arrives before it is an input/output error; at most 60s"`
 }
 
 // criConfig says where the kubelet's calls go.
@@ -72,18 +72,18 @@ type criConfig struct {
 	Containerd string `toml:"containerd" comment:"containerd's socket; empty serves no image service"`
 }
 
-// Duration is written as Go writes durations: "1m30s".
-type Duration time.Duration
+// duration is written as Go writes durations: "1m30s".
+type duration time.Duration
 
 // UnmarshalText implements encoding.TextUnmarshaler.
-func (d *Duration) UnmarshalText(text []byte) error {
+func (d *duration) UnmarshalText(text []byte) error {
 	parsed, err := time.ParseDuration(string(text))
-	*d = Duration(parsed)
+	*d = duration(parsed)
 	return err
 }
 
 // MarshalText implements encoding.TextMarshaler.
-func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
+func (d duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
 
 // mountConfig says how the roots of lazy images are mounted.
 type mountConfig struct {
@@ -100,7 +100,7 @@ type cacheConfig struct {
 type fillConfig struct {
 	Mode     string   `toml:"mode" comment:"on completes the layers of lazy images; off does not"`
 	Prefetch bool     `toml:"prefetch" comment:"fetch what the archive says that a start reads, right after the pull, or else what every start does, with the first container; also with mode off"`
-	Delay    Duration `toml:"delay" comment:"how long after the pull completing begins at the earliest; it is put off by up to as much again, at random"`
+	Delay    duration `toml:"delay" comment:"how long after the pull completing begins at the earliest; it is put off by up to as much again, at random"`
 	Rate     byteSize `toml:"rate" comment:"most compressed bytes per second, such as 50MiB; 0 is as fast as the network"`
 	Workers  int      `toml:"workers" comment:"ranges that are fetched at the same time, 1 to 64"`
 }
@@ -128,16 +128,16 @@ const (
 )
 
 // defaultConfig returns the configuration that holds where a file says nothing.
-func defaultConfig() Config {
-	return Config{
+func defaultConfig() config {
+	return config{
 		Root:     "/var/lib/containerd-clip-grpc",
 		Address:  "/run/containerd-clip-grpc/containerd-clip-grpc.sock",
 		LogLevel: "info", LogFormat: string(log.TextFormat),
 		Discover: discoverConfig{Referrers: true, Sources: []string{}},
-		Registry: registryConfig{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, GiveUp: Duration(55 * time.Second)},
+		Registry: registryConfig{ConfigPath: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}, GiveUp: duration(55 * time.Second)},
 		Mount:    mountConfig{Mode: string(root.Auto)},
 		Cache:    cacheConfig{MaxSize: cache.Limit{Percent: cache.DefaultPercent}},
-		Fill:     fillConfig{Mode: fillOn, Prefetch: true, Delay: Duration(30 * time.Second), Workers: 4},
+		Fill:     fillConfig{Mode: fillOn, Prefetch: true, Delay: duration(30 * time.Second), Workers: 4},
 		CRI:      criConfig{Containerd: "/run/containerd/containerd.sock"},
 		Watch:    defaultWatchConfig(),
 	}
@@ -145,7 +145,7 @@ func defaultConfig() Config {
 
 // loadConfig reads the file at path over the defaults. A key that the daemon
 // does not know is an error.
-func loadConfig(path string) (Config, error) {
+func loadConfig(path string) (config, error) {
 	c := defaultConfig()
 	f, err := os.Open(path)
 	if err != nil {
@@ -167,8 +167,8 @@ func loadConfig(path string) (Config, error) {
 	return c, nil
 }
 
-// Validate checks what cannot be checked key by key.
-func (c Config) Validate() error {
+// validate checks what cannot be checked key by key.
+func (c config) validate() error {
 	if !filepath.IsAbs(c.Root) {
 		return fmt.Errorf("root %q must be an absolute path", c.Root)
 	}
@@ -240,7 +240,7 @@ func newConfigCommand() *cobra.Command {
 	return config
 }
 
-func writeConfig(w io.Writer, c Config) error {
+func writeConfig(w io.Writer, c config) error {
 	text, err := toml.Marshal(c)
 	if err != nil {
 		return err

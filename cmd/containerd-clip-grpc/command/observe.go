@@ -24,7 +24,7 @@ const unixScheme = "unix://"
 
 // validateObserved checks where metrics and profiles are served: what they say
 // is not for other machines, and profiles are for root alone.
-func (c Config) validateObserved() error {
+func (c config) validateObserved() error {
 	if c.LogFormat != string(log.TextFormat) && c.LogFormat != string(log.JSONFormat) {
 		return fmt.Errorf("log_format %q must be %q or %q", c.LogFormat, log.TextFormat, log.JSONFormat)
 	}
@@ -43,7 +43,7 @@ func (c Config) validateObserved() error {
 }
 
 // gatherers are the metrics of this process and of the one that watches.
-func (c Config) gatherers(own []prometheus.Collector) prometheus.Gatherers {
+func (c config) gatherers(own []prometheus.Collector) prometheus.Gatherers {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(own...)
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
@@ -56,7 +56,7 @@ func (c Config) gatherers(own []prometheus.Collector) prometheus.Gatherers {
 
 // watcherSocket is where the process that watches serves its metrics for the
 // daemon.
-func (c Config) watcherSocket() string { return c.Address + ".watch" }
+func (c config) watcherSocket() string { return c.Address + ".watch" }
 
 // watcherMetrics asks the process that watches. While it is being started again
 // there are none.
@@ -83,7 +83,7 @@ func watcherMetrics(socket string) prometheus.GathererFunc {
 }
 
 // observe serves metrics and profiles, where c says so, until stop is called.
-func (c Config) observe(ctx context.Context, g prometheus.Gatherer) (stop func(), err error) {
+func (c config) observe(ctx context.Context, g prometheus.Gatherer) (stop func(), err error) {
 	metrics := http.NewServeMux()
 	metrics.Handle("GET /metrics", promhttp.HandlerFor(g, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError}))
 	profiles := http.NewServeMux()

@@ -70,7 +70,7 @@ func TestWatcherMetrics(t *testing.T) {
 	queue := prometheus.NewGauge(prometheus.GaugeOpts{Name: "clip_index_queue", Help: "h"})
 	registry.MustRegister(queue)
 	queue.Set(3)
-	c := Config{Metrics: metricsConfig{Address: unixScheme + socket}}
+	c := config{Metrics: metricsConfig{Address: unixScheme + socket}}
 	stop, err := c.observe(t.Context(), registry)
 	require.NoError(t, err)
 	defer stop()

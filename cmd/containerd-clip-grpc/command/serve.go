@@ -91,7 +91,7 @@ func innerCommands() []*cobra.Command {
 }
 
 // load reads the configuration and applies the flags.
-func (f flags) load() (Config, error) {
+func (f flags) load() (config, error) {
 	c := defaultConfig()
 	path := f.config
 	if path == "" {
@@ -113,11 +113,11 @@ func (f flags) load() (Config, error) {
 			*o.to = o.value
 		}
 	}
-	return c, c.Validate()
+	return c, c.validate()
 }
 
 // serve runs the daemon until ctx ends.
-func serve(ctx context.Context, c Config) (err error) {
+func serve(ctx context.Context, c config) (err error) {
 	if err := c.setLog(); err != nil {
 		return err
 	}
@@ -200,7 +200,7 @@ func serve(ctx context.Context, c Config) (err error) {
 
 // newServer returns the server of all that the daemon serves. release is called
 // when it has ended.
-func (c Config) newServer(sn *snapshotter.Snapshotter, keys *cri.Keychain) (server *grpc.Server, release func(), err error) {
+func (c config) newServer(sn *snapshotter.Snapshotter, keys *cri.Keychain) (server *grpc.Server, release func(), err error) {
 	options := []grpc.ServerOption{
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
 		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
@@ -234,12 +234,12 @@ func openKeychain(ctx context.Context, address string) *cri.Keychain {
 }
 
 // setLog has the log look as c says.
-func (c Config) setLog() error {
+func (c config) setLog() error {
 	return errors.Join(log.SetLevel(c.LogLevel), log.SetFormat(log.OutputFormat(c.LogFormat)))
 }
 
 // options returns what the snapshotter is to be told.
-func (c Config) options() snapshotter.Options {
+func (c config) options() snapshotter.Options {
 	return snapshotter.Options{
 		Root:      c.Root,
 		Mount:     root.Mode(c.Mount.Mode),

@@ -56,7 +56,7 @@ func defaultWatchConfig() watchConfig {
 }
 
 // watchOptions are those that c describes, without a cache.
-func (c Config) watchOptions() watch.Options {
+func (c config) watchOptions() watch.Options {
 	o := watch.Options{
 		Address: c.Watch.Containerd, Namespaces: c.Watch.Namespaces,
 		Directory: c.Watch.Directory, Index: index.Options{Workers: c.Watch.Workers},
@@ -71,7 +71,7 @@ func (c Config) watchOptions() watch.Options {
 }
 
 // validateWatch checks what would else be found out in another process.
-func (c Config) validateWatch() error {
+func (c config) validateWatch() error {
 	w := c.Watch
 	if len(w.Rules) == 0 {
 		return nil
@@ -104,7 +104,7 @@ machine that only builds images can run it alone.`,
 	}
 }
 
-func runWatch(ctx context.Context, c Config) error {
+func runWatch(ctx context.Context, c config) error {
 	if len(c.Watch.Rules) == 0 {
 		return errors.New("there are no [[watch.rules]] in the configuration: nothing to watch for")
 	}
@@ -163,7 +163,7 @@ const restartWatch = 5 * time.Second
 // keepWatch runs the watcher as a process of its own until ctx ends, and again
 // whenever it ends before: indexing must not be able to take the daemon's
 // memory or processors, or to end it. The channel is closed when all is over.
-func keepWatch(ctx context.Context, c Config) (<-chan struct{}, error) {
+func keepWatch(ctx context.Context, c config) (<-chan struct{}, error) {
 	program, err := os.Executable()
 	if err != nil {
 		return nil, err

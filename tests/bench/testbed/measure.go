@@ -31,8 +31,8 @@ type Sample struct {
 	Requests, Bytes int64 // that the registry was asked for and sent
 }
 
-// Meter notes what the registry does, moment by moment.
-type Meter struct {
+// meter notes what the registry does, moment by moment.
+type meter struct {
 	began time.Time
 	stop  chan struct{}
 	done  sync.WaitGroup
@@ -42,9 +42,9 @@ type Meter struct {
 // meterTick is how far a count may be off the moment that it is asked for.
 const meterTick = 5 * time.Millisecond
 
-// Measure starts a meter at zero.
-func (w *World) Measure() *Meter {
-	m := &Meter{began: time.Now(), stop: make(chan struct{})}
+// measure starts a meter at zero.
+func (w *World) measure() *meter {
+	m := &meter{began: time.Now(), stop: make(chan struct{})}
 	requests, bytes := w.Registry.Traffic()
 	m.done.Go(func() {
 		tick := time.NewTicker(meterTick)
@@ -62,8 +62,8 @@ func (w *World) Measure() *Meter {
 	return m
 }
 
-// At ends the measurement and returns what had happened at a moment of it.
-func (m *Meter) At(seconds float64) Sample {
+// at ends the measurement and returns what had happened at a moment of it.
+func (m *meter) at(seconds float64) Sample {
 	close(m.stop)
 	m.done.Wait()
 	i, _ := slices.BinarySearchFunc(m.seen, seconds, func(s Sample, t float64) int { return cmp.Compare(s.Seconds, t) })

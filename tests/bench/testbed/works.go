@@ -52,7 +52,7 @@ func (work Work) took(r harness.Result) time.Duration {
 // Cold pulls an image over a link to a site that has nothing yet, and does a piece of work.
 func (s *Site) Cold(ctx context.Context, l Link, ref string, work Work) (Start, error) {
 	s.world.Registry.Shape(l.Link)
-	m := s.world.Measure()
+	m := s.world.measure()
 	pull, err := s.Pull(ctx, ref)
 	if err != nil {
 		return Start{}, err
@@ -61,7 +61,7 @@ func (s *Site) Cold(ctx context.Context, l Link, ref string, work Work) (Start, 
 	if err != nil {
 		return Start{}, err
 	}
-	got := Start{m.At((pull.Took + took).Seconds()), pull.Took.Seconds()}
+	got := Start{m.at((pull.Took + took).Seconds()), pull.Took.Seconds()}
 	Say("%s, %s, %s: %.2f s after a pull of %.2f s, %d requests, %.1f MB", work.Name, l.Name, s.Snapshotter, got.Seconds, got.Pull, got.Requests, float64(got.Bytes)/1e6)
 	return got, nil
 }
@@ -70,12 +70,12 @@ func (s *Site) Cold(ctx context.Context, l Link, ref string, work Work) (Start, 
 // other. Each is charged with the pull.
 func (s *Site) ColdAll(ctx context.Context, l Link, ref string, works []Work) (all []Start, err error) {
 	s.world.Registry.Shape(l.Link)
-	m := s.world.Measure()
+	m := s.world.measure()
 	pull, err := s.Pull(ctx, ref)
 	if err != nil {
 		return nil, err
 	}
-	pulled := m.At(pull.Took.Seconds())
+	pulled := m.at(pull.Took.Seconds())
 	for _, work := range works {
 		took, err := s.Work(ctx, ref, work)
 		if err != nil {
@@ -92,12 +92,12 @@ func (s *Site) ColdAll(ctx context.Context, l Link, ref string, works []Work) (a
 // Pulled pulls an image over a link to a site that has nothing yet.
 func (s *Site) Pulled(ctx context.Context, l Link, ref string) (Sample, error) {
 	s.world.Registry.Shape(l.Link)
-	m := s.world.Measure()
+	m := s.world.measure()
 	pull, err := s.Pull(ctx, ref)
 	if err != nil {
 		return Sample{}, err
 	}
-	got := m.At(pull.Took.Seconds())
+	got := m.at(pull.Took.Seconds())
 	Say("pull of %s, %s, %s: %.2f s, %d requests, %d kB", ref, l.Name, s.Snapshotter, got.Seconds, got.Requests, got.Bytes/1000)
 	return got, nil
 }

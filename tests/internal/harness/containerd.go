@@ -121,7 +121,7 @@ func (l *Lab) RestartContainerd(ctx context.Context, c *Containerd) error {
 		return err
 	}
 	c.Process = process
-	l.OnClose(func(ctx context.Context) error { return c.RemoveContainers(ctx) })
+	l.onClose(func(ctx context.Context) error { return c.RemoveContainers(ctx) })
 	return nil
 }
 

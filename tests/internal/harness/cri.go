@@ -40,7 +40,7 @@ func (l *Lab) StartCRI(ctx context.Context, name string, d *Daemon, sandbox stri
 func (l *Lab) Dial(socket string) (*grpc.ClientConn, error) {
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err == nil {
-		l.OnClose(func(context.Context) error { return conn.Close() })
+		l.onClose(func(context.Context) error { return conn.Close() })
 	}
 	return conn, err
 }

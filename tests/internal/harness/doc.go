@@ -9,7 +9,7 @@
 //
 // # Ownership
 //
-// Every process that a lab starts carries the lab's directory in its environment (LabEnv). Shims and whatever else they
+// Every process that a lab starts carries the lab's directory in its environment (labEnv). Shims and whatever else they
 // start inherit it, and a container's own processes are descendants of a shim; so what belongs to a lab is known
 // without keeping books, also after a crash of the test. Lab.Close stops what was started in the reverse order, ends
 // what is left, takes every mount below the directory away, and fails when something cannot be removed. A lab whose

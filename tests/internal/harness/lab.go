@@ -13,8 +13,8 @@ import (
 )
 
 const (
-	// LabEnv names the environment variable that marks the processes of a lab.
-	LabEnv = "CLIP_LAB"
+	// labEnv names the environment variable that marks the processes of a lab.
+	labEnv = "CLIP_LAB"
 
 	labPattern = "clip-lab-"
 	ownerFile  = "owner"
@@ -65,8 +65,8 @@ func (l *Lab) Path(elem ...string) string {
 	return filepath.Join(append([]string{l.Dir}, elem...)...)
 }
 
-// OnClose has f called by Close, before everything that was started earlier is stopped.
-func (l *Lab) OnClose(f func(context.Context) error) {
+// onClose has f called by Close, before everything that was started earlier is stopped.
+func (l *Lab) onClose(f func(context.Context) error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.closers = append(l.closers, f)
@@ -93,7 +93,7 @@ func (l *Lab) Close() error {
 // credentials or settings play a part.
 func (l *Lab) environ(extra ...string) []string {
 	path := l.opts.Parts + ":" + l.opts.Product + ":" + os.Getenv("PATH") + ":/usr/sbin:/sbin"
-	env := []string{LabEnv + "=" + l.Dir, "HOME=" + l.Path("home"), "PATH=" + path, "LANG=C.UTF-8", "OTEL_TRACES_EXPORTER=none",
+	env := []string{labEnv + "=" + l.Dir, "HOME=" + l.Path("home"), "PATH=" + path, "LANG=C.UTF-8", "OTEL_TRACES_EXPORTER=none",
 		"CLIPCTL_CACHE_DIR=" + l.Path("clipctl-cache")}
 	return append(env, extra...)
 }

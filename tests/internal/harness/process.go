@@ -56,7 +56,7 @@ func (l *Lab) launch(name string, namespaces uintptr, program string, args ...st
 		close(p.done)
 	}()
 	l.opts.Log(fmt.Sprintf("started %s (pid %d): %s %s", name, p.Pid(), program, strings.Join(args, " ")))
-	l.OnClose(func(context.Context) error { return p.Stop() })
+	l.onClose(func(context.Context) error { return p.Stop() })
 	return p, nil
 }
 

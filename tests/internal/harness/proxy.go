@@ -22,8 +22,8 @@ type Request struct {
 	At                  time.Time
 }
 
-// Blob returns the digest that the request is about, or "".
-func (r Request) Blob() string {
+// blob returns the digest that the request is about, or "".
+func (r Request) blob() string {
 	if _, digest, ok := strings.Cut(r.Path, "/blobs/"); ok && strings.Contains(digest, ":") {
 		return digest
 	}
@@ -48,7 +48,7 @@ func (rs Requests) Sent() (n int64) {
 // Gets are the GETs of any of the blobs.
 func (rs Requests) Gets(digests ...string) Requests {
 	return slices.DeleteFunc(slices.Clone(rs), func(r Request) bool {
-		return r.Method != http.MethodGet || !slices.Contains(digests, r.Blob())
+		return r.Method != http.MethodGet || !slices.Contains(digests, r.blob())
 	})
 }
 

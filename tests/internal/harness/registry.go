@@ -44,7 +44,7 @@ func (l *Lab) StartRegistry(ctx context.Context) (*Registry, error) {
 	if r.proxy, err = newProxy(r.socket); err != nil {
 		return nil, err
 	}
-	l.OnClose(func(context.Context) error { return r.proxy.switchOff() })
+	l.onClose(func(context.Context) error { return r.proxy.switchOff() })
 	return r, nil
 }
 
@@ -55,7 +55,7 @@ func (l *Lab) StartMirror(r *Registry) (*Registry, error) {
 	if m.proxy, err = newProxy(r.socket); err != nil {
 		return nil, err
 	}
-	l.OnClose(func(context.Context) error { return m.proxy.switchOff() })
+	l.onClose(func(context.Context) error { return m.proxy.switchOff() })
 	return &m, nil
 }
 

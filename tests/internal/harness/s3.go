@@ -36,7 +36,7 @@ func (l *Lab) StartS3(ctx context.Context) (*S3, error) {
 	if s.proxy, err = newProxy(socket); err != nil {
 		return nil, err
 	}
-	l.OnClose(func(context.Context) error { return s.proxy.switchOff() })
+	l.onClose(func(context.Context) error { return s.proxy.switchOff() })
 	return s, nil
 }
 

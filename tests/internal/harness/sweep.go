@@ -102,7 +102,7 @@ func killAll(dir string) error {
 
 // processesOf finds the processes that carry the lab's mark in their environment, and all their descendants.
 func processesOf(dir string) []int {
-	mark := []byte(LabEnv + "=" + dir)
+	mark := []byte(labEnv + "=" + dir)
 	children := map[int][]int{}
 	var todo []int
 	for _, pid := range allProcesses() {

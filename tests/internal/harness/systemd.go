@@ -75,13 +75,13 @@ func (l *Lab) StartSystemd(ctx context.Context) (*Systemd, error) {
 	if s.cgroup, err = newCgroup(); err != nil {
 		return nil, err
 	}
-	l.OnClose(func(context.Context) error { return removeCgroup(s.cgroup) })
+	l.onClose(func(context.Context) error { return removeCgroup(s.cgroup) })
 	s.Process, err = l.launch("systemd", unix.CLONE_NEWNS|unix.CLONE_NEWPID|unix.CLONE_NEWUTS|unix.CLONE_NEWIPC,
 		"/bin/sh", "-c", startSystemd, "sh", s.cgroup, l.Dir)
 	if err != nil {
 		return nil, err
 	}
-	l.OnClose(func(context.Context) error { s.Kill(); return nil }) // and with it all processes of its namespace
+	l.onClose(func(context.Context) error { s.Kill(); return nil }) // and with it all processes of its namespace
 	return s, s.await(ctx, func(ctx context.Context) error {
 		_, err := s.Ctl(ctx, "is-active", "multi-user.target")
 		return err

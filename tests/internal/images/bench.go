@@ -73,7 +73,7 @@ func makeBench(ctx context.Context, work string) (dir string, err error) {
 		return "", err
 	}
 	upper := func(name string) func(io.Writer) error {
-		return func(w io.Writer) error { return WriteUpper(w, filepath.Join(work, name)) }
+		return func(w io.Writer) error { return writeUpper(w, filepath.Join(work, name)) }
 	}
 	gzipped, err := addLayers(layout.AddLayer, upper("base"), upper("python"), upper("node"), benchApp(1), benchApp(2))
 	if err != nil {

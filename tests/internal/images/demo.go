@@ -30,8 +30,8 @@ func makeDemo(ctx context.Context, work string) (file string, err error) {
 		return "", err
 	}
 	layers, err := addLayers(layout.AddLayer,
-		func(w io.Writer) error { return WriteUpper(w, filepath.Join(work, "base")) },
-		func(w io.Writer) error { return WriteUpper(w, filepath.Join(work, "python")) },
+		func(w io.Writer) error { return writeUpper(w, filepath.Join(work, "base")) },
+		func(w io.Writer) error { return writeUpper(w, filepath.Join(work, "python")) },
 		writeDemoApp,
 	)
 	if err != nil {

@@ -32,7 +32,7 @@ func TestWriteUpper(t *testing.T) {
 	require.NoError(t, unix.Mknod(path("null"), unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))))
 
 	var b bytes.Buffer
-	require.NoError(t, WriteUpper(&b, dir))
+	require.NoError(t, writeUpper(&b, dir))
 	entries := map[string]*tar.Header{}
 	r := tar.NewReader(&b)
 	for {

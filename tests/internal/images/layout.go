@@ -61,8 +61,8 @@ func (l *Layout) AddZstdLayer(write func(io.Writer) error) (Layer, error) {
 	return l.addZstdLayer(write)
 }
 
-// AddLongZstdLayer compresses as "zstd --long=26" does: whoever decompresses needs 64 MiB of memory.
-func (l *Layout) AddLongZstdLayer(write func(io.Writer) error) (Layer, error) {
+// addLongZstdLayer compresses as "zstd --long=26" does: whoever decompresses needs 64 MiB of memory.
+func (l *Layout) addLongZstdLayer(write func(io.Writer) error) (Layer, error) {
 	return l.addZstdLayer(write, zstd.WithWindowSize(64<<20))
 }
 
@@ -137,8 +137,8 @@ func (l *Layout) AddImage(name string, config ocispec.ImageConfig, layers ...Lay
 	return d, err
 }
 
-// AddDockerImage is AddImage with Docker's media types, as older builders push it. The layers are gzip.
-func (l *Layout) AddDockerImage(name string, config ocispec.ImageConfig, layers ...Layer) (ocispec.Descriptor, error) {
+// addDockerImage is AddImage with Docker's media types, as older builders push it. The layers are gzip.
+func (l *Layout) addDockerImage(name string, config ocispec.ImageConfig, layers ...Layer) (ocispec.Descriptor, error) {
 	image, manifest := describe(runtime.GOARCH, config, layers)
 	manifest.MediaType = images.MediaTypeDockerSchema2Manifest
 	for i := range manifest.Layers {
@@ -151,9 +151,9 @@ func (l *Layout) AddDockerImage(name string, config ocispec.ImageConfig, layers 
 	return d, err
 }
 
-// AddIndex adds an image of several architectures under a name. All have the same layers but the last, which is their
+// addIndex adds an image of several architectures under a name. All have the same layers but the last, which is their
 // own.
-func (l *Layout) AddIndex(name string, config ocispec.ImageConfig, shared []Layer, own map[string]Layer) (ocispec.Descriptor, error) {
+func (l *Layout) addIndex(name string, config ocispec.ImageConfig, shared []Layer, own map[string]Layer) (ocispec.Descriptor, error) {
 	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
 	for _, arch := range slices.Sorted(maps.Keys(own)) {
 		d, err := l.addManifest(arch, config, append(slices.Clone(shared), own[arch]))

@@ -58,15 +58,15 @@ func Small(dir string) (*Layout, error) {
 	zstd := m.layer(l.AddZstdLayer, func(t *tarball) { writeRoot(t, string(program)) })
 	m.image(ZstdName, config, zstd, m.layer(l.AddZstdLayer, writeChanges), top)
 	// A small layer would declare a window of its own size.
-	m.image(WindowName, config, base[0], m.layer(l.AddLongZstdLayer, func(t *tarball) { t.file("large", 0o644, strings.Repeat("large\n", 1<<20)) }), top)
+	m.image(WindowName, config, base[0], m.layer(l.addLongZstdLayer, func(t *tarball) { t.file("large", 0o644, strings.Repeat("large\n", 1<<20)) }), top)
 	m.image(SparseName, config, base[0], m.raw(l.AddLayer, WriteSparse), top)
 	m.image(OddName, config, base[0], m.raw(l.AddLayer, writeOddSparse), top)
 	m.image(HugeName, config, base[0], m.raw(l.AddLayer, writeHugeHole), top)
 	if m.err == nil {
-		_, m.err = l.AddDockerImage(DockerName, config, base[0], base[2], top)
+		_, m.err = l.addDockerImage(DockerName, config, base[0], base[2], top)
 	}
 	if m.err == nil {
-		_, m.err = l.AddIndex(PlatformName, config, base, map[string]Layer{"amd64": top, "arm64": foreign})
+		_, m.err = l.addIndex(PlatformName, config, base, map[string]Layer{"amd64": top, "arm64": foreign})
 	}
 	if m.err != nil {
 		return nil, m.err

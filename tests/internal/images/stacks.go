@@ -50,7 +50,7 @@ func makeStacks(ctx context.Context, work string) (file string, err error) {
 		return "", err
 	}
 	upper := func(name string) func(io.Writer) error {
-		return func(w io.Writer) error { return WriteUpper(w, filepath.Join(work, name)) }
+		return func(w io.Writer) error { return writeUpper(w, filepath.Join(work, name)) }
 	}
 	base, err := layout.AddLayer(upper("base"))
 	if err != nil {

@@ -21,9 +21,9 @@ const (
 	overlayXattr   = "trusted.overlay."
 )
 
-// WriteUpper writes an overlay's upper directory as a layer: device 0:0 becomes a whiteout, an opaque directory gets
+// writeUpper writes an overlay's upper directory as a layer: device 0:0 becomes a whiteout, an opaque directory gets
 // its marker. A directory that never was an upper one is written as it is.
-func WriteUpper(w io.Writer, dir string) error {
+func writeUpper(w io.Writer, dir string) error {
 	u := &upper{tw: tar.NewWriter(w), dir: dir, links: map[uint64]string{}}
 	if err := filepath.WalkDir(dir, u.visit); err != nil {
 		return err
