@@ -155,8 +155,7 @@ func (d *decoder) step() error {
 	return d.openMatch(int(length), int(in.value(e)))
 }
 
-// openMatch begins a match and records what it copies from before the seek
-// point that is waiting for its window.
+// openMatch begins a match.
 func (d *decoder) openMatch(length, dist int) error {
 	from := d.op - dist
 	if from < d.base {
@@ -164,11 +163,17 @@ func (d *decoder) openMatch(length, dist int) error {
 	}
 	d.matchLen, d.matchDist = length, dist
 	if from < d.mark {
-		at := from - (d.mark - WindowSize)
-		copy(d.used[at:], d.out[from:min(from+length, d.mark)])
-		d.low = min(d.low, at)
+		d.markUsed(from, length)
 	}
 	return nil
+}
+
+// markUsed records what a match copies from before the seek point that is
+// waiting for its window.
+func (d *decoder) markUsed(from, length int) {
+	at := from - (d.mark - WindowSize)
+	copy(d.used[at:], d.out[from:min(from+length, d.mark)])
+	d.low = min(d.low, at)
 }
 
 // copyMatch copies the open match up to out[limit].

@@ -149,7 +149,7 @@ func TestOnPointError(t *testing.T) {
 	require.Same(t, stop, err)
 	require.Equal(t, 3, calls)
 	require.True(t, bytes.HasPrefix(data, got))
-	require.GreaterOrEqual(t, len(got), 100_000+WindowSize)
+	require.GreaterOrEqual(t, len(got), 2*50_000*3/4+WindowSize)
 }
 
 func TestUnusablePoint(t *testing.T) {

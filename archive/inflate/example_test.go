@@ -53,5 +53,5 @@ func ExampleResume() {
 		panic(err)
 	}
 	fmt.Printf("%d points, %s\n", len(points), line)
-	// Output: 5 points, line 098765
+	// Output: 6 points, line 098765
 }

@@ -138,8 +138,11 @@ func (d *decoder) runFast(limit int) error {
 		n -= uint(e)
 		from := op - dist
 		if from < floor {
-			in.bits, in.n, in.pos, d.op = bits, n&63, pos, op
-			return d.openMatch(length, dist)
+			if from < d.base {
+				in.bits, in.n, in.pos, d.op = bits, n&63, pos, op
+				return errTooFarBack
+			}
+			d.markUsed(from, length)
 		}
 
 		e = d.litLen[bits&(1<<litLenBits-1)]

@@ -9,19 +9,19 @@ import (
 
 // Options configures NewReader.
 type Options struct {
-	// Interval is the least distance between seek points, in uncompressed
-	// bytes; less than WindowSize counts as WindowSize. A point lies where the
-	// next block starts, or inside a block if none starts within another
-	// eighth of Interval. Zero asks for no points.
+	// Interval is about the distance between seek points, in uncompressed
+	// bytes; less than WindowSize counts as WindowSize. From 3/4 to 5/4 of it
+	// behind the last one, the next point lies where little of the window is
+	// needed: that is what seek points take most of. Zero asks for no points.
 	Interval Out
 	// At asks for more points, at or just before these uncompressed offsets,
 	// which ascend. Where there is a point within about WindowSize before one
 	// already, that one has to do.
 	At []Out
 	// OnPoint receives the seek points in stream order, the first at Out 0,
-	// each when Read has come WindowSize bytes further or to the end of the
-	// stream: only then is it known what the window is needed for. It owns
-	// them. An error from it ends the stream with that error.
+	// each when Read has come far enough behind it to know that no other place
+	// there is better, or to the end of the stream. It owns them. An error from
+	// it ends the stream with that error.
 	OnPoint func(Point) error
 }
 
@@ -39,10 +39,14 @@ type Reader struct {
 	size  uint32 // modulo 2^32
 	check bool   // it was decoded from its start, so its trailer can be checked
 
-	next    Out   // the next point is due at or after this output offset
-	at      []Out // what is left of Options.At
-	point   Point // waiting for its window
-	waiting bool
+	next     Out   // candidates for the next point begin at this output offset
+	at       []Out // what is left of Options.At
+	point    Point // candidate that waits for its window
+	waiting  bool
+	asked    bool  // point is for Options.At
+	best     Point // of the candidates so far; its window is memory that is used again
+	bestCost int
+	found    bool // there is a best
 
 	d decoder // last, for there are no pointers in most of it
 }
@@ -78,7 +82,7 @@ func (z *Reader) reset(r io.Reader, in In, out Out) {
 	z.d.reset(r, in)
 	z.opts = Options{}
 	z.out, z.err, z.check = out, nil, false
-	z.next, z.at, z.point, z.waiting = 0, nil, Point{}, false
+	z.next, z.at, z.point, z.waiting, z.found = 0, nil, Point{}, false, false
 }
 
 // Resume returns a reader that continues a gzip stream at p; r delivers the
@@ -176,7 +180,7 @@ func (z *Reader) nextMember() error {
 	}
 	if err := readHeader(in); err != nil {
 		if errors.Is(err, io.EOF) {
-			if err := z.finishPoint(); err != nil {
+			if err := z.finishPoints(); err != nil {
 				return err
 			}
 			return io.EOF

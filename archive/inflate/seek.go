@@ -2,6 +2,7 @@ package inflate
 
 import (
 	"bytes"
+	"encoding/binary"
 	"io"
 	"math"
 )
@@ -9,6 +10,10 @@ import (
 // maxOffset bounds the offsets of a seek point and the distance between two, so
 // that sums and bit positions do not overflow. No stream is that long.
 const maxOffset = 1 << 56
+
+// enough is a window that is not worth looking for a smaller one, in words that
+// are not zero.
+const enough = 16
 
 // untilVisit returns how much output there is before visit has something to do
 // inside a block.
@@ -18,15 +23,11 @@ func (z *Reader) untilVisit() Out {
 		return math.MaxInt64
 	case z.waiting:
 		return z.point.Out + WindowSize - z.out
-	case z.out < z.latest() && z.out < z.wanted():
-		return min(z.latest(), z.wanted()) - z.out
+	case z.out < z.next && z.out < z.wanted():
+		return min(z.next, z.wanted()) - z.out
 	}
-	return Out(z.d.matchLen) // the point is overdue, only a match is in the way
+	return Out(z.d.matchLen) // a candidate is overdue, only a match is in the way
 }
-
-// latest returns where the next point is taken inside a block if no block
-// starts before.
-func (z *Reader) latest() Out { return z.next + z.opts.Interval/8 }
 
 // wanted returns where the next point of Options.At is taken: so early that
 // the match that may be in the way there ends in time.
@@ -37,45 +38,78 @@ func (z *Reader) wanted() Out {
 	return z.at[0] - maxMatch
 }
 
-// visit completes the point that waits for its window, if all that can use the
-// window has been decoded, and takes the next point if it is due here.
+// visit weighs the candidate that waits for its window, if all that can use the
+// window has been decoded, and begins with the next one if it is due here. There
+// is one candidate after the other, since the decoder marks one window at a time.
 func (z *Reader) visit() error {
 	if z.opts.Interval == 0 {
 		return nil
 	}
-	if z.waiting {
-		if z.out < z.point.Out+WindowSize {
-			return nil
-		}
-		if err := z.finishPoint(); err != nil {
-			return err
+	if z.waiting && z.out >= z.point.Out+WindowSize {
+		if last := z.weigh(); last || z.out > z.next+z.opts.Interval/2 {
+			if err := z.takeBest(); err != nil {
+				return err
+			}
 		}
 	}
 	d := &z.d
-	due := z.out >= z.next && (d.place == atHeader || z.out >= z.latest()) || z.out >= z.wanted()
-	if !due || d.matchLen > 0 {
+	if z.waiting || d.matchLen > 0 || z.out < z.next && z.out < z.wanted() {
 		return nil
 	}
 	bit := d.in.bitPos()
 	z.point = Point{Out: z.out, In: In(bit >> 3), Bit: uint8(bit & 7), State: d.state()}
-	z.waiting = true
-	z.next = z.out + z.opts.Interval
+	z.waiting, z.asked = true, false
 	for len(z.at) > 0 && z.wanted() < z.out+WindowSize {
-		z.at = z.at[1:] // this point serves it
+		z.at, z.asked = z.at[1:], true // this point serves it
 	}
 	d.startMark()
 	return nil
 }
 
-// finishPoint reports the waiting point, if there is one.
-func (z *Reader) finishPoint() error {
-	if !z.waiting {
+// weigh ends the wait of the candidate and keeps it if it is better than those
+// before. It says whether there is no need to look at more.
+func (z *Reader) weigh() (last bool) {
+	window := z.d.finishMark()
+	// About what the point takes in bytes: a word that is not zero has some
+	// zeros left, and is compressed.
+	words := wordsUsed(window)
+	cost := 5*words + len(z.point.State)
+	if z.asked || !z.found || cost < z.bestCost {
+		z.point.Window = append(z.best.Window[:0], window...)
+		z.best, z.bestCost, z.found = z.point, cost, true
+	}
+	z.point, z.waiting = Point{}, false
+	return z.asked || words <= enough
+}
+
+// wordsUsed counts the words of b that are not zero, except in the last few bytes.
+func wordsUsed(b []byte) (n int) {
+	for ; len(b) >= 8; b = b[8:] {
+		if binary.LittleEndian.Uint64(b) != 0 {
+			n++
+		}
+	}
+	return n
+}
+
+// takeBest reports the best of the candidates.
+func (z *Reader) takeBest() error {
+	p := z.best
+	p.Window = bytes.Clone(p.Window)
+	z.found = false
+	z.next = p.Out + z.opts.Interval*3/4
+	return z.opts.OnPoint(p)
+}
+
+// finishPoints reports what is left to report at the end of the stream.
+func (z *Reader) finishPoints() error {
+	if z.waiting {
+		z.weigh()
+	}
+	if !z.found {
 		return nil
 	}
-	p := z.point
-	p.Window = z.d.finishMark()
-	z.point, z.waiting = Point{}, false
-	return z.opts.OnPoint(p)
+	return z.takeBest()
 }
 
 // startMark begins to record what matches copy from before op.
@@ -85,10 +119,11 @@ func (d *decoder) startMark() {
 }
 
 // finishMark ends what startMark began and returns the window, from the first
-// byte that was copied on and zero where nothing was.
+// byte that was copied on and zero where nothing was. It is valid until the next
+// startMark.
 func (d *decoder) finishMark() []byte {
 	d.mark = 0
-	return bytes.Clone(d.used[d.low:])
+	return d.used[d.low:]
 }
 
 // reset makes the decoder start anew, with r at offset in.

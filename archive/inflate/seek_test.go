@@ -66,7 +66,9 @@ func TestPointsAreInOrder(t *testing.T) {
 			x := buildIndex(t, s, interval, 64<<10)
 			require.NotEmpty(t, x.points, s.name)
 			require.Zero(t, x.points[0].Out, s.name)
-			least := max(interval, WindowSize)
+			interval = max(interval, WindowSize)
+			// A match may cover the place where a candidate is due, and the last one may be the best.
+			most := interval*5/4 + 2*WindowSize + 2*maxMatch
 			for i, p := range x.points {
 				require.LessOrEqual(t, p.Bit, uint8(7))
 				require.LessOrEqual(t, len(p.State), MaxState)
@@ -75,14 +77,32 @@ func TestPointsAreInOrder(t *testing.T) {
 					continue
 				}
 				gap := p.Out - x.points[i-1].Out
-				require.GreaterOrEqual(t, gap, least, s.name)
-				// A match may cover the place where the point is due.
-				require.Less(t, gap, least+least/8+maxMatch, s.name)
+				require.GreaterOrEqual(t, gap, max(interval*3/4, WindowSize), s.name)
+				require.Less(t, gap, most, s.name)
 				require.GreaterOrEqual(t, p.In, x.points[i-1].In, s.name)
 			}
 			last := x.points[len(x.points)-1].Out
-			require.Less(t, Out(len(s.data))-last, least+least/8+maxMatch, s.name)
+			require.Less(t, Out(len(s.data))-last, most, s.name)
 		}
+	}
+}
+
+// TestPointsAreCheap finds the one place far and wide that refers to nothing before it.
+func TestPointsAreCheap(t *testing.T) {
+	const interval, from, to = 1 << 20, 900 << 10, 1000 << 10
+	rng := newRand(12)
+	data := mixedData(rng, 3<<20)
+	for i := from; i < to; i++ {
+		data[i] = byte(rng.Uint32())
+	}
+	s := stream{"noise in the middle", stdGzip(t, 6, data), data}
+	points := buildIndex(t, s, interval, 64<<10).points
+	cheap := points[1]
+	require.GreaterOrEqual(t, cheap.Out, Out(from))
+	require.Less(t, cheap.Out, Out(to))
+	require.LessOrEqual(t, wordsUsed(cheap.Window), enough)
+	for _, p := range points[2:] {
+		require.Greater(t, wordsUsed(p.Window), enough, "it is not like this everywhere")
 	}
 }
 
