@@ -23,7 +23,7 @@ var ErrUnsupported = errors.New("layer cannot be read lazily")
 // Defaults of Options.
 const (
 	DefaultSpanSize      inflate.Out = 256 << 10
-	DefaultPointInterval inflate.Out = 1 << 20
+	DefaultPointInterval inflate.Out = 640 << 10
 	DefaultMaxEntries                = 8 << 20
 )
 

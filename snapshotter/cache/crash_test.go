@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 	"unsafe"
@@ -169,6 +171,15 @@ func newDisk(t *testing.T) disk {
 
 func (d disk) mount(t *testing.T) {
 	t.Helper()
+	// The kernel lets go of a loop device some time after its file system: with a
+	// second one over the same file, each has its own idea of what is in it.
+	require.Eventually(t, func() bool {
+		held, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+		return err == nil && !slices.ContainsFunc(held, func(name string) bool {
+			file, _ := os.ReadFile(name) // it may be gone by now
+			return strings.TrimSpace(string(file)) == d.image
+		})
+	}, time.Minute, 10*time.Millisecond)
 	command(t, "mount", "-o", "loop,commit=1", d.image, d.dir)
 }
 

@@ -44,6 +44,7 @@ type Layer struct {
 	runs       map[*run]struct{}
 	waits      map[int]*wait // by span
 	streams    streams
+	guesses    guesses
 	counted    int64     // bytes of disk of data, as counted in Store.used
 	used       time.Time // when it was last read
 	punches    int       // how often spans were given up
@@ -143,6 +144,7 @@ func (l *Layer) readHere(p []byte, off inflate.Out) (int, error) {
 	l.mu.Lock()
 	for span := l.head.SpanAt(off); span <= last && l.have.get(span) && !l.unprovenLocked(span); span++ {
 		l.touched.set(span)
+		l.guesses.touch(span)
 		_, end = l.spanRange(span)
 	}
 	l.used = time.Now()

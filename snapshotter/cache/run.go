@@ -52,8 +52,8 @@ const nearList = 32 << 10
 const smallBlob = 256 << 10
 
 // runForLocked returns the run that brings span soonest, starting one if need
-// be: to end or the next seek point behind it, and farther if a reader has gone
-// forward for long. The caller holds l.mu.
+// be: to end or the next seek point behind it, farther if that is little, and
+// farther still if a reader has gone forward for long. The caller holds l.mu.
 func (l *Layer) runForLocked(span, end int) (*run, error) {
 	x, err := l.indexLocked()
 	if err != nil {
@@ -73,6 +73,9 @@ func (l *Layer) runForLocked(span, end int) (*run, error) {
 	}
 	r := &run{pos: span, end: l.toSeekPointLocked(x, span, end, best), asked: end}
 	r.expected = l.expected != nil && l.expected.get(span)
+	if !r.expected {
+		r.end = l.goOnLocked(l.head.SpanAt(min(decoded, start)), r.end, best)
+	}
 	if ahead := l.streams.ahead(span, r.end); ahead > 0 {
 		r.end = l.toSeekPointLocked(x, span, r.end+ahead, best)
 	}

@@ -74,6 +74,9 @@ func (l *Layer) put(r *run, b []byte, here bool) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if !here && r.pace == nil && span >= r.asked {
+		l.guesses.add(span, l.spans)
+	}
 	r.pos++
 	l.landLocked(span, kept, nil)
 	return nil
