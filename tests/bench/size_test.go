@@ -92,9 +92,9 @@ func seekPointTable(b *testing.B) {
 		b.Fatal(err)
 	}
 	t := report.Table{Title: "Distance of seek points", Header: []string{
-		"MiB", "our part of the archive: MB", "% of the image", "windows: MB", "python's start: MB", "in ranges", "one small file: kB",
+		"KiB", "our part of the archive: MB", "% of the image", "windows: MB", "python's start: MB", "in ranges", "one small file: kB",
 	}}
-	for _, distance := range []inflate.Out{512 << 10, 1 << 20, 2 << 20, 4 << 20} {
+	for _, distance := range []inflate.Out{256 << 10, 512 << 10, layer.DefaultPointInterval, 1 << 20, 2 << 20, 4 << 20} {
 		img, stats, err := clipctl(b.Context(), images.BenchGzip, index.Options{Layer: layer.Options{PointInterval: distance}})
 		if err != nil {
 			b.Fatal(err)
@@ -114,7 +114,7 @@ func seekPointTable(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		t.Add(report.Decimals(float64(distance)/(1<<20)), megabytes(stats.Sections), report.Decimals(100*float64(stats.Sections)/float64(compressed)),
+		t.Add(fmt.Sprint(distance>>10), megabytes(stats.Sections), report.Decimals(100*float64(stats.Sections)/float64(compressed)),
 			megabytes(windows), megabytes(all), fmt.Sprint(ranges), fmt.Sprintf("%.0f", small/1e3))
 	}
 	tables.Tables = append(tables.Tables, t)
