@@ -297,6 +297,7 @@ func TestFileName(t *testing.T) {
 			require.Less(t, len(name), 160)
 			require.NotContains(t, name, "/")
 			require.True(t, kept.MatchString(name))
+			require.True(t, kept.MatchString("."+name+".4711"), "what a write leaves that was cut short")
 			names[name] = true
 		}
 	}

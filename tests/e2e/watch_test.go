@@ -42,7 +42,7 @@ type watched struct {
 }
 
 func newWatched(t *testing.T) *watched {
-	w := &watched{world: newWorld(t)}
+	w := &watched{world: newWorldWith(t, "[fill]\nmode = 'off'\n")}
 	w.startWatcher(fmt.Sprintf(`
 [[watch.rules]]
 names = [%q]
@@ -195,6 +195,11 @@ func TestWatchImages(t *testing.T) {
 	require.Equal(t, id, w.requireArchive(second))
 	require.Equal(t, before, w.indexed("auto/app"))
 
+	// Nor is another pull of it, which takes the labels away.
+	w.ctr(w.builder, "image", "pull", pushed)
+	require.Equal(t, id, w.requireArchive(pushed))
+	require.Equal(t, before, w.indexed("auto/app"))
+
 	// A name that moves is another image.
 	w.ctr(w.builder, "image", "tag", "--force", w.ref(images.SiblingName), second)
 	w.ctr(w.builder, "image", "push", second)
@@ -212,12 +217,27 @@ func TestWatchImages(t *testing.T) {
 		image, err := client.ImageService().Get(ctx, pulledRef)
 		return err == nil && image.Labels[labelArchive] != ""
 	})
+	w.requireArchive(pulledRef)
+	require.Equal(t, 1, w.indexed(pulledRef), "once for both namespaces")
 	const kept = "example.com/kept/imported:1"
 	file := w.lab.Path("one.tar")
 	_, err = w.builder.Clipctl(w.ctx, "export", images.SmallName, file, "--name", kept)
 	require.NoError(t, err)
 	w.ctr(w.builder, "image", "import", file)
 	w.requireKept(kept, w.registry.Ref("kept/imported:1"))
+
+	// What is imported again has its archive, even if something else goes while it has no label.
+	old, err := os.Stat(w.label(kept, labelFile))
+	require.NoError(t, err)
+	w.ctr(w.builder, "image", "tag", images.ZstdName, "example.com/other:1")
+	w.ctr(w.builder, "image", "rm", "example.com/other:1")
+	w.ctr(w.builder, "image", "import", "--no-unpack", file)
+	require.Empty(t, w.label(kept, labelFile), "the import takes the labels away")
+	w.requireKept(kept, w.registry.Ref("kept/imported:1"))
+	require.Equal(t, 1, w.indexed(kept))
+	now, err := os.Stat(w.label(kept, labelFile))
+	require.NoError(t, err)
+	require.True(t, os.SameFile(old, now))
 
 	// What no rule names is left alone; a label may be what names it.
 	const labelled = "example.com/labelled/app:1"
@@ -333,6 +353,20 @@ to = %q
 	w.ctr(w.builder, "image", "tag", images.PlatformName, one)
 	w.eventually("the reason", func() bool { return strings.Contains(w.label(one, labelError), "{{.Manifest}}") })
 	require.Empty(t, w.label(one, labelRetry))
+
+	// An image that moves takes the object's name with it, and back.
+	const moving = "example.com/one-name/moving:1"
+	for _, of := range []string{images.SmallName, w.ref(images.BaseName), images.SmallName} {
+		w.ctr(w.builder, "image", "tag", "--force", of, moving)
+		w.eventually("its object", func() bool {
+			a, err := archive.OpenFile(w.lab.Path("objects", "one-name", "moving-1.clip"))
+			if err != nil {
+				return false
+			}
+			defer a.Close()
+			return a.Info().Descriptor.Digest == w.subject(of, runtime.GOARCH).Digest
+		})
+	}
 
 	// What is kept stays as long as its image; what was never published goes after a while.
 	gone, stays := w.label("example.com/"+second, labelFile), w.label("example.com/"+first, labelFile)
