@@ -414,22 +414,33 @@ func TestWatchInterrupted(t *testing.T) {
 	first := w.registry.Ref("auto/first:1")
 	w.ctr(w.builder, "image", "tag", images.SmallName, first)
 	w.ctr(w.builder, "image", "push", first)
+	w.requireArchive(first)
 	require.NoError(t, w.registry.SwitchOff())
 	w.ctr(w.builder, "image", "label", first, "cloud.beam.clip/target=")
-	w.eventually("the reason", func() bool { return w.label(first, labelError) != "" || w.label(first, labelArchive) != "" })
+	w.eventually("the reason", func() bool { return w.label(first, labelError) != "" })
+	require.Empty(t, w.label(first, labelArchive))
 	require.NoError(t, w.registry.SwitchOn())
 	w.requireArchive(first)
+	indexed := w.indexed(first)
+	require.Equal(t, 2, indexed, "once more, as somebody wanted it")
 
 	require.NoError(t, w.watcher.Stop())
 	const missed = "example.com/kept/missed:1"
 	w.ctr(w.builder, "image", "tag", images.SmallName, missed)
-	indexed := w.indexed(first)
 	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.watcher))
 	w.requireKept(missed, w.registry.Ref("kept/missed:1"))
 	require.Equal(t, indexed, w.indexed(first), "what is done is not done again")
 
+	// It does not run when containerd is back, and so nobody tells it of this.
+	child := watchers(t, w.watcher.Pid())
+	require.Len(t, child, 1)
+	require.NoError(t, unix.Kill(child[0], unix.SIGSTOP))
 	w.builder.Kill()
 	require.NoError(t, w.lab.RestartContainerd(w.ctx, w.builder))
+	const unseen = "example.com/kept/unseen:1"
+	w.ctr(w.builder, "image", "tag", w.ref(images.BaseName), unseen)
+	require.NoError(t, unix.Kill(child[0], unix.SIGCONT))
+	w.requireKept(unseen, w.registry.Ref("kept/unseen:1"))
 	const after = "example.com/kept/after:1"
 	w.ctr(w.builder, "image", "tag", w.ref(images.SiblingName), after)
 	w.requireKept(after, w.registry.Ref("kept/after:1"))
