@@ -209,22 +209,26 @@ func watchProcess(ctx context.Context, program string, config []byte) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	if err := unprotect(cmd.Process.Pid); err != nil {
-		log.G(ctx).WithError(err).Warn("the kernel will end containers for want of memory before it ends indexing")
+	if err := expose(cmd.Process.Pid); err != nil {
+		log.G(ctx).WithError(err).Warn("the kernel may end containers for want of memory before it ends indexing")
 	}
 	return cmd.Wait()
 }
 
-// unprotect takes from a process what keeps the kernel from ending it for want of
-// memory, which it has from the daemon.
-func unprotect(pid int) error {
+// expendable is how much sooner than a container the kernel ends indexing for
+// want of memory: half of what there is counts for it.
+const expendable = 500
+
+// expose has the kernel end a process for want of memory before containers. It
+// would be protected as the daemon is, which started it.
+func expose(pid int) error {
 	file := fmt.Sprintf("/proc/%d/oom_score_adj", pid)
 	text, err := os.ReadFile(file)
 	if err != nil {
 		return err
 	}
-	if score, err := strconv.Atoi(strings.TrimSpace(string(text))); err != nil || score >= 0 {
+	if score, err := strconv.Atoi(strings.TrimSpace(string(text))); err != nil || score >= expendable {
 		return err
 	}
-	return os.WriteFile(file, []byte("0"), 0)
+	return os.WriteFile(file, []byte(strconv.Itoa(expendable)), 0)
 }
