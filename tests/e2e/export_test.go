@@ -300,4 +300,27 @@ func TestContentEnsure(t *testing.T) {
 	result, err = w.worker.Clipctl(w.ctx, "content", "ensure", "example.com/none:1")
 	require.Error(t, err)
 	requireClear(t, result.Stderr, "example.com/none:1")
+
+	// One platform of two: what is fetched is what this one needs.
+	w.publish(images.PlatformName)
+	w.index(images.PlatformName)
+	both, needed := w.ref(images.PlatformName), w.layers(images.PlatformName)
+	w.removeImage(w.worker, ref) // which has the same layers
+	require.Empty(t, w.pull(w.worker, lazy, both).Gets(needed...))
+	_, err = w.worker.Ctr(w.ctx, "image", "export", file, both)
+	require.Error(t, err)
+	_, err = w.worker.Clipctl(w.ctx, "content", "ensure", both)
+	require.NoError(t, err)
+	other, err := containerdimages.Manifest(w.ctx, w.builder.Client().ContentStore(), w.subject(both, "arm64"), platforms.All)
+	require.NoError(t, err)
+	require.Len(t, w.registry.Requests().Gets(needed...), len(needed))
+	require.Empty(t, w.registry.Requests().Gets(other.Layers[len(other.Layers)-1].Digest.String()))
+	w.ctr(w.worker, "image", "export", file, both)
+	pushed := w.registry.Ref("elsewhere/platform:1")
+	w.ctr(w.worker, "image", "tag", both, pushed)
+	w.ctr(w.worker, "image", "push", pushed)
+	w.ctr(stock, "image", "import", file)
+	require.Equal(t, "hello from clip\n", w.run(stock, eager, both, "sh", "/app/run.sh"))
+	w.pull(stock, eager, pushed)
+	require.Equal(t, "hello from clip\n", w.run(stock, eager, pushed, "sh", "/app/run.sh"))
 }
