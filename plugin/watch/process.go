@@ -178,7 +178,7 @@ func (w *Watcher) done(ctx context.Context, m export.Manifest, j job) (map[strin
 	if !j.redo {
 		places, err := j.work(m.Descriptor.Digest).done(ctx, j.client)
 		if places != nil {
-			log.G(ctx).WithField("manifest", m.Descriptor.Digest).Info("was indexed before")
+			log.G(ctx).WithField("digest", m.Descriptor.Digest).Info("was indexed before")
 		}
 		return places, err
 	}

@@ -34,8 +34,7 @@ func TestLoad(t *testing.T) {
 		require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
 		requests := w.registry.Requests()
 		require.NotEmpty(t, requests.Gets(w.layers(images.SmallName)...))
-		require.Less(t, requests.Sent(), w.size(images.SmallName), "less than the image is fetched to run it")
-		t.Logf("fetched %d of %d bytes", requests.Sent(), w.size(images.SmallName))
+		require.Less(t, requests.Sent(), w.size(images.SmallName)/2, "a part of the image is fetched to run it")
 		for _, r := range requests {
 			require.Contains(t, r.Path, "/blobs/", "no manifest is asked for, and no archive")
 		}
