@@ -12,7 +12,7 @@ import (
 // logKeys are the fields that log lines have. One thing has one name wherever it is logged; what has none yet is added.
 var logKeys = []string{
 	"id", "key", "mode", "namespace", "namespaces", "topic", // of containerd
-	"image", "other", "digest", "diffID", "chainID", "platform", "layer", "layers", "reason", // of images
+	"image", "digest", "diffID", "chainID", "platform", "layer", "layers", "reason", // of images
 	"span", "off", "len", "bytes", "ranges", "recorded", // of what is read
 	"path", "root", "file", "archive", "indexed", "source", "storage-ref", // where
 	"host", "address", "pid", "opcode", "requests", "oldest", "timeout", "took", "retry", // of what is under way

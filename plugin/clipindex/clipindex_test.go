@@ -5,10 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 
@@ -18,6 +20,7 @@ import (
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/beam-cloud/containerd-clip/internal/testutil"
 	"github.com/beam-cloud/containerd-clip/plugin/index"
@@ -163,4 +166,21 @@ func TestView(t *testing.T) {
 	}
 	status, _ := ask(http.MethodPost, at+"/blobs/uploads/")
 	require.Equal(t, http.StatusMethodNotAllowed, status)
+}
+
+// TestServe has the view be reachable from this machine alone, and not for longer than it is needed.
+func TestServe(t *testing.T) {
+	img, what := testImage(t)
+	where, stop, err := newView(img.Blobs, what, nil).serve(t.Context())
+	require.NoError(t, err)
+	address, _, _ := strings.Cut(where, "/")
+	host, _, err := net.SplitHostPort(address)
+	require.NoError(t, err)
+	require.True(t, net.ParseIP(host).IsLoopback(), address)
+	conn, err := net.Dial("tcp", address)
+	require.NoError(t, err)
+	require.NoError(t, conn.Close())
+	stop()
+	_, err = net.Dial("tcp", address)
+	require.ErrorIs(t, err, unix.ECONNREFUSED)
 }

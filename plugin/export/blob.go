@@ -77,7 +77,8 @@ type document struct{ *bytes.Reader }
 func (document) Close() error { return nil }
 
 // fill gives the new file f the content of r, whose digest is d: as a clone of
-// r's file, else as another name of it, else as a copy.
+// r's file, else as another name of it, else as a copy. Of these only the copy
+// has to be brought to the disk.
 func fill(f *os.File, r content.ReaderAt, d digest.Digest, forceCopy bool) (placement, error) {
 	if src := fileOf(r); src != nil && !forceCopy {
 		if unix.IoctlFileClone(int(f.Fd()), int(src.Fd())) == nil {
@@ -95,7 +96,7 @@ func fill(f *os.File, r content.ReaderAt, d digest.Digest, forceCopy bool) (plac
 	if n != r.Size() || !verifier.Verified() {
 		return copied, fmt.Errorf("content of %s does not match its digest: %w", d, errdefs.ErrDataLoss)
 	}
-	return copied, f.Chmod(0o444)
+	return copied, errors.Join(f.Chmod(0o444), f.Sync())
 }
 
 // link gives src the name path, in place of the file of that name. The open

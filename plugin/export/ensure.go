@@ -42,7 +42,7 @@ func Ensure(ctx context.Context, client *containerd.Client, name string, sel Sel
 	store := client.ContentStore()
 	fetching := &fetchingProvider{Store: store, fetch: remotes.FetchHandler(store, from)}
 	s.Provider = fetching
-	manifests, err := s.selected(ctx, sel)
+	manifests, err := s.Selected(ctx, sel)
 	if err != nil {
 		return Ensured{}, err
 	}

@@ -82,20 +82,20 @@ func OnePlatform(p ocispec.Platform) Selection {
 // order of the index. It fails with errdefs.ErrNotFound if there is none or if
 // content of one is missing.
 func (s *Source) Manifests(ctx context.Context, sel Selection) ([]Manifest, error) {
-	found, err := s.selected(ctx, sel)
+	found, err := s.Selected(ctx, sel)
 	if err != nil {
 		return nil, err
 	}
 	for _, m := range found {
-		if err := s.checkLayers(ctx, m); err != nil {
+		if err := s.CheckLayers(ctx, m); err != nil {
 			return nil, err
 		}
 	}
 	return found, nil
 }
 
-// selected is Manifests without a look at the layers.
-func (s *Source) selected(ctx context.Context, sel Selection) ([]Manifest, error) {
+// Selected is Manifests without a look at the layers.
+func (s *Source) Selected(ctx context.Context, sel Selection) ([]Manifest, error) {
 	var found []Manifest
 	var seen []string
 	err := s.walk(ctx, s.Target, func(desc ocispec.Descriptor) error {
@@ -202,9 +202,9 @@ func (s *Source) manifest(ctx context.Context, desc ocispec.Descriptor) (Manifes
 	return m, nil
 }
 
-// checkLayers fails if a layer blob of m is not in the source or cannot be
+// CheckLayers fails if a layer blob of m is not in the source or cannot be
 // part of an archive.
-func (s *Source) checkLayers(ctx context.Context, m Manifest) error {
+func (s *Source) CheckLayers(ctx context.Context, m Manifest) error {
 	var missing []string
 	for _, l := range m.Layers {
 		if images.IsNonDistributable(l.MediaType) {

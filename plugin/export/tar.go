@@ -34,7 +34,7 @@ func WriteTar(ctx context.Context, s *Source, file string, o WriteOptions) (Writ
 		w.Bytes += desc.Size
 	}
 	err = s.writeTar(ctx, f, p)
-	if err = errors.Join(err, f.Chmod(0o644), f.Close()); err != nil {
+	if err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
 		return w, fmt.Errorf("writing %s: %w", file, err)
 	}
 	return w, os.Rename(f.Name(), file)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -41,7 +42,7 @@ const layoutMarker = `{"imageLayoutVersion":"` + ocispec.ImageLayoutVersion + `"
 
 // WriteLayout adds the image to the OCI layout in dir, which is made if it is
 // not there. An image of the same name is replaced; others stay. Readers see
-// the image whole or not at all.
+// the image whole or not at all, also after a power cut.
 //
 // A blob that is a file of the same file system is not copied but cloned, or
 // linked where files cannot be cloned: it is then the source's own file, and
@@ -76,7 +77,34 @@ func WriteLayout(ctx context.Context, s *Source, dir string, o WriteOptions) (Wr
 			w.Had++
 		}
 	}
+	if err := syncBlobs(dir, p.blobs); err != nil {
+		return w, err
+	}
 	return w, addToIndex(dir, p.root)
+}
+
+// syncBlobs has the names of blobs last. What is in them does.
+func syncBlobs(dir string, blobs []ocispec.Descriptor) error {
+	synced := map[digest.Algorithm]bool{}
+	for _, desc := range blobs {
+		algorithm := desc.Digest.Algorithm()
+		if synced[algorithm] {
+			continue
+		}
+		synced[algorithm] = true
+		if err := syncDir(filepath.Join(dir, ocispec.ImageBlobsDir, algorithm.String())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
 
 // checkTarget refuses a directory that is something else than a layout.
@@ -139,7 +167,8 @@ func addToIndex(dir string, desc ocispec.Descriptor) error {
 	if err != nil {
 		return err
 	}
-	index.Manifests = append(slices.DeleteFunc(index.Manifests, func(old ocispec.Descriptor) bool { return sameName(old, desc) }), desc)
+	others := slices.DeleteFunc(index.Manifests, func(old ocispec.Descriptor) bool { return sameName(old, desc) })
+	index.Manifests = append(others, distinct(desc, others))
 	raw, err := json.Marshal(index)
 	if err != nil {
 		return err
@@ -148,6 +177,19 @@ func addToIndex(dir string, desc ocispec.Descriptor) error {
 		return err
 	}
 	return replaceFile(dir, ocispec.ImageIndexFile, raw)
+}
+
+// distinct is desc with its full name in place of its tag if one of the others
+// has that: whoever asks for the tag gets the image that was there before.
+func distinct(desc ocispec.Descriptor, others []ocispec.Descriptor) ocispec.Descriptor {
+	tag := desc.Annotations[ocispec.AnnotationRefName]
+	if tag != "" && slices.ContainsFunc(others, func(other ocispec.Descriptor) bool {
+		return other.Annotations[ocispec.AnnotationRefName] == tag
+	}) {
+		full := desc.Annotations[images.AnnotationImageName]
+		desc.Annotations = map[string]string{images.AnnotationImageName: full, ocispec.AnnotationRefName: full}
+	}
+	return desc
 }
 
 // sameName says whether two entries of an index.json name the same image.
@@ -186,7 +228,7 @@ func replaceFile(dir, name string, b []byte) error {
 	}
 	defer os.Remove(f.Name())
 	_, err = f.Write(b)
-	if err = errors.Join(err, f.Chmod(0o644), f.Close()); err != nil {
+	if err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
 		return err
 	}
 	return os.Rename(f.Name(), path)

@@ -68,7 +68,15 @@ func TestWriteLayout(t *testing.T) {
 		require.Len(t, got, 2)
 	}
 	require.Equal(t, 3, w.Had)
-	for tag, want := range map[string]*testutil.Image{"1": two, "2": one, "example.com/app:2": one} {
+	// Another image with a tag that is taken: the tag stays whose it is.
+	for range 2 {
+		_, err = WriteLayout(t.Context(), named(one, "example.com/other:1"), dir, WriteOptions{Platforms: ThisPlatform})
+		require.NoError(t, err)
+	}
+	got = requireValid(t, dir)
+	require.Len(t, got, 3)
+	require.Equal(t, "example.com/other:1", got[2].Annotations[ocispec.AnnotationRefName])
+	for tag, want := range map[string]*testutil.Image{"1": two, "2": one, "example.com/app:2": one, "example.com/other:1": one} {
 		s, err := FromLayout(dir, tag)
 		require.NoError(t, err)
 		require.Equal(t, want.Descriptor.Digest, s.Target.Digest, tag)

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -197,6 +198,50 @@ func TestCancel(t *testing.T) {
 	_, err := Run(ctx, c, input(img), Options{Workers: 2})
 	require.ErrorIs(t, err, cause)
 	require.Equal(t, c.opened.Load(), c.closed.Load())
+}
+
+// crowd counts the layers that are open at the same time. Opening takes a while, for others to come.
+type crowd struct {
+	testutil.Blobs
+
+	mu         sync.Mutex // guards the fields below
+	open, most int
+}
+
+func (c *crowd) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	c.mu.Lock()
+	c.open++
+	c.most = max(c.most, c.open)
+	c.mu.Unlock()
+	time.Sleep(time.Second)
+	ra, err := c.Blobs.ReaderAt(ctx, desc)
+	return crowdReader{ra, c}, err
+}
+
+type crowdReader struct {
+	content.ReaderAt
+	c *crowd
+}
+
+func (r crowdReader) Close() error {
+	r.c.mu.Lock()
+	r.c.open--
+	r.c.mu.Unlock()
+	return r.ReaderAt.Close()
+}
+
+// TestWorkers has as many layers indexed side by side as there are workers, and no more.
+func TestWorkers(t *testing.T) {
+	img := testImage(t, 7)
+	for _, workers := range []int{1, 3} {
+		synctest.Test(t, func(t *testing.T) {
+			c := &crowd{Blobs: img.Blobs}
+			_, err := Run(t.Context(), c, input(img), Options{Workers: workers})
+			require.NoError(t, err)
+			require.Equal(t, workers, c.most)
+			require.Zero(t, c.open)
+		})
+	}
 }
 
 func TestLargestFirst(t *testing.T) {

@@ -14,8 +14,8 @@ import (
 // Labels that a watcher sets on images. They are about the image that they
 // name as target: one whose target is another was changed since.
 const (
-	// LabelTarget is the digest of what was worked on. Without it the work is
-	// done again at once.
+	// LabelTarget is the digest of what was worked on. Without it, and with a
+	// plan, the work is done again at once.
 	LabelTarget = "cloud.beam.clip/target"
 	// labelPlan is what was to be done: action, platforms, repository, object.
 	labelPlan = "cloud.beam.clip/plan"

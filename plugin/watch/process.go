@@ -2,6 +2,7 @@ package watch
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"math"
@@ -53,8 +54,8 @@ type job struct {
 	image   images.Image
 	rule    rule
 	at      place
-	want    status // target and plan
-	attempt int    // how often it has failed in a row
+	redo    bool // whatever was done before
+	attempt int  // how often it has failed in a row
 }
 
 // process does what a rule says with the image called k, if there is still
@@ -75,7 +76,8 @@ func (w *Watcher) process(ctx context.Context, client *containerd.Client, k key,
 	}
 	at, err := r.place(image)
 	s := status{target: image.Target.Digest, plan: r.plan(at)}
-	if old := readStatus(image.Labels); old.sameWork(s) {
+	old := readStatus(image.Labels)
+	if old.sameWork(s) {
 		if old.err == "" || old.retry.IsZero() {
 			return again{}
 		}
@@ -84,7 +86,8 @@ func (w *Watcher) process(ctx context.Context, client *containerd.Client, k key,
 		}
 	}
 	if err == nil {
-		s.archives, err = w.archives(ctx, job{client, image, r, at, s, attempt})
+		redo := old.target == "" && old.plan != "" // who replaces an image takes both away
+		s.archives, err = w.archives(ctx, job{client, image, r, at, redo, attempt})
 	}
 	if ctx.Err() != nil {
 		return again{}
@@ -116,50 +119,80 @@ func (r rule) plan(at place) string {
 }
 
 // archives makes the archives of an image, and returns where they are, by
-// label. What was made under another of its names is taken from there.
+// label. What is done already is not done again.
 func (w *Watcher) archives(ctx context.Context, j job) (map[string]string, error) {
-	if made, err := siblings(ctx, j); err != nil || made != nil {
-		return made, err
-	}
 	source, err := export.FromStore(ctx, j.client, j.image.Name)
 	if err != nil {
 		return nil, err
 	}
 	defer source.Close()
-	manifests, err := source.Manifests(ctx, j.rule.selection)
+	manifests, err := source.Selected(ctx, j.rule.selection)
 	if err != nil {
 		return nil, err
 	}
 	if err := j.checkNames(manifests); err != nil {
 		return nil, err
 	}
-	made := map[string]string{}
-	for _, m := range manifests {
-		places, err := w.archive(ctx, source, m, j)
-		if err != nil {
+	done := make([]map[string]string, len(manifests))
+	for i, m := range manifests {
+		if done[i], err = w.done(ctx, m, j); err != nil {
 			return nil, err
 		}
-		for label, place := range places {
+		if done[i] != nil {
+			continue
+		}
+		if err := source.CheckLayers(ctx, m); err != nil { // of all of them before work on one begins
+			return nil, err
+		}
+	}
+	made := map[string]string{}
+	for i, m := range manifests {
+		if done[i] == nil {
+			if done[i], err = w.archive(ctx, source, m, j); err != nil {
+				return nil, err
+			}
+		}
+		if err := j.work(m.Descriptor.Digest).remember(ctx, j.client, done[i]); err != nil {
+			return nil, fmt.Errorf("labelling manifest %s: %w", m.Descriptor.Digest, err)
+		}
+		for label, place := range done[i] {
 			made[label+platforms.Format(m.Platform)] = place
 		}
 	}
 	return made, nil
 }
 
-// siblings returns the archives of an image that has the same work to do and
-// has it done; nil if there is none.
-func siblings(ctx context.Context, j job) (map[string]string, error) {
-	same, err := j.client.ImageService().List(ctx, fmt.Sprintf("target.digest==%s", j.image.Target.Digest))
-	if err != nil {
-		return nil, err
+// work is what the rule does with one of the image's manifests.
+func (j job) work(manifest digest.Digest) work {
+	object := ""
+	if j.rule.to != nil {
+		name, _ := j.rule.to.Name(j.at.ref, manifest) // checkNames has had it
+		object = j.rule.to.URL(name)
 	}
-	for _, other := range same {
-		if old := readStatus(other.Labels); other.Name != j.image.Name && old.sameWork(j.want) && old.err == "" {
-			log.G(ctx).WithField("other", other.Name).Info("image was indexed under another name")
-			return old.archives, nil
+	return work{manifest, j.rule.action, j.at.repository, object}
+}
+
+// done returns where the archive of a manifest is, by label, if it needs no
+// work; else nil.
+func (w *Watcher) done(ctx context.Context, m export.Manifest, j job) (map[string]string, error) {
+	if !j.redo {
+		places, err := j.work(m.Descriptor.Digest).done(ctx, j.client)
+		if places != nil {
+			log.G(ctx).WithField("digest", m.Descriptor.Digest).Info("was indexed before")
+		}
+		return places, err
+	}
+	if j.attempt == 0 {
+		if err := os.Remove(w.unpushed(m, j)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
 		}
 	}
-	return nil, nil
+	return nil, j.work(m.Descriptor.Digest).forget(ctx, j.client)
+}
+
+// unpushed is the file that has the archive of a manifest until it is published.
+func (w *Watcher) unpushed(m export.Manifest, j job) string {
+	return filepath.Join(w.opts.Directory, unpushed, fileName(j.at.repository, m.Descriptor.Digest))
 }
 
 // checkNames makes sure that each of the manifests has an object of its own.
@@ -177,8 +210,8 @@ func (j job) checkNames(manifests []export.Manifest) error {
 // archive makes the archive of one manifest. It returns where it is, by label.
 // What could not be published stays for the next attempt.
 func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.Manifest, j job) (map[string]string, error) {
-	path := filepath.Join(w.opts.Directory, unpushed, fileName(j.at.repository, m.Descriptor.Digest))
-	if j.attempt == 0 || !isArchive(path, j.at.ref) {
+	path := w.unpushed(m, j)
+	if !isArchive(path, j.at.ref) {
 		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 			return nil, err
 		}
@@ -192,6 +225,9 @@ func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.M
 		if err != nil {
 			return nil, err
 		}
+	}
+	if err := j.work(m.Descriptor.Digest).displace(ctx, j.client); err != nil {
+		return nil, err
 	}
 	places, err := j.publish(ctx, path, m.Descriptor.Digest)
 	if err != nil {

@@ -3,13 +3,14 @@
 // A Watcher follows the image events of the namespaces it is told. An image
 // that a rule names is indexed once all its content is there, and its archive
 // kept as a file, pushed to its registry, stored in a bucket, or several of these.
-// What became of it is said in labels of the image; they are all the state there
-// is. Events are not durable:
-// at the start, and whenever the stream of events was lost, all images are
-// looked at again.
+// What became of it is said in labels of the image, and of its manifest in the
+// content store, which outlive a new image of the same name; they are all the
+// state there is. Events are not durable: at the start, and whenever the stream of
+// events was lost, all images are looked at again.
 //
-// Images are worked on one after the other. An image with another name of one
-// that is done is not indexed again if its archive would go to the same place.
+// Images are worked on one after the other. A manifest that was indexed is not
+// indexed again if its archive would go to the same place, whatever the image's
+// name and namespace.
 //
 // Archives that were kept are removed when no image is labelled with them any
 // more.
@@ -200,7 +201,7 @@ func (w *Watcher) work(ctx context.Context, client *containerd.Client) {
 		}
 		var again again
 		if k == sweeping {
-			w.sweep(ctx, client)
+			again = w.sweep(ctx, client)
 		} else {
 			again = w.process(namespaces.WithNamespace(ctx, k.namespace), client, k, attempt)
 		}

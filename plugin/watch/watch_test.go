@@ -10,9 +10,12 @@ import (
 	"testing/synctest"
 	"time"
 
+	eventsapi "github.com/containerd/containerd/api/events"
+	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
+	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
@@ -230,6 +233,29 @@ func TestQueue(t *testing.T) {
 	})
 }
 
+// TestSettle has an image be worked on a second after the last that is heard of it, and once.
+func TestSettle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &Watcher{rules: []rule{compiled(t, Rule{})}, queue: newQueue()}
+		last := time.Now()
+		for _, event := range []any{&eventsapi.ImageCreate{Name: "app:1"}, &eventsapi.ImageUpdate{Name: "app:1"}, &eventsapi.ImageUpdate{Name: "app:1"}} {
+			last = time.Now()
+			e, err := typeurl.MarshalAny(event)
+			require.NoError(t, err)
+			w.handle(t.Context(), &events.Envelope{Namespace: "ns", Event: e})
+			ctx, cancel := context.WithTimeout(t.Context(), 900*time.Millisecond)
+			_, _, due := w.queue.next(ctx)
+			cancel()
+			require.False(t, due)
+		}
+		k, _, ok := w.queue.next(t.Context())
+		require.True(t, ok)
+		require.Equal(t, key{"ns", "app:1"}, k)
+		require.Equal(t, time.Second, time.Since(last))
+		require.Zero(t, w.queue.waiting())
+	})
+}
+
 func TestBackoff(t *testing.T) {
 	for attempt, most := range map[int]time.Duration{0: 1250 * time.Millisecond, 1: 1563 * time.Millisecond, 10: 11642 * time.Millisecond, 26: 375 * time.Second, 100000: 375 * time.Second} {
 		for range 100 {
@@ -297,6 +323,7 @@ func TestFileName(t *testing.T) {
 			require.Less(t, len(name), 160)
 			require.NotContains(t, name, "/")
 			require.True(t, kept.MatchString(name))
+			require.True(t, kept.MatchString("."+name+".4711"), "what a write leaves that was cut short")
 			names[name] = true
 		}
 	}

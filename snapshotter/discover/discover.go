@@ -137,8 +137,10 @@ const (
 	maxArchive    = 2 << 30
 )
 
-// New returns a finder. The caller closes it.
+// New returns a finder. The caller closes it. What is left of Offer in
+// Options.Dir is removed.
 func New(opts Options) *Finder {
+	removeOffered(opts.Dir)
 	return &Finder{opts: opts, local: map[string]localFile{}, known: map[Image]*result{}, streamed: map[digest.Digest]*streamed{}}
 }
 

@@ -290,6 +290,31 @@ func TestNewestReferrer(t *testing.T) {
 	require.EqualValues(t, 3, list.Recorded.Unix())
 }
 
+// TestEqualReferrers has archives that do not say when they were made: whatever the registry's order, it is the same
+// that is taken.
+func TestEqualReferrers(t *testing.T) {
+	s := startServer(t, true)
+	img := testImage(t, "one")
+	var put []digest.Digest
+	for _, more := range []string{"a", "b", "c", "d"} {
+		a := good(t, img)
+		a.blob = append(a.blob, compress(t, []byte(more))...)
+		d := s.put(t, a)
+		s.refer(d)
+		put = append(put, d.Digest)
+	}
+	fetcher, err := s.finder(t).opts.Fetcher(t.Context(), s.ref())
+	require.NoError(t, err)
+	found, err := Referrers(t.Context(), fetcher, img.Descriptor.Digest)
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	var order []digest.Digest
+	for _, a := range found {
+		order = append(order, a.Manifest.Digest)
+	}
+	require.NotEqual(t, slices.Sorted(slices.Values(put)), put, "it is not in order before")
+	require.Equal(t, slices.Sorted(slices.Values(put)), order)
+}
+
 func TestReferrersSwitchedOff(t *testing.T) {
 	s := startServer(t, true)
 	img := testImage(t, "one")

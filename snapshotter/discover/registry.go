@@ -1,6 +1,7 @@
 package discover
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -127,8 +128,10 @@ func Referrers(ctx context.Context, fetcher remotes.Fetcher, manifest digest.Dig
 		}
 		found = append(found, a)
 	}
-	// The order in a registry means nothing.
-	slices.SortStableFunc(found, func(a, b Artifact) int { return b.created.Compare(a.created) })
+	// The order in a registry means nothing, and all nodes should agree.
+	slices.SortFunc(found, func(a, b Artifact) int {
+		return cmp.Or(b.created.Compare(a.created), cmp.Compare(a.Manifest.Digest, b.Manifest.Digest))
+	})
 	return found, err
 }
 

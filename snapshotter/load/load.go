@@ -15,7 +15,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -147,18 +146,11 @@ func offer(ctx context.Context, client *containerd.Client, snapshotter, path str
 		return nil, err
 	}
 	defer in.Close()
-	dir := filepath.Join(root, "archives")
-	out, err := os.CreateTemp(dir, ".load-")
+	remove, err = discover.Offer(filepath.Join(root, "archives"), in, image)
 	if err != nil {
 		return nil, fmt.Errorf("the directory of the snapshotter's archives (is containerd-clip-grpc running on this machine?): %w", err)
 	}
-	defer os.Remove(out.Name())
-	_, err = io.Copy(out, in)
-	if err = errors.Join(err, out.Close()); err != nil {
-		return nil, err
-	}
-	file := filepath.Join(dir, "load-"+image.Encoded()+"-"+filepath.Base(out.Name())[len(".load-"):]+".clip")
-	return func() { os.Remove(file) }, os.Rename(out.Name(), file)
+	return remove, nil
 }
 
 // rootOf returns the snapshotter's state directory, as containerd knows it.

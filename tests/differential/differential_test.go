@@ -120,6 +120,9 @@ var samples = []sample{
 	{name: "a directory replaced by a file", why: "CLIP's indexer leaves the directory's files in its index. They cannot be reached, unless a later layer makes the directory again: then they come back.", layers: []layer{
 		{root, dir("d"), file("d/child", "x")}, {root, file("d", "now a file")}, {root, dir("d"), file("d/new", "y")},
 	}},
+	{name: "a directory replaced by a symbolic link", why: "CLIP's indexer leaves the directory's files in its index. They cannot be reached.", layers: []layer{
+		{root, dir("d"), file("d/child", "x"), dir("e")}, {root, symlink("d", "e")},
+	}},
 	{name: "an opaque marker behind new files", why: "A marker hides what lower layers hold. CLIP's indexer also removes what the same layer said before it.", layers: []layer{
 		{root, dir("d"), file("d/old", "x")}, {root, dir("d"), file("d/new", "y"), file("d/.wh..wh..opq", "")},
 	}},
@@ -230,15 +233,13 @@ func (s sample) compare(t *testing.T) []string {
 	require.NoError(t, err)
 	require.NoError(t, l.Finish())
 	theirs, err := indexTheirs(t, l.Dir)
-	if err != nil {
-		theirs = nil
-	}
 	ours, ourErr := indexOurs(t, l.Dir)
 	switch {
-	case err != nil:
-		return []string{"CLIP's indexer: " + lastOf(err)}
 	case ourErr != nil:
+		require.NoError(t, err)
 		return []string{"here: " + lastOf(ourErr)}
+	case err != nil:
+		return []string{"CLIP's indexer: " + lastOf(err), "here: `" + strings.Join(slices.Sorted(maps.Keys(tree(ours))), "`, `") + "`"}
 	}
 	compareStorage(t, theirs, ours)
 	return compareTrees(theirs, ours)

@@ -4,10 +4,12 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
 	containerdimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/platforms"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/validate"
 	"github.com/opencontainers/go-digest"
@@ -47,15 +49,7 @@ func TestExport(t *testing.T) {
 		require.NoError(t, err)
 	}
 	requireLayout(t, dir)
-	for _, l := range w.layers(images.SmallName) {
-		var a, b unix.Stat_t
-		require.NoError(t, unix.Stat(w.builder.ContentPath(l), &a))
-		require.NoError(t, unix.Stat(filepath.Join(dir, "blobs", strings.Replace(l, ":", "/", 1)), &b))
-		require.Equal(t, a.Size, b.Size)
-		if a.Ino != b.Ino {
-			requireClones(t, w.lab.Dir)
-		}
-	}
+	w.requireShared(w.builder, dir)
 	_, err := w.builder.Clipctl(w.ctx, "export", ref, file)
 	require.NoError(t, err)
 
@@ -192,6 +186,20 @@ func TestExportClones(t *testing.T) {
 	require.Greater(t, used()-before, size/2)
 }
 
+// requireShared has the layers of the small image in a layout be links to a containerd's files, or clones of them.
+func (w *world) requireShared(c *harness.Containerd, dir string) {
+	w.Helper()
+	for _, l := range w.layers(images.SmallName) {
+		var a, b unix.Stat_t
+		require.NoError(w, unix.Stat(c.ContentPath(l), &a))
+		require.NoError(w, unix.Stat(filepath.Join(dir, "blobs", strings.Replace(l, ":", "/", 1)), &b))
+		require.Equal(w, a.Size, b.Size)
+		if a.Ino != b.Ino {
+			requireClones(w.T, w.lab.Dir)
+		}
+	}
+}
+
 // requireClones fails where files cannot be cloned: blobs must be hard links then.
 func requireClones(t *testing.T, dir string) {
 	t.Helper()
@@ -204,21 +212,42 @@ func requireClones(t *testing.T, dir string) {
 	require.NoError(t, unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())), "blobs are neither clones nor links")
 }
 
-// TestExportPlatforms exports one of two platforms, and both.
+// TestExportPlatforms exports one of two platforms, with no blob of the other, and both.
 func TestExportPlatforms(t *testing.T) {
 	w := newWorld(t)
 	w.publish(images.PlatformName)
 	ref := w.ref(images.PlatformName)
+	target := w.image(w.builder, ref).Target.Digest
+	blobs := map[string][]string{"--all-platforms": {target.Encoded()}}
+	for _, arch := range []string{"amd64", "arm64"} {
+		subject := w.subject(ref, arch)
+		m, err := containerdimages.Manifest(w.ctx, w.builder.Client().ContentStore(), subject, platforms.All)
+		require.NoError(t, err)
+		all := []string{subject.Digest.Encoded(), m.Config.Digest.Encoded()}
+		for _, l := range m.Layers {
+			all = append(all, l.Digest.Encoded())
+		}
+		blobs["--platform=linux/"+arch] = all
+		blobs["--all-platforms"] = append(blobs["--all-platforms"], all...)
+	}
 	for platform, want := range map[string]digest.Digest{
 		"--platform=linux/arm64": w.subject(ref, "arm64").Digest,
 		"--platform=linux/amd64": w.subject(ref, "amd64").Digest,
-		"--all-platforms":        w.image(w.builder, ref).Target.Digest,
+		"--all-platforms":        target,
 	} {
-		dir := w.lab.Path("layout" + platform[2:])
-		result, err := w.builder.Clipctl(w.ctx, "export", ref, filepath.Clean(dir), platform)
+		dir := filepath.Clean(w.lab.Path("layout" + platform[2:]))
+		result, err := w.builder.Clipctl(w.ctx, "export", ref, dir, platform)
 		require.NoError(t, err)
 		require.Contains(t, result.Stdout, want.String())
-		requireLayout(t, filepath.Clean(dir))
+		requireLayout(t, dir)
+		entries, err := os.ReadDir(filepath.Join(dir, "blobs", "sha256"))
+		require.NoError(t, err)
+		var found []string
+		for _, e := range entries {
+			found = append(found, e.Name())
+		}
+		slices.Sort(blobs[platform])
+		require.Equal(t, slices.Compact(blobs[platform]), found, platform) // platforms may share a layer
 	}
 }
 
@@ -271,4 +300,27 @@ func TestContentEnsure(t *testing.T) {
 	result, err = w.worker.Clipctl(w.ctx, "content", "ensure", "example.com/none:1")
 	require.Error(t, err)
 	requireClear(t, result.Stderr, "example.com/none:1")
+
+	// One platform of two: what is fetched is what this one needs.
+	w.publish(images.PlatformName)
+	w.index(images.PlatformName)
+	both, needed := w.ref(images.PlatformName), w.layers(images.PlatformName)
+	w.removeImage(w.worker, ref) // which has the same layers
+	require.Empty(t, w.pull(w.worker, lazy, both).Gets(needed...))
+	_, err = w.worker.Ctr(w.ctx, "image", "export", file, both)
+	require.Error(t, err)
+	_, err = w.worker.Clipctl(w.ctx, "content", "ensure", both)
+	require.NoError(t, err)
+	other, err := containerdimages.Manifest(w.ctx, w.builder.Client().ContentStore(), w.subject(both, "arm64"), platforms.All)
+	require.NoError(t, err)
+	require.Len(t, w.registry.Requests().Gets(needed...), len(needed))
+	require.Empty(t, w.registry.Requests().Gets(other.Layers[len(other.Layers)-1].Digest.String()))
+	w.ctr(w.worker, "image", "export", file, both)
+	pushed := w.registry.Ref("elsewhere/platform:1")
+	w.ctr(w.worker, "image", "tag", both, pushed)
+	w.ctr(w.worker, "image", "push", pushed)
+	w.ctr(stock, "image", "import", file)
+	require.Equal(t, "hello from clip\n", w.run(stock, eager, both, "sh", "/app/run.sh"))
+	w.pull(stock, eager, pushed)
+	require.Equal(t, "hello from clip\n", w.run(stock, eager, pushed, "sh", "/app/run.sh"))
 }

@@ -28,11 +28,13 @@ func TestLoad(t *testing.T) {
 		result, err := w.worker.Clipctl(w.ctx, "load", source)
 		require.NoError(t, err)
 		require.Contains(t, result.Stdout, ref)
+		require.Empty(t, w.registry.Requests(), "nothing was read yet")
 		require.Equal(t, w.subject(ref, "amd64").Digest, w.image(w.worker, ref).Target.Digest)
 		require.NoError(t, w.worker.StartContainer(w.ctx, lazy, ref, "loaded", "sleep", "1000"))
 		require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
 		requests := w.registry.Requests()
 		require.NotEmpty(t, requests.Gets(w.layers(images.SmallName)...))
+		require.Less(t, requests.Sent(), w.size(images.SmallName)/2, "a part of the image is fetched to run it")
 		for _, r := range requests {
 			require.Contains(t, r.Path, "/blobs/", "no manifest is asked for, and no archive")
 		}

@@ -208,7 +208,7 @@ func (w *world) startS3() (s3 *harness.S3, options string) {
 func (w *world) discoverIn(first, second string) {
 	w.Helper()
 	require.NoError(w, w.daemon.Stop())
-	config := fmt.Sprintf("[discover]\nreferrers = false\nsources = [%q, %q]\n", first, second)
+	config := fmt.Sprintf("[discover]\nreferrers = false\nsources = [%q, %q]\n[fill]\nmode = 'off'\n", first, second)
 	require.NoError(w, os.WriteFile(w.daemon.Config, []byte(config), 0o600))
 	require.NoError(w, w.lab.RestartDaemon(w.ctx, w.daemon))
 }

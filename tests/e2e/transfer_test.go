@@ -123,6 +123,7 @@ func TestTransferInside(t *testing.T) {
 		require.NoError(t, e.Wait())
 		require.True(t, bytes.Equal(wanted, archive.Bytes()), "the archive that clipctl makes")
 		requireLayout(t, layout)
+		w.requireShared(c, layout)
 		got := progress.counts()
 		require.Equal(t, 5, got[outcome], "%v", got)
 		require.Equal(t, 1, got["exported"])

@@ -1,9 +1,11 @@
 package e2e
 
 import (
+	"compress/gzip"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"sync"
@@ -197,12 +199,14 @@ func TestUpstreamContentCache(t *testing.T) {
 	})
 }
 
-// TestUpstreamReferences stores references with tag, digest and both. Today's CLIP mounts by tag only.
+// TestUpstreamReferences stores references with tag, digest and both. Today's CLIP mounts by tag only, and reads what
+// the tag's image has.
 func TestUpstreamReferences(t *testing.T) {
 	w := newWorld(t)
 	w.publish(images.DockerName)
 	ref := w.ref(images.DockerName)
 	id := w.subject(ref, "").Digest.String()
+	layers := w.manifest(w.builder, ref).Layers
 	repository := ref[:len(ref)-len(":1")]
 	for stored, mounts := range map[string]bool{ref: true, ref + "@" + id: true, repository + "@" + id: false} {
 		file := filepath.Join(t.TempDir(), "image.clip")
@@ -221,6 +225,34 @@ func TestUpstreamReferences(t *testing.T) {
 		_, _, _, err = clip.MountArchive(o)
 		require.ErrorContains(t, err, "reference", "CLIP has learned to mount by digest: the warning can go")
 	}
+
+	// The tag moves to an image without the top layer: what is in that can be read from CLIP's caches only.
+	file, cache := w.archive(ref), t.TempDir()
+	w.ctr(w.builder, "image", "tag", "--force", w.ref(images.BaseName), ref)
+	w.ctr(w.builder, "image", "push", ref)
+	o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: cache}
+	unmount := mountUpstream(t, o)
+	_, err := os.Stat(filepath.Join(o.MountPoint, "app/name"))
+	require.NoError(t, err)
+	_, err = os.ReadFile(filepath.Join(o.MountPoint, "app/name"))
+	require.ErrorIs(t, err, unix.EIO, "CLIP has learned to read by digest: docs/compatibility.md says that it has not")
+	_, err = os.ReadFile(filepath.Join(o.MountPoint, "bin/busybox"))
+	require.NoError(t, err, "it is in a layer that both have")
+	unmount()
+	hashes := w.decompressedHashes(file)
+	top, err := os.Open(w.layout.BlobPath(layers[len(layers)-1].Digest))
+	require.NoError(t, err)
+	defer top.Close()
+	unzipped, err := gzip.NewReader(top)
+	require.NoError(t, err)
+	content, err := io.ReadAll(unzipped)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(filepath.Join(cache, hashes[len(hashes)-1]), content, 0o600))
+	o.MountPoint = t.TempDir()
+	mountUpstream(t, o)
+	name, err := os.ReadFile(filepath.Join(o.MountPoint, "app/name"))
+	require.NoError(t, err)
+	require.Equal(t, "clip\n", string(name))
 }
 
 // TestUpstreamMetadata compares the image's config in an archive of ours with what CLIP's own indexer stores.

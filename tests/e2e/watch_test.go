@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -42,7 +43,7 @@ type watched struct {
 }
 
 func newWatched(t *testing.T) *watched {
-	w := &watched{world: newWorld(t)}
+	w := &watched{world: newWorldWith(t, "[fill]\nmode = 'off'\n")}
 	w.startWatcher(fmt.Sprintf(`
 [[watch.rules]]
 names = [%q]
@@ -195,6 +196,11 @@ func TestWatchImages(t *testing.T) {
 	require.Equal(t, id, w.requireArchive(second))
 	require.Equal(t, before, w.indexed("auto/app"))
 
+	// Nor is another pull of it, which takes the labels away.
+	w.ctr(w.builder, "image", "pull", pushed)
+	require.Equal(t, id, w.requireArchive(pushed))
+	require.Equal(t, before, w.indexed("auto/app"))
+
 	// A name that moves is another image.
 	w.ctr(w.builder, "image", "tag", "--force", w.ref(images.SiblingName), second)
 	w.ctr(w.builder, "image", "push", second)
@@ -212,12 +218,27 @@ func TestWatchImages(t *testing.T) {
 		image, err := client.ImageService().Get(ctx, pulledRef)
 		return err == nil && image.Labels[labelArchive] != ""
 	})
+	w.requireArchive(pulledRef)
+	require.Equal(t, 1, w.indexed(pulledRef), "once for both namespaces")
 	const kept = "example.com/kept/imported:1"
 	file := w.lab.Path("one.tar")
 	_, err = w.builder.Clipctl(w.ctx, "export", images.SmallName, file, "--name", kept)
 	require.NoError(t, err)
 	w.ctr(w.builder, "image", "import", file)
 	w.requireKept(kept, w.registry.Ref("kept/imported:1"))
+
+	// What is imported again has its archive, even if something else goes while it has no label.
+	old, err := os.Stat(w.label(kept, labelFile))
+	require.NoError(t, err)
+	w.ctr(w.builder, "image", "tag", images.ZstdName, "example.com/other:1")
+	w.ctr(w.builder, "image", "rm", "example.com/other:1")
+	w.ctr(w.builder, "image", "import", "--no-unpack", file)
+	require.Empty(t, w.label(kept, labelFile), "the import takes the labels away")
+	w.requireKept(kept, w.registry.Ref("kept/imported:1"))
+	require.Equal(t, 1, w.indexed(kept))
+	now, err := os.Stat(w.label(kept, labelFile))
+	require.NoError(t, err)
+	require.True(t, os.SameFile(old, now))
 
 	// What no rule names is left alone; a label may be what names it.
 	const labelled = "example.com/labelled/app:1"
@@ -334,6 +355,20 @@ to = %q
 	w.eventually("the reason", func() bool { return strings.Contains(w.label(one, labelError), "{{.Manifest}}") })
 	require.Empty(t, w.label(one, labelRetry))
 
+	// An image that moves takes the object's name with it, and back.
+	const moving = "example.com/one-name/moving:1"
+	for _, of := range []string{images.SmallName, w.ref(images.BaseName), images.SmallName} {
+		w.ctr(w.builder, "image", "tag", "--force", of, moving)
+		w.eventually("its object", func() bool {
+			a, err := archive.OpenFile(w.lab.Path("objects", "one-name", "moving-1.clip"))
+			if err != nil {
+				return false
+			}
+			defer a.Close()
+			return a.Info().Descriptor.Digest == w.subject(of, runtime.GOARCH).Digest
+		})
+	}
+
 	// What is kept stays as long as its image; what was never published goes after a while.
 	gone, stays := w.label("example.com/"+second, labelFile), w.label("example.com/"+first, labelFile)
 	fresh := filepath.Join(w.directory, "unpushed", "fresh-"+strings.Repeat("0", 32)+".clip")
@@ -379,26 +414,34 @@ func TestWatchInterrupted(t *testing.T) {
 	first := w.registry.Ref("auto/first:1")
 	w.ctr(w.builder, "image", "tag", images.SmallName, first)
 	w.ctr(w.builder, "image", "push", first)
+	w.requireArchive(first)
 	require.NoError(t, w.registry.SwitchOff())
 	w.ctr(w.builder, "image", "label", first, "cloud.beam.clip/target=")
-	w.eventually("the reason", func() bool { return w.label(first, labelError) != "" || w.label(first, labelArchive) != "" })
-	require.NoError(t, w.registry.SwitchOn())
-	w.requireArchive(first)
-
+	w.eventually("the reason", func() bool { return w.label(first, labelError) != "" })
+	require.Empty(t, w.label(first, labelArchive))
 	require.NoError(t, w.watcher.Stop())
 	const missed = "example.com/kept/missed:1"
 	w.ctr(w.builder, "image", "tag", images.SmallName, missed)
-	indexed := w.indexed(first)
 	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.watcher))
+	require.NoError(t, w.registry.SwitchOn())
 	w.requireKept(missed, w.registry.Ref("kept/missed:1"))
-	require.Equal(t, indexed, w.indexed(first), "what is done is not done again")
+	w.requireArchive(first)
+	require.Equal(t, 2, w.indexed(first), "once more as somebody wanted it, and not again to push it")
 
+	// It does not run when containerd is back, and so nobody tells it of this.
+	child := watchers(t, w.watcher.Pid())
+	require.Len(t, child, 1)
+	require.NoError(t, unix.Kill(child[0], unix.SIGSTOP))
 	w.builder.Kill()
 	require.NoError(t, w.lab.RestartContainerd(w.ctx, w.builder))
+	const unseen = "example.com/kept/unseen:1"
+	w.ctr(w.builder, "image", "tag", w.ref(images.BaseName), unseen)
+	require.NoError(t, unix.Kill(child[0], unix.SIGCONT))
+	w.requireKept(unseen, w.registry.Ref("kept/unseen:1"))
 	const after = "example.com/kept/after:1"
 	w.ctr(w.builder, "image", "tag", w.ref(images.SiblingName), after)
 	w.requireKept(after, w.registry.Ref("kept/after:1"))
-	require.Equal(t, indexed, w.indexed(first))
+	require.Equal(t, 2, w.indexed(first), "what is done is not done again")
 }
 
 // TestWatchProcess has the process that indexes die, and the daemon die: the one is started again, and does not outlive
@@ -412,9 +455,15 @@ func TestWatchProcess(t *testing.T) {
 	require.Len(t, child, 1)
 	for _, thread := range threads(t, child[0]) {
 		nice, err := unix.Getpriority(unix.PRIO_PROCESS, thread)
+		if errors.Is(err, unix.ESRCH) {
+			continue
+		}
 		require.NoError(t, err)
 		require.Equal(t, 20-10, nice, "niceness of every thread is 10")
 	}
+	score, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", child[0]))
+	require.NoError(t, err)
+	require.Equal(t, "500\n", string(score), "the kernel ends it before containers")
 	require.NoError(t, unix.Kill(child[0], unix.SIGKILL))
 	w.ctr(w.builder, "image", "tag", w.ref(images.SiblingName), second)
 	w.requireKept(second, w.registry.Ref("kept/second:1"))
@@ -430,8 +479,7 @@ func TestWatchProcess(t *testing.T) {
 func watchers(t *testing.T, daemon int) []int {
 	t.Helper()
 	return slices.DeleteFunc(children(t, daemon), func(pid int) bool {
-		command, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		require.NoError(t, err)
+		command, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)) // nothing if it ended
 		return !slices.Contains(strings.Split(string(command), "\x00"), "watch")
 	})
 }
@@ -443,6 +491,9 @@ func children(t *testing.T, pid int) (found []int) {
 	require.NoError(t, err)
 	for _, file := range files {
 		text, err := os.ReadFile(file)
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+			continue // the thread ended
+		}
 		require.NoError(t, err)
 		for _, field := range strings.Fields(string(text)) {
 			child, err := strconv.Atoi(field)

@@ -449,8 +449,10 @@ func TestEngine(t *testing.T) {
 	require.Contains(t, inspected, `"kind": "oci"`)
 	require.Contains(t, inspected, `"storageRef": "example.com/app:1"`)
 
-	_, err = run(t, append(args, "--engine", "clip", "--push")...)
-	require.ErrorContains(t, err, "--push needs layer indexes")
+	for _, publish := range []string{"--push", "--to=file://" + t.TempDir()} {
+		_, err = run(t, append(args, "--engine", "clip", publish)...)
+		require.ErrorContains(t, err, "need layer indexes")
+	}
 	_, err = run(t, append(args, "--engine", "best")...)
 	require.ErrorContains(t, err, "must be span or clip")
 	_, err = run(t, append(args, "--engine", "span")...)

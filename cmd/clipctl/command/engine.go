@@ -25,8 +25,8 @@ func (o indexOptions) checkEngine() error {
 		return nil
 	case o.engine != engineCLIP:
 		return fmt.Errorf("engine %q: must be %s or %s", o.engine, engineOurs, engineCLIP)
-	case o.push:
-		return fmt.Errorf("--push needs layer indexes, which the engine %s does not make; write a file with -o", engineCLIP)
+	case o.push || o.to != "":
+		return fmt.Errorf("--push and --to need layer indexes, which the engine %s does not make; write a file with -o", engineCLIP)
 	}
 	return nil
 }

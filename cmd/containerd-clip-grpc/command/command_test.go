@@ -5,6 +5,7 @@ import (
 	"context"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -24,7 +25,26 @@ func TestMain(m *testing.M) {
 		}
 		return
 	}
+	if len(os.Args) == 2 && os.Args[1] == niceCommand {
+		if err := beNice(7); err != nil {
+			panic(err)
+		}
+		return
+	}
 	os.Exit(m.Run())
+}
+
+const niceCommand = "be-nice"
+
+// TestNice has a process be nice, and who started it stay as it is.
+func TestNice(t *testing.T) {
+	before, err := unix.Getpriority(unix.PRIO_PROCESS, os.Getpid())
+	require.NoError(t, err)
+	out, err := exec.Command(os.Args[0], niceCommand).CombinedOutput()
+	require.NoError(t, err, string(out))
+	after, err := unix.Getpriority(unix.PRIO_PROCESS, os.Getpid())
+	require.NoError(t, err)
+	require.Equal(t, before, after)
 }
 
 func writeFile(t *testing.T, content string) string {

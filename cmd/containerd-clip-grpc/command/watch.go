@@ -9,8 +9,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -134,25 +134,29 @@ func runWatch(ctx context.Context, c config) error {
 	return w.Run(ctx)
 }
 
-// beNice makes all threads of the process group so nice: niceness is a thread's. One
+// beNice makes all threads of the process so nice: niceness is a thread's. One
 // that is just being made has that of its maker and is not found, so it looks again.
 func beNice(nice int) error {
 	for range 10 {
-		if err := unix.Setpriority(unix.PRIO_PGRP, 0, nice); err != nil {
-			return err
-		}
-		time.Sleep(5 * time.Millisecond)
 		threads, err := os.ReadDir("/proc/self/task")
 		if err != nil {
 			return err
 		}
-		if !slices.ContainsFunc(threads, func(thread os.DirEntry) bool {
+		all := true
+		for _, thread := range threads {
 			id, _ := strconv.Atoi(thread.Name())
-			has, err := unix.Getpriority(unix.PRIO_PROCESS, id)
-			return err == nil && has != 20-nice // getpriority(2) returns what is left of 20
-		}) {
+			if has, err := unix.Getpriority(unix.PRIO_PROCESS, id); err != nil || has == 20-nice { // getpriority(2) returns what is left of 20
+				continue // it ended, or it is
+			}
+			all = false
+			if err := unix.Setpriority(unix.PRIO_PROCESS, id, nice); err != nil && !errors.Is(err, unix.ESRCH) {
+				return err
+			}
+		}
+		if all {
 			return nil
 		}
+		time.Sleep(5 * time.Millisecond)
 	}
 	return fmt.Errorf("threads that begin do not become it: %w", errdefs.ErrUnavailable)
 }
@@ -202,5 +206,29 @@ func watchProcess(ctx context.Context, program string, config []byte) error {
 	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
 	cmd.WaitDelay = 5 * time.Second
 	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGTERM}
-	return cmd.Run()
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	if err := expose(cmd.Process.Pid); err != nil {
+		log.G(ctx).WithError(err).Warn("the kernel may end containers for want of memory before it ends indexing")
+	}
+	return cmd.Wait()
+}
+
+// expendable is how much sooner than a container the kernel ends indexing for
+// want of memory: half of what there is counts for it.
+const expendable = 500
+
+// expose has the kernel end a process for want of memory before containers. It
+// would be protected as the daemon is, which started it.
+func expose(pid int) error {
+	file := fmt.Sprintf("/proc/%d/oom_score_adj", pid)
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	if score, err := strconv.Atoi(strings.TrimSpace(string(text))); err != nil || score >= expendable {
+		return err
+	}
+	return os.WriteFile(file, []byte(strconv.Itoa(expendable)), 0)
 }
