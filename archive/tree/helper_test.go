@@ -33,18 +33,6 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// requireRoot skips a test that mounts, or fails it where it must run.
-func requireRoot(tb testing.TB) {
-	tb.Helper()
-	if os.Getuid() == 0 {
-		return
-	}
-	if os.Getenv("CI") == "true" {
-		tb.Fatal("needs root")
-	}
-	tb.Skip("needs root")
-}
-
 // file is a tar entry with its content.
 type file struct {
 	tar.Header

@@ -17,13 +17,14 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/internal/testimage"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
+	"github.com/beam-cloud/containerd-clip/internal/testutil/need"
 )
 
 // TestRandomStacks merges random layers and unpacks them with containerd's
 // code onto a real overlayfs: both must refuse the same layers and show the
 // same tree, in memory and through the kernel's EROFS. CLIP_TEST_STACKS is how many stacks, CLIP_TEST_SEED repeats one.
 func TestRandomStacks(t *testing.T) {
-	requireRoot(t)
+	need.Root(t)
 	count := envInt(t, "CLIP_TEST_STACKS", 300)
 	seed := envInt(t, "CLIP_TEST_SEED", int(time.Now().UnixNano()&0xffffffff))
 	t.Logf("CLIP_TEST_SEED=%d", seed)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/beam-cloud/containerd-clip/archive/internal/testimage"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
+	"github.com/beam-cloud/containerd-clip/internal/testutil/need"
 )
 
 // The list of what a root must get right. In each case the root is compared
@@ -160,7 +161,7 @@ func sparseListing() string {
 }
 
 func TestTruth(t *testing.T) {
-	requireRoot(t)
+	need.Root(t)
 	for list, cases := range map[string][]truth{"wrong in CLIP": wrongInCLIP, "named": named} {
 		for _, c := range cases {
 			t.Run(list+"/"+c.name, func(t *testing.T) {
@@ -183,7 +184,7 @@ func TestTruth(t *testing.T) {
 // TestHugeDirectory has more than 100,000 entries in one directory, in two
 // layers, some of them removed.
 func TestHugeDirectory(t *testing.T) {
-	requireRoot(t)
+	need.Root(t)
 	lower, upper := make([]file, 0, 100_100), []file{}
 	for i := range 100_100 {
 		lower = append(lower, reg(fmt.Sprintf("many/%d", i), ""))
