@@ -19,6 +19,7 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
 	"github.com/beam-cloud/containerd-clip/internal/testutil/need"
+	mounts "github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
 func entry(kind byte, name, link, data string) file {
@@ -66,8 +67,8 @@ func mergeTars(tb testing.TB, layers [][]file) (*tree.Node, [][]byte, error) {
 	return root, tars, err
 }
 
-// checkPeer compares with containerd.
-func checkPeer(t *testing.T, root *tree.Node, tars [][]byte) {
+// checkPeer compares with containerd, in memory and mounted in modes.
+func checkPeer(t *testing.T, root *tree.Node, tars [][]byte, modes ...mounts.Mode) {
 	t.Helper()
 	need.Root(t)
 	start := time.Now().Add(-time.Second)
@@ -89,7 +90,7 @@ func checkPeer(t *testing.T, root *tree.Node, tars [][]byte) {
 	if root != nil {
 		want := p.scan(t, start)
 		compare(t, want, flatten(t, root, tars))
-		compare(t, want, scanImage(t, dir, root, tars, start))
+		compareRoots(t, want, p.scanRoots(t, modes, tars, start))
 	}
 }
 
@@ -230,7 +231,7 @@ func TestMerge(t *testing.T) {
 					t.Errorf("got  %s\nwant %s", got, c.want)
 				}
 			}
-			checkPeer(t, root, tars)
+			checkPeer(t, root, tars, modes...)
 		})
 	}
 }
@@ -302,7 +303,7 @@ func TestAttributes(t *testing.T) {
 			if got != c.want {
 				t.Errorf("got  %+v\nwant %+v", got, c.want)
 			}
-			checkPeer(t, root, tars)
+			checkPeer(t, root, tars, modes...)
 		})
 	}
 }

@@ -11,12 +11,13 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/internal/testimage"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
 	"github.com/beam-cloud/containerd-clip/internal/testutil/need"
+	mounts "github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
 // The list of what a root must get right. In each case the root is compared
 // with containerd's own unpack through overlayfs: names, modes, owners, link
 // counts, inode numbers, devices, times, targets, xattrs and contents, in
-// memory and through the kernel's EROFS; refusals too. want is there to see
+// memory and mounted in each of the modes; refusals too. want is there to see
 // that the case is what its name says.
 //
 // Not here, because a tree does not show it: zstd and uncompressed layers
@@ -175,7 +176,7 @@ func TestTruth(t *testing.T) {
 				} else if got := listing(flatten(t, root, tars)); got != c.want {
 					t.Errorf("got  %.2000q\nwant %.2000q", got, c.want)
 				}
-				checkPeer(t, root, tars)
+				checkPeer(t, root, tars, modes...)
 			})
 		}
 	}
@@ -199,5 +200,5 @@ func TestHugeDirectory(t *testing.T) {
 	if n := len(root.Children[0].Node.Children); n != 100_100 {
 		t.Errorf("%d entries", n)
 	}
-	checkPeer(t, root, tars)
+	checkPeer(t, root, tars, mounts.File)
 }
