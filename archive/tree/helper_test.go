@@ -142,6 +142,7 @@ type attrs struct {
 	Rdev                  uint64
 	Sec                   int64
 	Nsec                  uint32
+	Access                string // the access time, if it is another one than that of the modification
 	Target, Data, Xattrs  string
 	Same                  string
 }
@@ -202,7 +203,8 @@ func flatten(tb testing.TB, root *tree.Node, tars [][]byte) map[string]attrs {
 	return out
 }
 
-// scan lists a mounted tree by path. Modification times since start are now.
+// scan lists a mounted tree by path. Modification times since start are now;
+// access times since then come of unpacking, and are not told.
 func scan(tb testing.TB, root string, start time.Time) map[string]attrs {
 	tb.Helper()
 	out := map[string]attrs{}
@@ -220,6 +222,9 @@ func scan(tb testing.TB, root string, start time.Time) map[string]attrs {
 		a := attrs{Mode: st.Mode, UID: st.Uid, GID: st.Gid, Nlink: uint32(st.Nlink), Rdev: st.Rdev, Sec: st.Mtim.Sec, Nsec: uint32(st.Mtim.Nsec)}
 		if age := time.Unix(st.Mtim.Sec, st.Mtim.Nsec).Sub(start); age >= 0 && age < time.Hour {
 			a.Sec, a.Nsec = now, 0
+		}
+		if t := time.Unix(st.Atim.Unix()); st.Atim != st.Mtim && t.Before(start) {
+			a.Access = t.String()
 		}
 		a.Xattrs = xattrString(readXattrs(tb, host))
 		in := inode{st.Dev, st.Ino}
@@ -406,7 +411,7 @@ func compare(tb testing.TB, want, got map[string]attrs) (clock int) {
 		}
 		if w.Sec == now && w.Mode&unix.S_IFMT == unix.S_IFDIR {
 			clock++
-			w.Sec, w.Nsec = g.Sec, g.Nsec
+			w.Sec, w.Nsec, w.Access = g.Sec, g.Nsec, g.Access
 		}
 		if w != g {
 			tb.Errorf("%s:\n\tcontainerd %+v\n\tMerge      %+v", p, w, g)
