@@ -86,7 +86,9 @@ func randomStack(t *testing.T, seed uint64, seen *stats) {
 		refused := p.push(t, data)
 		merged, err := tree.Merge(next)
 		entries = append(entries, describeFiles(files, refused))
-		if (refused != nil) != (err != nil) || err != nil && !errors.Is(err, tree.ErrInvalid) {
+		// A symlink to below itself grows at each turn. Merge may end before containerd's limit of links, and leaves it to
+		// containerd to refuse the layer.
+		if (refused != nil) != (err != nil) || err != nil && !errors.Is(err, tree.ErrInvalid) && !errors.Is(err, tree.ErrUnsupported) {
 			t.Fatalf("containerd: %v\nMerge: %v", refused, err)
 		}
 		seen.Layers++
