@@ -51,6 +51,7 @@ unit: deps ## unit tests, with the race detector
 	$(GO) test -timeout 15m $(filter $(INFLATE),$(UNIT))
 	CI=1 CLIP_TEST_SEED=$(SEED) $(GO) test -race -timeout 15m $(filter-out $(INFLATE),$(UNIT))
 	cd tests/kubernetes && $(GO) test .
+	cd tests/bench && $(GO) test ./peers ./report
 
 stacks: ## random stacks of layers, STACKS (10000) of them from SEED, against containerd's own unpack (root)
 	CI=1 CLIP_TEST_STACKS=$(STACKS) CLIP_TEST_SEED=$(SEED) $(GO) test -count=1 -timeout 0 -run '^TestRandomStacks$$' ./archive/tree
