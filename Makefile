@@ -10,6 +10,8 @@ FUZZTIME ?= 30s
 SOAK     ?= 10m
 BENCH    ?= .
 ROUNDS   ?=
+STACKS   ?= 10000
+SEED     ?= $(shell date +%N)
 
 BIN    := bin
 BUILT  ?= $(BIN)
@@ -19,7 +21,7 @@ PEERS  := tests/bench/peers/daemons
 UNIT    = $(shell $(GO) list ./... | grep -v -e /tests/e2e -e /tests/demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps parts images test unit e2e soak lint vuln bench bench-index bench-read bench-build bench-peers fuzz demo man install install-files deb image image-files clean
+.PHONY: help build deps parts images test unit stacks e2e soak lint vuln bench bench-index bench-read bench-build bench-peers fuzz demo man install install-files deb image image-files clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,10 +46,15 @@ test: deps parts lint unit e2e ## everything: lint, unit tests with -race, end-t
 # The inflater starts no goroutines: the race detector would only make its tests 20 times slower.
 INFLATE = %/archive/inflate
 
+# The line that make shows has the seed of the random stacks.
 unit: deps ## unit tests, with the race detector
 	$(GO) test -timeout 15m $(filter $(INFLATE),$(UNIT))
-	CI=1 $(GO) test -race -timeout 15m $(filter-out $(INFLATE),$(UNIT))
+	CI=1 CLIP_TEST_SEED=$(SEED) $(GO) test -race -timeout 15m $(filter-out $(INFLATE),$(UNIT))
 	cd tests/kubernetes && $(GO) test .
+	cd tests/bench && $(GO) test ./peers ./report
+
+stacks: ## random stacks of layers, STACKS (10000) of them from SEED, against containerd's own unpack (root)
+	CI=1 CLIP_TEST_STACKS=$(STACKS) CLIP_TEST_SEED=$(SEED) $(GO) test -count=1 -timeout 0 -run '^TestRandomStacks$$' ./archive/tree
 
 e2e: deps parts build ## end-to-end tests on real parts (root)
 	CI=1 $(GO) test -count=1 -timeout 40m -v ./tests/e2e

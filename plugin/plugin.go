@@ -11,7 +11,6 @@
 package plugin
 
 import (
-	"runtime"
 	"sync/atomic"
 
 	"github.com/containerd/containerd/v2/core/transfer/plugins"
@@ -31,7 +30,7 @@ type Config struct {
 	// CacheDir is where indexes of layers are kept; empty for the directory
 	// that containerd gives its plugin.
 	CacheDir string `toml:"cache_dir"`
-	// Workers is how many layers are indexed at once; 0 for one per processor.
+	// Workers is how many layers are indexed at once; 0 for index.Options' default.
 	Workers int `toml:"workers"`
 }
 
@@ -53,10 +52,7 @@ func init() {
 
 func load(ic *plugin.InitContext) (any, error) {
 	config := ic.Config.(*Config)
-	opts := index.Options{Workers: config.Workers}
-	if opts.Workers <= 0 {
-		opts.Workers = runtime.GOMAXPROCS(0)
-	}
+	opts := index.Options{Workers: max(config.Workers, 0)}
 	dir := config.CacheDir
 	if dir == "" {
 		dir = ic.Properties[containerdplugins.PropertyRootDir]

@@ -52,7 +52,7 @@ func TestLoad(t *testing.T) {
 	_, err = load(ic)
 	require.NoError(t, err)
 	require.DirExists(t, filepath.Join(dir, "cache"))
-	require.Positive(t, settings.Load().Workers)
+	require.Zero(t, settings.Load().Workers, "the default")
 	ic.Config = &Config{CacheDir: "/proc/self/exe"}
 	_, err = load(ic)
 	require.Error(t, err)

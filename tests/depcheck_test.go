@@ -38,7 +38,7 @@ func forbidden(layer, path string) string {
 	switch {
 	case own && top == "cmd" && layer != "cmd":
 		return "nothing imports cmd"
-	case own && top == "internal", own && top == "tests" && layer != "tests":
+	case own && (top == "internal" || top == "tests") && layer != "tests":
 		return "that is for tests"
 	case layer == "archive" && own && top != "archive":
 		return "archive stands below all else"
@@ -102,6 +102,8 @@ func TestForbidden(t *testing.T) {
 		{"cmd", module + "cmd/clipctl/command", false},
 		{"cmd", module + "tests/internal/images", true},
 		{"tests", module + "tests/internal/images", false},
+		{"tests", module + "internal/testutil/need", false},
+		{"archive", module + "internal/testutil", true},
 	} {
 		require.Equal(t, c.bad, forbidden(c.layer, c.path) != "", "%s imports %s", c.layer, c.path)
 	}

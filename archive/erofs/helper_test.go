@@ -21,19 +21,8 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
+	"github.com/beam-cloud/containerd-clip/internal/testutil/need"
 )
-
-// requireRoot skips a test that mounts, or fails it where it must run.
-func requireRoot(tb testing.TB) {
-	tb.Helper()
-	if os.Getuid() == 0 {
-		return
-	}
-	if os.Getenv("CI") == "true" {
-		tb.Fatal("needs root")
-	}
-	tb.Skip("needs root")
-}
 
 // store makes up the devices of a tree.
 type store struct {
@@ -331,7 +320,7 @@ func readXattrs(p string) ([]layer.Xattr, error) {
 // mount mounts an image over devices with the kernel, until the test ends.
 func mount(tb testing.TB, img []byte, devices []string) string {
 	tb.Helper()
-	requireRoot(tb)
+	need.Root(tb)
 	dir := tb.TempDir()
 	file, mnt := filepath.Join(dir, "image"), filepath.Join(dir, "mnt")
 	if err := os.WriteFile(file, img, 0o600); err != nil {

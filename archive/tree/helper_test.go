@@ -17,13 +17,15 @@ import (
 
 	"github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
-	"github.com/beam-cloud/containerd-clip/archive/erofs"
 	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/internal/testimage"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
+	"github.com/beam-cloud/containerd-clip/internal/testutil"
+	mounts "github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
 func TestMain(m *testing.M) {
@@ -31,18 +33,6 @@ func TestMain(m *testing.M) {
 		panic(err)
 	}
 	os.Exit(m.Run())
-}
-
-// requireRoot skips a test that mounts, or fails it where it must run.
-func requireRoot(tb testing.TB) {
-	tb.Helper()
-	if os.Getuid() == 0 {
-		return
-	}
-	if os.Getenv("CI") == "true" {
-		tb.Fatal("needs root")
-	}
-	tb.Skip("needs root")
 }
 
 // file is a tar entry with its content.
@@ -114,7 +104,7 @@ func listTar(tb testing.TB, data []byte) *layer.Index {
 	tb.Helper()
 	c := &countingReader{r: bytes.NewReader(data)}
 	tr := tar.NewReader(c)
-	l := &layer.Index{OutSize: inflate.Out(len(data))}
+	l := &layer.Index{DiffID: digest.FromBytes(data), OutSize: inflate.Out(len(data))}
 	for {
 		h, err := tr.Next()
 		if err == io.EOF {
@@ -152,6 +142,7 @@ type attrs struct {
 	Rdev                  uint64
 	Sec                   int64
 	Nsec                  uint32
+	Access                string // the access time, if it is another one than that of the modification
 	Target, Data, Xattrs  string
 	Same                  string
 }
@@ -212,11 +203,13 @@ func flatten(tb testing.TB, root *tree.Node, tars [][]byte) map[string]attrs {
 	return out
 }
 
-// scan lists a mounted tree by path. Modification times since start are now.
+// scan lists a mounted tree by path. Modification times since start are now;
+// access times since then come of unpacking, and are not told.
 func scan(tb testing.TB, root string, start time.Time) map[string]attrs {
 	tb.Helper()
 	out := map[string]attrs{}
-	first := map[uint64]string{}
+	type inode struct{ dev, ino uint64 } // overlayfs has a device for itself and one for each file system below
+	first := map[inode]string{}
 	var walk func(p string)
 	walk = func(p string) {
 		host := filepath.Join(root, p)
@@ -230,11 +223,15 @@ func scan(tb testing.TB, root string, start time.Time) map[string]attrs {
 		if age := time.Unix(st.Mtim.Sec, st.Mtim.Nsec).Sub(start); age >= 0 && age < time.Hour {
 			a.Sec, a.Nsec = now, 0
 		}
-		a.Xattrs = xattrString(readXattrs(tb, host))
-		if _, ok := first[st.Ino]; !ok || st.Mode&unix.S_IFMT == unix.S_IFDIR {
-			first[st.Ino] = p
+		if t := time.Unix(st.Atim.Unix()); st.Atim != st.Mtim && t.Before(start) {
+			a.Access = t.String()
 		}
-		a.Same = first[st.Ino]
+		a.Xattrs = xattrString(readXattrs(tb, host))
+		in := inode{st.Dev, st.Ino}
+		if _, ok := first[in]; !ok || st.Mode&unix.S_IFMT == unix.S_IFDIR {
+			first[in] = p
+		}
+		a.Same = first[in]
 		switch st.Mode & unix.S_IFMT {
 		case unix.S_IFREG:
 			b, err := os.ReadFile(host)
@@ -339,13 +336,19 @@ func (p *peer) scan(tb testing.TB, start time.Time) map[string]attrs {
 	tb.Helper()
 	lower := slices.Clone(p.uppers)
 	slices.Reverse(lower)
+	return p.overlay(tb, lower, start)
+}
+
+// overlay lists what overlayfs shows of directories, the top one first.
+func (p *peer) overlay(tb testing.TB, lower []string, start time.Time) map[string]attrs {
+	tb.Helper()
 	lower = append(lower, filepath.Join(p.dir, "empty"))
 	mnt, err := os.MkdirTemp(p.dir, "mnt")
 	if err != nil {
 		tb.Fatal(err)
 	}
 	if err := unix.Mount("overlay", mnt, "overlay", unix.MS_RDONLY, "index=off,lowerdir="+strings.Join(lower, ":")); err != nil {
-		tb.Fatalf("overlay of %d layers: %v", len(p.uppers), err)
+		tb.Fatalf("overlay of %d directories: %v", len(lower), err)
 	}
 	defer func() {
 		if err := unix.Unmount(mnt, 0); err != nil {
@@ -355,38 +358,45 @@ func (p *peer) scan(tb testing.TB, start time.Time) map[string]attrs {
 	return scan(tb, mnt, start)
 }
 
-// scanImage lists a merged tree as an EROFS image that the kernel mounts.
-func scanImage(tb testing.TB, dir string, root *tree.Node, tars [][]byte, start time.Time) map[string]attrs {
+// modes are the ways to mount roots. This machine must know each.
+var modes = []mounts.Mode{mounts.File, mounts.Loop, mounts.FUSE}
+
+// scanRoots lists what containers see of a stack of layers in modes.
+func (p *peer) scanRoots(tb testing.TB, modes []mounts.Mode, tars [][]byte, start time.Time) map[mounts.Mode]map[string]attrs {
 	tb.Helper()
-	var (
-		devices []erofs.Device
-		options []string
-		image   bytes.Buffer
-	)
+	var layers []*layer.Index
+	r := mounts.Root{Dir: filepath.Join(p.dir, "root"), Indexes: func() ([]*layer.Index, error) { return layers, nil }}
 	for i, data := range tars {
-		file := filepath.Join(dir, fmt.Sprint("layer", i))
+		file := filepath.Join(p.dir, fmt.Sprint("layer", i))
 		if err := os.WriteFile(file, append(data, make([]byte, -len(data)&511)...), 0o600); err != nil {
 			tb.Fatal(err)
 		}
-		devices = append(devices, erofs.Device{Size: inflate.Out(len(data))})
-		options = append(options, "device="+file)
+		layers = append(layers, indexTar(tb, data))
+		r.Layers = append(r.Layers, mounts.Layer{Device: file, Stream: testutil.Stream{Reader: bytes.NewReader(data)}})
 	}
-	if err := erofs.Write(&image, root, devices); err != nil {
-		tb.Fatal(err)
-	}
-	file, mnt := filepath.Join(dir, "image"), filepath.Join(dir, "image-mnt")
-	if err := errors.Join(os.WriteFile(file, image.Bytes(), 0o600), os.Mkdir(mnt, 0o755)); err != nil {
-		tb.Fatal(err)
-	}
-	if err := unix.Mount(file, mnt, "erofs", unix.MS_RDONLY, strings.Join(options, ",")); err != nil {
-		tb.Fatalf("EROFS of %d layers: %v", len(tars), err)
-	}
-	defer func() {
-		if err := unix.Unmount(mnt, 0); err != nil {
+	seen := map[mounts.Mode]map[string]attrs{}
+	for _, m := range modes {
+		if err := r.Mount(tb.Context(), m); err != nil {
+			tb.Fatalf("mode %s, %d layers: %v", m, len(tars), err)
+		}
+		seen[m] = p.overlay(tb, []string{r.Path()}, start)
+		if err := r.Unmount(); err != nil {
 			tb.Error(err)
 		}
-	}()
-	return scan(tb, filepath.Join(mnt, erofs.RootDir), start)
+	}
+	return seen
+}
+
+// compareRoots is compare for all that scanRoots has seen.
+func compareRoots(t *testing.T, want map[string]attrs, got map[mounts.Mode]map[string]attrs) {
+	t.Helper()
+	for m, paths := range got {
+		before := t.Failed()
+		compare(t, want, paths)
+		if t.Failed() && !before {
+			t.Errorf("that was mode %s", m)
+		}
+	}
 }
 
 // compare reports every difference between what containerd shows and what
@@ -401,7 +411,7 @@ func compare(tb testing.TB, want, got map[string]attrs) (clock int) {
 		}
 		if w.Sec == now && w.Mode&unix.S_IFMT == unix.S_IFDIR {
 			clock++
-			w.Sec, w.Nsec = g.Sec, g.Nsec
+			w.Sec, w.Nsec, w.Access = g.Sec, g.Nsec, g.Access
 		}
 		if w != g {
 			tb.Errorf("%s:\n\tcontainerd %+v\n\tMerge      %+v", p, w, g)

@@ -9,9 +9,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Linux limits, in bytes without the terminating zero. A layer's path is
-// prefixed with a directory of the host when containerd uses it, so the
-// effective limit there is somewhat lower.
+// Linux limits, in bytes without the terminating zero. When containerd uses a
+// layer's path, a directory of the host stands before it: an image with a path
+// between that limit and this one is refused unpacked, on some hosts, and works
+// lazily.
 const (
 	maxName = 255
 	maxPath = 4095

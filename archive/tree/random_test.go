@@ -17,13 +17,15 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/internal/testimage"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
+	"github.com/beam-cloud/containerd-clip/internal/testutil/need"
 )
 
 // TestRandomStacks merges random layers and unpacks them with containerd's
 // code onto a real overlayfs: both must refuse the same layers and show the
-// same tree, in memory and through the kernel's EROFS. CLIP_TEST_STACKS is how many stacks, CLIP_TEST_SEED repeats one.
+// same tree, in memory and mounted in each of the modes. CLIP_TEST_STACKS is how
+// many stacks, CLIP_TEST_SEED repeats one.
 func TestRandomStacks(t *testing.T) {
-	requireRoot(t)
+	need.Root(t)
 	count := envInt(t, "CLIP_TEST_STACKS", 300)
 	seed := envInt(t, "CLIP_TEST_SEED", int(time.Now().UnixNano()&0xffffffff))
 	t.Logf("CLIP_TEST_SEED=%d", seed)
@@ -84,7 +86,9 @@ func randomStack(t *testing.T, seed uint64, seen *stats) {
 		refused := p.push(t, data)
 		merged, err := tree.Merge(next)
 		entries = append(entries, describeFiles(files, refused))
-		if (refused != nil) != (err != nil) || err != nil && !errors.Is(err, tree.ErrInvalid) {
+		// A symlink to below itself grows at each turn. Merge may end before containerd's limit of links, and leaves it to
+		// containerd to refuse the layer.
+		if (refused != nil) != (err != nil) || err != nil && !errors.Is(err, tree.ErrInvalid) && !errors.Is(err, tree.ErrUnsupported) {
 			t.Fatalf("containerd: %v\nMerge: %v", refused, err)
 		}
 		seen.Layers++
@@ -100,7 +104,7 @@ func randomStack(t *testing.T, seed uint64, seen *stats) {
 	got := flatten(t, root, tars)
 	want := p.scan(t, start)
 	seen.Clock += compare(t, want, got)
-	compare(t, want, scanImage(t, dir, root, tars, start))
+	compareRoots(t, want, p.scanRoots(t, modes, tars, start))
 	seen.Sparse += countSparse(root)
 	seen.Paths += len(got)
 	for path, a := range got {

@@ -22,13 +22,14 @@ import (
 
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
+	"github.com/beam-cloud/containerd-clip/internal/testutil/need"
 )
 
 // TestSnapshotter does what TestRandomStacks does with all of containerd's
 // path from a blob to a container's root: content store, applier, overlayfs
 // snapshotter.
 func TestSnapshotter(t *testing.T) {
-	requireRoot(t)
+	need.Root(t)
 	dir, err := os.MkdirTemp("", "snapshotter")
 	if err != nil {
 		t.Fatal(err)

@@ -10,12 +10,14 @@ import (
 
 	"github.com/beam-cloud/containerd-clip/archive/internal/testimage"
 	"github.com/beam-cloud/containerd-clip/archive/tree"
+	"github.com/beam-cloud/containerd-clip/internal/testutil/need"
+	mounts "github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
 // The list of what a root must get right. In each case the root is compared
 // with containerd's own unpack through overlayfs: names, modes, owners, link
 // counts, inode numbers, devices, times, targets, xattrs and contents, in
-// memory and through the kernel's EROFS; refusals too. want is there to see
+// memory and mounted in each of the modes; refusals too. want is there to see
 // that the case is what its name says.
 //
 // Not here, because a tree does not show it: zstd and uncompressed layers
@@ -160,7 +162,7 @@ func sparseListing() string {
 }
 
 func TestTruth(t *testing.T) {
-	requireRoot(t)
+	need.Root(t)
 	for list, cases := range map[string][]truth{"wrong in CLIP": wrongInCLIP, "named": named} {
 		for _, c := range cases {
 			t.Run(list+"/"+c.name, func(t *testing.T) {
@@ -174,7 +176,7 @@ func TestTruth(t *testing.T) {
 				} else if got := listing(flatten(t, root, tars)); got != c.want {
 					t.Errorf("got  %.2000q\nwant %.2000q", got, c.want)
 				}
-				checkPeer(t, root, tars)
+				checkPeer(t, root, tars, modes...)
 			})
 		}
 	}
@@ -183,7 +185,7 @@ func TestTruth(t *testing.T) {
 // TestHugeDirectory has more than 100,000 entries in one directory, in two
 // layers, some of them removed.
 func TestHugeDirectory(t *testing.T) {
-	requireRoot(t)
+	need.Root(t)
 	lower, upper := make([]file, 0, 100_100), []file{}
 	for i := range 100_100 {
 		lower = append(lower, reg(fmt.Sprintf("many/%d", i), ""))
@@ -198,5 +200,5 @@ func TestHugeDirectory(t *testing.T) {
 	if n := len(root.Children[0].Node.Children); n != 100_100 {
 		t.Errorf("%d entries", n)
 	}
-	checkPeer(t, root, tars)
+	checkPeer(t, root, tars, mounts.File)
 }

@@ -110,6 +110,14 @@ func (img *Image) WriteArchive(t testing.TB, path, ref string) {
 	require.NoError(t, err)
 }
 
+// WriteLayout makes dir an OCI layout of the image, without a name.
+func (img *Image) WriteLayout(t testing.TB, dir string) {
+	t.Helper()
+	img.Blobs.Write(t, dir)
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "oci-layout"), []byte(`{"imageLayoutVersion":"1.0.0"}`), 0o644))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "index.json"), JSON(t, ocispec.Index{Manifests: []ocispec.Descriptor{img.Descriptor}}), 0o644))
+}
+
 // Push puts the image into a registry that asks for no credentials.
 func (img *Image) Push(t testing.TB, host, repo string) {
 	t.Helper()

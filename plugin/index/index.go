@@ -13,6 +13,7 @@ import (
 	"io"
 	"runtime"
 	"slices"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/log"
@@ -50,7 +51,7 @@ type Image struct {
 
 // Options configures Run.
 type Options struct {
-	Workers  int      // layers indexed at once; default one per processor
+	Workers  int      // layers indexed at once; default one per processor, 8 at most, and 3 with zstd layers
 	Progress Progress // may be nil
 	Cache    *Cache   // of layer indexes; nil for none
 	// Force has layers indexed whose indexes are in the cache, which then get
@@ -64,7 +65,7 @@ type Options struct {
 // any other failure ends the run.
 func Run(ctx context.Context, p content.Provider, img Image, opts Options) (*archive.Image, error) {
 	if opts.Workers == 0 {
-		opts.Workers = runtime.GOMAXPROCS(0)
+		opts.Workers = workers(img.Layers)
 	}
 	var err error
 	if opts.Layer, err = opts.Layer.Normalize(); err != nil {
@@ -102,6 +103,18 @@ func Run(ctx context.Context, p content.Provider, img Image, opts Options) (*arc
 		})
 	}
 	return out, g.Wait()
+}
+
+// workers is how many layers are indexed at once unless said otherwise: as many
+// as take less than 64 MiB, garbage included, beside what has become of others,
+// and one per processor at most. The decoder of a zstd layer has the stream's
+// window in memory, mostly 8 MiB.
+func workers(layers []ocispec.Descriptor) int {
+	most := 8
+	if slices.ContainsFunc(layers, func(l ocispec.Descriptor) bool { return strings.HasSuffix(l.MediaType, "zstd") }) {
+		most = 3
+	}
+	return min(runtime.GOMAXPROCS(0), most)
 }
 
 // cached says whether the layer's index seems to be in the cache.

@@ -164,7 +164,7 @@ func (w *world) listLayer(blob io.Reader) map[string]string {
 }
 
 // TestBuildkit builds an image from a lazy one, on this snapshotter and on overlayfs: both builds give the same root,
-// and it runs.
+// and it runs. The build itself stands on a base of its own, which BuildKit downloads and unpacks.
 func TestBuildkit(t *testing.T) {
 	w := newWorld(t)
 	base := w.ref(testimages.SmallName)
@@ -186,11 +186,26 @@ func TestBuildkit(t *testing.T) {
 	for c, snapshotter := range map[*harness.Containerd]string{w.worker: lazy, stock: eager} {
 		b, err := w.lab.StartBuildkit(w.ctx, "buildkit-"+snapshotter, c, snapshotter, w.registry)
 		require.NoError(t, err)
+		w.registry.Reset()
 		_, err = b.Build(w.ctx, dir, built)
 		require.NoError(t, err)
+		requests := w.registry.Requests()
+		for _, l := range w.layers(testimages.SmallName) {
+			require.Len(t, requests.Gets(l), 1, "BuildKit downloads bases whole, whatever the snapshotter has")
+			require.Empty(t, requests.Gets(l)[0].Range)
+		}
 		require.Equal(t, "hello from built copied\n", w.run(c, snapshotter, built, "sh", "/app/run.sh"))
 		require.NoError(t, b.Stop())
 	}
+	below := w.chainID(w.worker, built)
+	for range 3 { // RUN, COPY, RUN
+		info, err := w.worker.Client().SnapshotService(lazy).Stat(w.ctx, below)
+		require.NoError(t, err)
+		below = info.Parent
+	}
+	require.Equal(t, w.chainID(w.worker, base), below, "what was built stands on the lazy base")
+	image, _ := w.root(len(w.layers(testimages.SmallName)))
+	require.FileExists(t, image, "which is still lazy")
 	requireSameRoot(w, stock, built)
 	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, base, "sh", "/app/run.sh"), "the base is as it was")
 }

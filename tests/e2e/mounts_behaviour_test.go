@@ -27,6 +27,20 @@ import (
 // A behaviour does something to a root and tells what came of it, the same for the same root.
 type behaviour func(root string, say func(format string, args ...any)) error
 
+// requireSameCold does to files of which nothing is here yet what programs do, and to those that a stock containerd made:
+// the kernel asks for them in a page fault, in sendfile, in direct I/O. The image is images.SmallName.
+func requireSameCold(w *world, stock *harness.Containerd, ref string) {
+	w.Helper()
+	first := inTurns(memoryMaps, sendFile, readBackwards, readDirectly)
+	if strings.HasSuffix(w.Name(), "/file") { // see requireSameBehaviour
+		first = inTurns(memoryMaps, sendFile, readBackwards)
+	}
+	want, got := w.prepare(stock, eager, ref), w.prepare(w.worker, lazy, ref)
+	w.registry.Reset()
+	require.Equal(w, tell(w, want, first), tell(w, got, first))
+	require.Greater(w, w.registry.Requests().Sent(), int64(4<<20), "the noise of sizes was fetched meanwhile")
+}
+
 // requireSameBehaviour does to a writable root what programs do, and to one that a stock containerd made. The image is
 // images.SmallName.
 func requireSameBehaviour(w *world, stock *harness.Containerd, ref string) {
@@ -37,7 +51,7 @@ func requireSameBehaviour(w *world, stock *harness.Containerd, ref string) {
 		name string
 		behaviour
 	}{
-		{"exec", execPrograms}, {"memory maps", memoryMaps}, {"direct IO", directIO}, {"sendfile", sendFiles},
+		{"exec", execPrograms}, {"memory maps", fileBehaviour(memoryMaps).each}, {"direct IO", directIO}, {"sendfile", fileBehaviour(sendFile).each},
 		{"seekdir", seekDirectories}, {"statfs", statFilesystem},
 		{"copy-up", copyUp}, {"renames", renames}, {"removals", removals},
 	} {
@@ -79,29 +93,6 @@ func sizes(root string) ([]string, error) {
 	return files, err
 }
 
-// eachSize opens every file of sizes.
-func eachSize(root string, flags int, do func(f *os.File, size int) error) error {
-	files, err := sizes(root)
-	if err != nil {
-		return err
-	}
-	for _, path := range files {
-		f, err := os.OpenFile(path, os.O_RDONLY|flags, 0)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		info, err := f.Stat()
-		if err != nil {
-			return err
-		}
-		if err := do(f, int(info.Size())); err != nil {
-			return fmt.Errorf("%s: %w", path, err)
-		}
-	}
-	return nil
-}
-
 func sum(b []byte) string { return fmt.Sprintf("%x", sha256.Sum256(b)) }
 
 func execPrograms(root string, say func(string, ...any)) error {
@@ -115,79 +106,133 @@ func execPrograms(root string, say func(string, ...any)) error {
 	return nil
 }
 
-// memoryMaps maps files shared and private, with the rest of their last page.
-func memoryMaps(root string, say func(string, ...any)) error {
-	return eachSize(root, 0, func(f *os.File, size int) error {
-		if size == 0 {
-			return nil
-		}
-		shared, err := unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ, unix.MAP_SHARED)
+// A fileBehaviour is what a behaviour does to one open file of sizes.
+type fileBehaviour func(f *os.File, name string, size int, say func(string, ...any)) error
+
+func (b fileBehaviour) each(root string, say func(string, ...any)) error {
+	files, err := sizes(root)
+	if err != nil {
+		return err
+	}
+	for _, path := range files {
+		f, err := os.Open(path)
 		if err != nil {
 			return err
 		}
-		defer unix.Munmap(shared)
-		private, err := unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
+		defer f.Close()
+		info, err := f.Stat()
 		if err != nil {
 			return err
 		}
-		defer unix.Munmap(private)
-		rest := private[size:min((size+4095)&^4095, cap(private))]
-		before := sum(shared)
-		for i := 0; i < size; i += 4096 {
-			private[i]++
+		if err := b(f, path[len(root):], int(info.Size()), say); err != nil {
+			return fmt.Errorf("%s: %w", path, err)
 		}
-		_, err = unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-		say("%s: %s, changed %s, still %v; rest %v; writable: %v", f.Name()[len(root):], before, sum(private), before == sum(shared), bytes.Count(rest, []byte{0}) == len(rest), err)
+	}
+	return nil
+}
+
+// memoryMaps maps a file shared and private, with the rest of its last page.
+func memoryMaps(f *os.File, name string, size int, say func(string, ...any)) error {
+	if size == 0 {
 		return nil
-	})
+	}
+	shared, err := unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(shared)
+	private, err := unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(private)
+	rest := private[size:min((size+4095)&^4095, cap(private))]
+	before := sum(shared)
+	for i := 0; i < size; i += 4096 {
+		private[i]++
+	}
+	_, err = unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	say("%s: %s, changed %s, still %v; rest %v; writable: %v", name, before, sum(private), before == sum(shared), bytes.Count(rest, []byte{0}) == len(rest), err)
+	return nil
 }
 
 func directIO(root string, say func(string, ...any)) error {
-	const page = 4096
 	probe, err := unix.Open(filepath.Join(root, "sizes/noise-1M"), unix.O_RDONLY|unix.O_DIRECT, 0)
 	if err != nil {
 		say("opening: %v", err)
 		return nil
 	}
 	unix.Close(probe)
+	return fileBehaviour(readDirectly).each(root, say)
+}
+
+// readDirectly opens the file anew, for direct I/O.
+func readDirectly(f *os.File, name string, size int, say func(string, ...any)) error {
+	const page = 4096
+	fd, err := unix.Open(f.Name(), unix.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
 	buf, err := unix.Mmap(-1, 0, 4<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE) // aligned
 	if err != nil {
 		return err
 	}
 	defer unix.Munmap(buf)
-	return eachSize(root, unix.O_DIRECT, func(f *os.File, size int) error {
-		n, err := unix.Pread(int(f.Fd()), buf, 0)
-		say("%s: %d bytes, %s, %v", f.Name()[len(root):], n, sum(buf[:max(n, 0)]), err)
-		if size > 2*page {
-			n, err := unix.Pread(int(f.Fd()), buf[:page], page)
-			say("a page of it: %s, %v", sum(buf[:max(n, 0)]), err)
-		}
-		return nil
-	})
+	n, err := unix.Pread(fd, buf, 0)
+	say("%s: %d bytes, %s, %v", name, n, sum(buf[:max(n, 0)]), err)
+	if size > 2*page {
+		n, err := unix.Pread(fd, buf[:page], page)
+		say("a page of it: %s, %v", sum(buf[:max(n, 0)]), err)
+	}
+	return nil
 }
 
-func sendFiles(root string, say func(string, ...any)) error {
-	return eachSize(root, 0, func(f *os.File, size int) error {
-		fd, err := unix.MemfdCreate("sent", unix.MFD_CLOEXEC)
-		if err != nil {
+func sendFile(f *os.File, name string, size int, say func(string, ...any)) error {
+	fd, err := unix.MemfdCreate("sent", unix.MFD_CLOEXEC)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	sent := 0
+	for sent < size {
+		n, err := unix.Sendfile(fd, int(f.Fd()), nil, size-sent)
+		if err != nil || n == 0 {
+			return fmt.Errorf("sendfile after %d bytes: %d, %w", sent, n, err)
+		}
+		sent += n
+	}
+	got := make([]byte, size)
+	if _, err := unix.Pread(fd, got, 0); err != nil {
+		return err
+	}
+	say("%s: %s", name, sum(got))
+	return nil
+}
+
+// readBackwards starts with the last page.
+func readBackwards(f *os.File, name string, size int, say func(string, ...any)) error {
+	const page = 4096
+	got := make([]byte, size)
+	for at := (size - 1) / page * page; at >= 0; at -= page {
+		if _, err := f.ReadAt(got[at:min(at+page, size)], int64(at)); err != nil {
 			return err
 		}
-		defer unix.Close(fd)
-		sent := 0
-		for sent < size {
-			n, err := unix.Sendfile(fd, int(f.Fd()), nil, size-sent)
-			if err != nil || n == 0 {
-				return fmt.Errorf("sendfile after %d bytes: %d, %w", sent, n, err)
-			}
-			sent += n
-		}
-		got := make([]byte, size)
-		if _, err := unix.Pread(fd, got, 0); err != nil {
-			return err
-		}
-		say("%s: %s", f.Name()[len(root):], sum(got))
-		return nil
-	})
+	}
+	say("%s: %s", name, sum(got))
+	return nil
+}
+
+// inTurns does the first thing to the first file, the second to the second, and so on.
+func inTurns(behaviours ...fileBehaviour) behaviour {
+	return func(root string, say func(string, ...any)) error {
+		i := 0
+		return fileBehaviour(func(f *os.File, name string, size int, say func(string, ...any)) error {
+			b := behaviours[i%len(behaviours)]
+			i++
+			return b(f, name, size, say)
+		}).each(root, say)
+	}
 }
 
 // dirent is an entry of a directory, with the offset behind it.

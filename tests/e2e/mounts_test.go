@@ -104,9 +104,10 @@ func TestMountModes(t *testing.T) {
 	w.pull(stock, eager, sparse)
 	w.eachMode(func(w *world) {
 		w.Cleanup(func() { requireNothingLeft(w, ref, sparse) })
+		require.Empty(w, w.pull(w.worker, lazy, ref).Gets(w.layers(images.SmallName)...))
+		requireSameCold(w, stock, ref)
 		require.Empty(w, w.pull(w.worker, lazy, sparse).Gets(w.layers(images.SparseName)...))
 		requireSameRoot(w, stock, sparse)
-		require.Empty(w, w.pull(w.worker, lazy, ref).Gets(w.layers(images.SmallName)...))
 		require.Equal(w, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
 		requireSameRoot(w, stock, ref)
 		requireSameBehaviour(w, stock, ref)

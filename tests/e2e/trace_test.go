@@ -15,6 +15,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/beam-cloud/containerd-clip/internal/testutil/need"
 	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
 	"github.com/beam-cloud/containerd-clip/tests/internal/images"
 )
@@ -139,7 +140,7 @@ func (w *world) screenshot(file, name string, scheme int) map[color.NRGBA]int {
 	w.Helper()
 	chromium, err := exec.LookPath("chromium")
 	if err != nil {
-		harness.Missing(w, "chromium: make deps installs it on Debian")
+		need.Missing(w, "chromium: make deps installs it on Debian")
 	}
 	shot := w.lab.Path(name + ".png")
 	cmd := exec.CommandContext(w.ctx, chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,1400",

@@ -51,8 +51,8 @@ func TestHugeHoles(t *testing.T) {
 	}
 }
 
-// TestRefusedImages pulls what containerd refuses to unpack. It is refused with clip as without, in the same words, and
-// nothing lazy is left behind.
+// TestRefusedImages pulls what containerd refuses to unpack: a sound base and a layer on it. It is refused with clip as
+// without, in the same words, and the layer is not committed; the base may be, until containerd collects it.
 func TestRefusedImages(t *testing.T) {
 	w := emptyWorld(t, "")
 	layout, refused, err := images.Refused(w.lab.Path("refused"))
@@ -63,6 +63,7 @@ func TestRefusedImages(t *testing.T) {
 	stock := w.stock()
 	for _, image := range refused {
 		t.Run(images.ShortName(image.Name), func(t *testing.T) {
+			w := w.in(t)
 			ref := w.ref(image.Name)
 			w.publish(image.Name)
 			indexed, err := w.builder.Clipctl(w.ctx, "index", ref, "--push")

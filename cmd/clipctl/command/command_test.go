@@ -279,9 +279,7 @@ func layout(t *testing.T) (string, *testutil.Image) {
 func writeLayout(t *testing.T, img *testutil.Image) string {
 	t.Helper()
 	dir := t.TempDir()
-	img.Blobs.Write(t, dir)
-	require.NoError(t, os.WriteFile(filepath.Join(dir, "oci-layout"), []byte(`{"imageLayoutVersion":"1.0.0"}`), 0o644))
-	require.NoError(t, os.WriteFile(filepath.Join(dir, "index.json"), testutil.JSON(t, ocispec.Index{Manifests: []ocispec.Descriptor{img.Descriptor}}), 0o644))
+	img.WriteLayout(t, dir)
 	return dir
 }
 

@@ -17,6 +17,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/beam-cloud/containerd-clip/internal/testutil/need"
 )
 
 // TestProxy counts requests, and refuses connections while it is off.
@@ -74,9 +76,7 @@ func TestProxy(t *testing.T) {
 
 // TestSweep ends what a lab left: a server's stubborn child with an environment of its own, and mounts.
 func TestSweep(t *testing.T) {
-	if os.Getuid() != 0 {
-		Missing(t, "mounts need root")
-	}
+	need.Root(t)
 	lab, err := NewLab(Options{Parent: t.TempDir()})
 	require.NoError(t, err)
 	ready := func(context.Context) error { return nil }

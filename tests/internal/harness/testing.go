@@ -4,6 +4,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/beam-cloud/containerd-clip/internal/testutil/need"
 )
 
 // logTail is how much of each server's log a failing test shows.
@@ -15,7 +17,7 @@ func ForTest(t testing.TB) *Lab {
 	t.Helper()
 	o, err := Installed()
 	if err != nil {
-		Missing(t, err.Error())
+		need.Missing(t, err.Error())
 	}
 	l, err := NewLab(o)
 	if err != nil {
@@ -30,15 +32,6 @@ func ForTest(t testing.TB) *Lab {
 		}
 	})
 	return l
-}
-
-// Missing fails the test in CI, where everything must be there, and skips it elsewhere.
-func Missing(t testing.TB, what string) {
-	t.Helper()
-	if os.Getenv("CI") != "" {
-		t.Fatal(what)
-	}
-	t.Skip(what)
 }
 
 func (l *Lab) showLogs(t testing.TB) {

@@ -12,14 +12,12 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
-	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
+	"github.com/beam-cloud/containerd-clip/internal/testutil/need"
 )
 
 // TestWriteUpper writes an overlay's upper directory as a layer.
 func TestWriteUpper(t *testing.T) {
-	if os.Getuid() != 0 {
-		harness.Missing(t, "device nodes and trusted attributes need root")
-	}
+	need.Root(t)
 	dir := t.TempDir()
 	path := func(name string) string { return filepath.Join(dir, name) }
 	require.NoError(t, os.Mkdir(path("opaque"), 0o711))
@@ -57,7 +55,7 @@ func TestWriteUpper(t *testing.T) {
 // TestSmallIsDeterministic makes the small images twice: same input, same digests.
 func TestSmallIsDeterministic(t *testing.T) {
 	if _, err := os.Stat(busybox); err != nil {
-		harness.Missing(t, "busybox-static is not installed")
+		need.Missing(t, "busybox-static is not installed")
 	}
 	blobs := func() []string {
 		l, err := Small(t.TempDir())

@@ -10,14 +10,12 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
-	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
+	"github.com/beam-cloud/containerd-clip/internal/testutil/need"
 )
 
 // TestDiff changes one thing at a time: a comparison that overlooks something is worth nothing.
 func TestDiff(t *testing.T) {
-	if os.Getuid() != 0 {
-		harness.Missing(t, "device nodes and owners need root")
-	}
+	need.Root(t)
 	for name, change := range map[string]func(path func(string) string) error{
 		"content is":             func(p func(string) string) error { return rewrite(p("file"), "CONTENT") },
 		"size is":                func(p func(string) string) error { return rewrite(p("file"), "longer content") },
