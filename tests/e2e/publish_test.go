@@ -234,6 +234,8 @@ func TestBuckets(t *testing.T) {
 		require.Empty(t, w.pull(w.worker, lazy, w.ref(name)).Gets(w.layers(name)...), "%s", w.daemon.Log())
 		require.Equal(t, "hello\n", w.run(w.worker, lazy, w.ref(name), "echo", "hello"))
 	}
+	require.Empty(t, w.doctor(w.worker, w.ref(images.SmallName), w.ref(images.SiblingName)), "it looks where the daemon does")
+	require.Contains(t, w.doctor(w.worker, w.ref(images.BaseName))["archive"].Found, "none")
 	require.FileExists(t, filepath.Join(s3.Root, "archives/by-name/small/busybox/1.clip"))
 	stored, err := filepath.Glob(w.lab.Path("archives", "*"))
 	require.NoError(t, err)

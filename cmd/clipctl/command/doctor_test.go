@@ -1,14 +1,18 @@
 package command
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
 
 	"github.com/beam-cloud/containerd-clip/internal/testutil"
+	"github.com/beam-cloud/containerd-clip/snapshotter/control"
+	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 )
 
 // TestDoctorState has archives of which one is none, and a kubelet that knows the daemon or does not.
@@ -61,4 +65,54 @@ func TestDoctorState(t *testing.T) {
 	require.NoError(t, os.WriteFile(keys, []byte("S3CRET"), 0o600))
 	require.Equal(t, warning, look()["logins"].Status)
 	require.NotContains(t, look()["logins"].Found, "S3CRET")
+}
+
+// patient is a daemon that answers as it is told.
+type patient struct {
+	fakeDaemon
+	status  control.Status
+	archive control.Archive
+	err     error // instead of both
+}
+
+func (p patient) Status(context.Context) (control.Status, error) { return p.status, p.err }
+
+func (p patient) Find(context.Context, control.Image) (control.Archive, error) {
+	return p.archive, p.err
+}
+
+// newDoctor returns one who looks at the daemon that serveDaemon serves at a socket.
+func newDoctor(socket string) *doctor {
+	return &doctor{globals: &globals{clipAddress: socket, address: socket + ".none"}}
+}
+
+// TestDoctorArchive has the daemon say what it finds for an image.
+func TestDoctorArchive(t *testing.T) {
+	for name, c := range map[string]struct {
+		patient             patient
+		status, has, remedy string
+	}{
+		"all lazy":  {patient{archive: control.Archive{Layers: 3, Lazy: 3}}, good, "all of its 3 layers", ""},
+		"not lazy":  {patient{archive: control.Archive{Layers: 3, Lazy: 1, NotLazy: "zstd window"}}, warning, "layer 2 and those above it are not lazy: zstd window", "another way"},
+		"of CLIP's": {patient{archive: control.Archive{Upstream: "/a/theirs.clip"}}, good, "/a/theirs.clip; the first pull", ""},
+		"none":      {patient{err: errdefs.ErrNotFound}, failure, "example.com/app:1 has none", "clipctl index example.com/app:1 --push"},
+		"older":     {patient{err: errdefs.ErrNotImplemented}, unknown, "another version", "one release"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDoctor(serveDaemon(t, c.patient))
+			d.archive(t.Context(), &control.Status{}, discover.Image{Ref: "example.com/app:1", Manifest: digest.FromString("")}, nil)
+			requireFinding(t, d, c.status, "archive", c.has, c.remedy)
+		})
+	}
+}
+
+// requireFinding is for a doctor with one finding.
+func requireFinding(t *testing.T, d *doctor, status, check, has, remedy string) {
+	t.Helper()
+	require.Len(t, d.findings, 1, "%+v", d.findings)
+	f := d.findings[0]
+	require.Equal(t, [2]string{status, check}, [2]string{f.Status, f.Check}, "%+v", f)
+	require.Contains(t, f.Found, has)
+	require.Contains(t, f.Remedy, remedy)
+	require.Equal(t, status == good, f.Remedy == "", "%+v", f)
 }

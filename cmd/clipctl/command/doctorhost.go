@@ -26,7 +26,10 @@ import (
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
-const restartDaemon = "look into its log (journalctl -u containerd-clip-grpc), then systemctl restart containerd-clip-grpc"
+const (
+	restartDaemon = "look into its log (journalctl -u containerd-clip-grpc), then systemctl restart containerd-clip-grpc"
+	sameRelease   = "install clipctl and daemon from one release, and restart the daemon"
+)
 
 // daemon checks that the daemon answers, and is not stuck. It returns what it
 // says, or nil.
@@ -43,7 +46,7 @@ func (d *doctor) daemon(ctx context.Context) *control.Status {
 	st, err := control.GetStatus(ctx, conn)
 	switch {
 	case errdefs.IsNotImplemented(err):
-		d.add(failure, "daemon", fmt.Sprintf("the daemon at %s is of another version: %v", address, err), "install clipctl and daemon from one release, and restart the daemon")
+		d.add(failure, "daemon", fmt.Sprintf("the daemon at %s is of another version: %v", address, err), sameRelease)
 		return nil
 	case errdefs.IsPermissionDenied(err), errors.Is(err, os.ErrPermission):
 		d.add(failure, "daemon", err.Error(), "run clipctl doctor as root")
@@ -174,7 +177,7 @@ func (d *doctor) disk(st *control.Status) {
 
 // registry checks that an image's registry answers as the daemon needs it, and
 // that the image has an archive.
-func (d *doctor) registry(ctx context.Context, ref string) {
+func (d *doctor) registry(ctx context.Context, st *control.Status, ref string) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	options := remote.Options{ConfigPath: d.options.hosts, GiveUp: 10 * time.Second}
@@ -204,7 +207,7 @@ func (d *doctor) registry(ctx context.Context, ref string) {
 		}
 		d.good("registry", "%s: %s delivers manifest and ranges of layers", ref, rc.(*remote.Reader).Host())
 	}
-	d.archive(ctx, discover.ImageOf(ref, manifest, m), fetcher)
+	d.archive(ctx, st, discover.ImageOf(ref, manifest, m), fetcher)
 }
 
 // remoteManifest returns the manifest of an image for this machine, from its registry.
@@ -255,27 +258,60 @@ func registryRemedy(err error) string {
 	return "check network, proxy and certificates, and the registry's hosts.toml below /etc/containerd/certs.d"
 }
 
-// archive looks for the image's archive as the daemon does.
-func (d *doctor) archive(ctx context.Context, image discover.Image, fetcher remotes.Fetcher) {
+// archive looks for the image's archive as the daemon does: it is asked, or if it
+// does not run, the registry is.
+func (d *doctor) archive(ctx context.Context, st *control.Status, image discover.Image, fetcher remotes.Fetcher) {
+	if st == nil {
+		found, err := findReferrer(ctx, image, fetcher)
+		if err == nil {
+			d.archiveFound(image.Ref, found)
+			return
+		}
+		d.add(unknown, "archive", fmt.Sprintf("%s has none in its registry: %v; the daemon, which may look elsewhere, does not answer", image.Ref, err), "start the daemon")
+		return
+	}
+	conn, err := d.globals.connectDaemon()
+	if err != nil {
+		d.add(unknown, "archive", err.Error(), restartDaemon)
+		return
+	}
+	defer conn.Close()
+	found, err := control.FindArchive(ctx, conn, control.Image{Ref: image.Ref, Manifest: image.Manifest, Link: image.Link})
+	switch {
+	case errdefs.IsNotImplemented(err):
+		d.add(unknown, "archive", "the daemon is of another version, and cannot be asked for archives", sameRelease)
+	case err != nil:
+		d.add(failure, "archive", fmt.Sprintf("%s has none: %v", image.Ref, err), "where the image is built: clipctl index "+image.Ref+" --push")
+	default:
+		d.archiveFound(image.Ref, found)
+	}
+}
+
+// archiveFound says how much of an image its archive makes lazy.
+func (d *doctor) archiveFound(ref string, a control.Archive) {
+	switch {
+	case a.Upstream != "":
+		d.good("archive", "%s: CLIP wrote %s; the first pull streams each layer once to index it", ref, a.Upstream)
+	case a.NotLazy != "":
+		d.add(warning, "archive", fmt.Sprintf("%s: layer %d and those above it are not lazy: %s", ref, a.Lazy+1, a.NotLazy), "build that layer in another way, or move it to the top")
+	default:
+		d.good("archive", "%s has one for all of its %d layers", ref, a.Layers)
+	}
+}
+
+// findReferrer looks for an archive that the image links to or that refers to it.
+func findReferrer(ctx context.Context, image discover.Image, fetcher remotes.Fetcher) (found control.Archive, err error) {
 	dir, err := os.MkdirTemp("", "clipctl-")
 	if err != nil {
-		d.add(unknown, "archive", err.Error(), "")
-		return
+		return found, err
 	}
 	defer os.RemoveAll(dir)
 	finder := discover.New(discover.Options{Dir: dir, Referrers: true, Fetcher: func(context.Context, string) (remotes.Fetcher, error) { return fetcher, nil }})
 	defer finder.Close()
-	a, release, err := finder.Find(ctx, image)
+	a, _, err := finder.Look(ctx, image)
 	if err != nil {
-		d.add(failure, "archive", fmt.Sprintf("%s has none in its registry: %v", image.Ref, err), "where the image is built: clipctl index "+image.Ref+" --push")
-		return
+		return found, err
 	}
-	defer release()
-	for i := range a.DiffIDs() {
-		if reason := a.NotLazy(i); reason != "" {
-			d.add(warning, "archive", fmt.Sprintf("%s: layer %d and those above it are not lazy: %s", image.Ref, i+1, reason), "build that layer in another way, or move it to the top")
-			return
-		}
-	}
-	d.good("archive", "%s has one for all of its %d layers", image.Ref, len(a.DiffIDs()))
+	defer a.Close() // it was only read from
+	return control.ArchiveOf(a), nil
 }
