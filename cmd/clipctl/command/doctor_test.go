@@ -2,6 +2,7 @@ package command
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -84,6 +85,27 @@ func (p patient) Find(context.Context, control.Image) (control.Archive, error) {
 // newDoctor returns one who looks at the daemon that serveDaemon serves at a socket.
 func newDoctor(socket string) *doctor {
 	return &doctor{globals: &globals{clipAddress: socket, address: socket + ".none"}}
+}
+
+// TestDoctorDaemon has daemons that do not say what they do.
+func TestDoctorDaemon(t *testing.T) {
+	damaged := fmt.Errorf("/r/metadata.db is damaged: %w", errdefs.ErrDataLoss)
+	for name, c := range map[string]struct {
+		patient
+		has, remedy string
+	}{
+		"damaged":       {patient{err: damaged}, "/r/metadata.db is damaged", "restarting it does not help"},
+		"older":         {patient{err: errdefs.ErrNotImplemented}, "another version", "one release"},
+		"newer":         {patient{status: control.Status{Version: control.Version + 1}}, "another version", "one release"},
+		"for root only": {patient{err: errdefs.ErrPermissionDenied}, "permission denied", "as root"},
+		"stuck":         {patient{err: errdefs.ErrUnavailable}, "nobody answers at", "systemctl restart"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDoctor(serveDaemon(t, c.patient))
+			require.Nil(t, d.daemon(t.Context()))
+			requireFinding(t, d, failure, "daemon", c.has, c.remedy)
+		})
+	}
 }
 
 // TestDoctorArchive has the daemon say what it finds for an image.

@@ -51,6 +51,10 @@ func (d *doctor) daemon(ctx context.Context) *control.Status {
 	case errdefs.IsPermissionDenied(err), errors.Is(err, os.ErrPermission):
 		d.add(failure, "daemon", err.Error(), "run clipctl doctor as root")
 		return nil
+	case errdefs.IsDataLoss(err):
+		d.add(failure, "daemon", err.Error(), "restarting it does not help: stop it and put a copy of metadata.db back; or end all containers of the snapshotter, "+
+			"move the daemon's root away, remove the images from containerd and pull them again")
+		return nil
 	case err != nil:
 		d.add(failure, "daemon", fmt.Sprintf("nobody answers at %s: %v", address, err), restartDaemon)
 		return nil
