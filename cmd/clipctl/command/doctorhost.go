@@ -60,8 +60,19 @@ func (d *doctor) daemon(ctx context.Context) *control.Status {
 		return nil
 	}
 	d.good("daemon", "process %d at %s, since %s", st.Daemon.PID, address, st.Daemon.Started.Local().Format(time.DateTime))
-	age := time.Duration(st.Daemon.OldestSeconds * float64(time.Second)).Round(time.Second / 10)
-	switch found := fmt.Sprintf("%d reads under way, the oldest for %s", st.Daemon.InFlight, age); {
+	d.reads(st.Daemon)
+	if !st.Daemon.Outlived {
+		d.add(warning, "restarts", "containers do not outlive the daemon", "use Linux 6.9 or newer; until then restart the daemon only when no lazy container runs")
+	} else {
+		d.good("restarts", "containers outlive the daemon")
+	}
+	return &st
+}
+
+// reads says whether reads get answers.
+func (d *doctor) reads(is control.Daemon) {
+	age := time.Duration(is.OldestSeconds * float64(time.Second)).Round(time.Second / 10)
+	switch found := fmt.Sprintf("%d reads under way, the oldest for %s", is.InFlight, age); {
 	case age > stuckAfter:
 		d.add(failure, "reads", found, "no read takes that long: "+restartDaemon+"; containers go on")
 	case age > slowAfter:
@@ -69,12 +80,6 @@ func (d *doctor) daemon(ctx context.Context) *control.Status {
 	default:
 		d.good("reads", "%s", found)
 	}
-	if !st.Daemon.Outlived {
-		d.add(warning, "restarts", "containers do not outlive the daemon", "use Linux 6.9 or newer; until then restart the daemon only when no lazy container runs")
-	} else {
-		d.good("restarts", "containers outlive the daemon")
-	}
-	return &st
 }
 
 const (
@@ -85,17 +90,20 @@ const (
 // kernel says what roots can be on this machine: what the daemon found out, or
 // what the same trial says here.
 func (d *doctor) kernel(ctx context.Context, st *control.Status) {
-	var can control.Daemon
 	if st != nil {
-		can = st.Daemon
-	} else {
-		ability, err := d.probe(ctx)
-		if errors.Is(err, os.ErrPermission) && os.Geteuid() != 0 {
-			d.add(unknown, "kernel", "trying it needs root", "run clipctl doctor as root")
-			return
-		}
-		can = control.Daemon{Mode: string(ability.Mode), NotLazy: message(err), Full: errors.Is(err, root.ErrFull), Nested: message(ability.Nested), Remap: message(ability.Remap)}
+		d.mounts(st.Daemon)
+		return
 	}
+	can, err := d.probe(ctx)
+	if errors.Is(err, os.ErrPermission) && os.Geteuid() != 0 {
+		d.add(unknown, "kernel", "trying it needs root", "run clipctl doctor as root")
+		return
+	}
+	d.mounts(control.Daemon{Mode: string(can.Mode), NotLazy: message(err), Full: errors.Is(err, root.ErrFull), Nested: message(can.Nested), Remap: message(can.Remap)})
+}
+
+// mounts says how roots are mounted, and what they cannot do.
+func (d *doctor) mounts(can control.Daemon) {
 	if can.Full {
 		d.add(failure, "kernel", "no lazy root can be mounted: "+can.NotLazy, "make room on the disk of the daemon's root; the daemon then goes on by itself")
 		return
@@ -163,11 +171,16 @@ func (d *doctor) disk(st *control.Status) {
 		d.add(unknown, "disk", fmt.Sprintf("%s: %v", dir, err), "run clipctl doctor as root")
 		return
 	}
-	free := int64(fs.Bavail) * fs.Bsize
+	d.room(st, dir, int64(fs.Type), int64(fs.Bavail)*fs.Bsize)
+}
+
+// room says whether the daemon's directory, on a file system of a kind of
+// statfs(2) and with so many bytes free, does for what is fetched.
+func (d *doctor) room(st *control.Status, dir string, kind, free int64) {
 	found := fmt.Sprintf("%s free at %s", size(free), dir)
 	switch {
-	case unfit[int64(fs.Type)] != "":
-		d.add(failure, "disk", dir+" is on "+unfit[int64(fs.Type)], "set root in /etc/containerd-clip-grpc/config.toml to a directory on a real file system, such as ext4 or xfs")
+	case unfit[kind] != "":
+		d.add(failure, "disk", dir+" is on "+unfit[kind], "set root in /etc/containerd-clip-grpc/config.toml to a directory on a real file system, such as ext4 or xfs")
 	case st != nil && st.Cache.InMemory:
 		d.add(failure, "disk", found+"; what is fetched cannot be stored and is served from memory", "make room, or raise cache.max_size")
 	case free < leastFree:
