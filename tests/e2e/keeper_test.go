@@ -210,6 +210,25 @@ func (w *world) keepers() (pids []int) {
 	return pids
 }
 
+// requireSecluded says that nothing takes a keeper along, and that it takes little itself.
+func (w *world) requireSecluded(keeper int) {
+	w.Helper()
+	session, err := unix.Getsid(keeper)
+	require.NoError(w, err)
+	require.Equal(w, keeper, session, "it has a session of its own")
+	score, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", keeper))
+	require.NoError(w, err)
+	require.Equal(w, "-1000", strings.TrimSpace(string(score)))
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", keeper))
+	require.NoError(w, err)
+	var own int
+	_, after, _ := strings.Cut(string(status), "RssAnon:")
+	_, err = fmt.Sscanf(after, "%d kB", &own)
+	require.NoError(w, err)
+	w.Logf("the keeper has %d KiB of its own", own)
+	require.Less(w, own, 16<<10)
+}
+
 // requireCleanEnd removes the image and stops the daemon.
 func (w *world) requireCleanEnd(ref string) {
 	w.Helper()
@@ -344,6 +363,7 @@ func TestKeeperKilled(t *testing.T) {
 				require.NoError(t, unix.Kill(pids[0], unix.SIGKILL))
 				return pids[0]
 			}
+			w.requireSecluded(w.keepers()[0])
 			old := killKeeper()
 			w.eventually("another keeper", func() bool { pids := w.keepers(); return len(pids) == 1 && pids[0] != old })
 			w.eventually("it has all", func() bool { return strings.Contains(w.daemon.Log(), "has everything") })
