@@ -165,11 +165,13 @@ func TestPackage(t *testing.T) {
 	const config = "version = 3\n[debug]\n  level = \"warn\"\n"
 	m := newMachine(t, config)
 	arch := strings.TrimSpace(m.command("dpkg", "--print-architecture"))
-	build := func(version string) string {
+	buildFor := func(arch, version string) string {
 		file := filepath.Join(t.TempDir(), "clip.deb")
 		m.command(filepath.Join(top, "packaging/deb"), installed.Product, arch, version, file)
 		return file
 	}
+	build := func(version string) string { return buildFor(arch, version) }
+	require.Equal(t, "riscv64\n", m.command("dpkg-deb", "--field", buildFor("riscv64", "1.0"), "Architecture"), "whatever this machine is")
 	before := m.inside("containerd", "config", "dump")
 	require.NotContains(t, before, "proxy_plugins.clip")
 

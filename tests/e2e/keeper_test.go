@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -17,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
@@ -155,9 +157,28 @@ func (r *readers) requireGoOn() {
 	r.Helper()
 	dropCaches(r.T)
 	before, inside := r.reads.Load(), r.rounds()
-	require.Eventually(r, func() bool {
+	if !assert.Eventually(r, func() bool {
 		return r.reads.Load() > before+int64(len(r.sums)*len(r.roots)) && r.rounds() > inside+len(r.roots)
-	}, 3*time.Minute, 100*time.Millisecond)
+	}, 3*time.Minute, 100*time.Millisecond) {
+		r.Fatalf("%d files read outside, %d rounds inside; what waits in the kernel:\n%s", r.reads.Load()-before, r.rounds()-inside, r.blocked())
+	}
+}
+
+var inFileSystem = regexp.MustCompile(`fuse_|erofs_|ovl_|folio_`)
+
+// blocked says where in the kernel threads of this process and of the lab's wait for a file system.
+func (w *world) blocked() string {
+	var all strings.Builder
+	for _, pid := range append(w.processes(""), os.Getpid()) {
+		threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid))
+		for _, thread := range threads {
+			name, _ := os.ReadFile(thread + "/comm")
+			if stack, err := os.ReadFile(thread + "/stack"); err == nil && inFileSystem.Match(stack) {
+				fmt.Fprintf(&all, "%s %s%s", thread, name, stack)
+			}
+		}
+	}
+	return all.String()
 }
 
 // end stops the readers: none read anything wrong, and no container ended.
