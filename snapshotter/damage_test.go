@@ -304,6 +304,8 @@ func TestMetadataDamaged(t *testing.T) {
 			require.ErrorIs(t, err, errdefs.ErrDataLoss)
 			require.ErrorIs(t, sn.Remove(t.Context(), "container"), errdefs.ErrDataLoss)
 			require.ErrorIs(t, sn.Cleanup(t.Context()), errdefs.ErrDataLoss)
+			_, err = sn.Status(t.Context())
+			require.ErrorIs(t, err, errdefs.ErrDataLoss, "clipctl doctor goes by it")
 			require.NoError(t, sn.Close())
 			require.FileExists(t, filepath.Join(dir, "snapshots/3/fs/precious"))
 

@@ -150,6 +150,19 @@ func (s *Snapshotter) Prune(ctx context.Context, what control.Prune) (control.Pr
 	return control.Pruned{Layers: len(layers), Bytes: freed}, nil
 }
 
+// Find implements control.Service.
+func (s *Snapshotter) Find(ctx context.Context, image control.Image) (control.Archive, error) {
+	a, upstream, err := s.finder.Look(ctx, discover.Image{Ref: image.Ref, Manifest: image.Manifest, Link: image.Link})
+	if upstream != "" {
+		return control.Archive{Upstream: upstream}, nil
+	}
+	if err != nil {
+		return control.Archive{}, err
+	}
+	defer a.Close() // it was only read from
+	return control.ArchiveOf(a), nil
+}
+
 // Fetches implements control.Service.
 func (s *Snapshotter) Fetches(_ context.Context, after time.Time) ([]control.Fetch, error) {
 	all := []control.Fetch{}

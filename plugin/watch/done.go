@@ -13,7 +13,7 @@ import (
 )
 
 // What is done is also said of each manifest in containerd's content store, by
-// LabelArchive, LabelFile and LabelStored with a digest of the plan in place of
+// labelArchive, labelFile and labelStored with a digest of the plan in place of
 // a platform. Labels of an image do not last: a pull, an import and a build of
 // the same name replace the image, labels and all.
 
@@ -35,12 +35,12 @@ func (k work) done(ctx context.Context, client *containerd.Client) (map[string]s
 	var places map[string]string
 	err := k.everywhere(ctx, client, func(_ context.Context, labels map[string]string) error {
 		found := map[string]string{}
-		for _, label := range []string{LabelArchive, LabelFile, LabelStored} {
+		for _, label := range []string{labelArchive, labelFile, labelStored} {
 			if place := labels[k.label(label)]; place != "" {
 				found[label] = place
 			}
 		}
-		if file := found[LabelFile]; file != "" {
+		if file := found[labelFile]; file != "" {
 			if _, err := os.Stat(file); err != nil {
 				return nil
 			}
@@ -66,7 +66,7 @@ func (k work) remember(ctx context.Context, client *containerd.Client, places ma
 func (k work) forget(ctx context.Context, client *containerd.Client) error {
 	return k.everywhere(ctx, client, func(ctx context.Context, labels map[string]string) error {
 		said := map[string]string{}
-		for _, label := range []string{LabelArchive, LabelFile, LabelStored} {
+		for _, label := range []string{labelArchive, labelFile, labelStored} {
 			if _, ok := labels[k.label(label)]; ok {
 				said[k.label(label)] = "" // containerd removes it
 			}
@@ -90,7 +90,7 @@ func (k work) displace(ctx context.Context, client *containerd.Client) error {
 		err := client.ContentStore().Walk(namespaces.WithNamespace(ctx, ns), func(info content.Info) error {
 			others[info.Digest] = true
 			return nil
-		}, fmt.Sprintf("labels.%q==%q", k.label(LabelStored), k.object))
+		}, fmt.Sprintf("labels.%q==%q", k.label(labelStored), k.object))
 		if err != nil {
 			return err
 		}

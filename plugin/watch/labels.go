@@ -19,12 +19,12 @@ const (
 	LabelTarget = "cloud.beam.clip/target"
 	// labelPlan is what was to be done: action, platforms, repository, object.
 	labelPlan = "cloud.beam.clip/plan"
-	// LabelArchive and a platform have the digest of the artifact in the registry.
-	LabelArchive = "cloud.beam.clip/archive."
-	// LabelFile and a platform have the name of the file that is kept.
-	LabelFile = "cloud.beam.clip/file."
-	// LabelStored and a platform have the URL of the object in a bucket or directory.
-	LabelStored = "cloud.beam.clip/stored."
+	// labelArchive and a platform have the digest of the artifact in the registry.
+	labelArchive = "cloud.beam.clip/archive."
+	// labelFile and a platform have the name of the file that is kept.
+	labelFile = "cloud.beam.clip/file."
+	// labelStored and a platform have the URL of the object in a bucket or directory.
+	labelStored = "cloud.beam.clip/stored."
 	// LabelError says why there is none.
 	LabelError = "cloud.beam.clip/error"
 	// LabelRetry is when that is tried again (RFC 3339). Without it an error is
@@ -57,7 +57,7 @@ func readStatus(labels map[string]string) status {
 
 // platformOf returns the platform in a label that says where an archive is.
 func platformOf(label string) (platform string, ok bool) {
-	for _, prefix := range []string{LabelArchive, LabelFile, LabelStored} {
+	for _, prefix := range []string{labelArchive, labelFile, labelStored} {
 		if platform, ok = strings.CutPrefix(label, prefix); ok {
 			return platform, true
 		}

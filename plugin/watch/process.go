@@ -234,8 +234,8 @@ func (w *Watcher) archive(ctx context.Context, source *export.Source, m export.M
 		return nil, err
 	}
 	if j.rule.keep {
-		places[LabelFile] = filepath.Join(w.opts.Directory, filepath.Base(path))
-		err = os.Rename(path, places[LabelFile])
+		places[labelFile] = filepath.Join(w.opts.Directory, filepath.Base(path))
+		err = os.Rename(path, places[labelFile])
 	} else {
 		err = os.Remove(path)
 	}
@@ -256,14 +256,14 @@ func (j job) publish(ctx context.Context, path string, manifest digest.Digest) (
 		if err != nil {
 			return nil, err
 		}
-		places[LabelArchive] = id.String()
+		places[labelArchive] = id.String()
 	}
 	if j.rule.to != nil {
 		name, err := j.rule.to.Put(ctx, path, j.at.ref, manifest)
 		if err != nil {
 			return nil, err
 		}
-		places[LabelStored] = j.rule.to.URL(name)
+		places[labelStored] = j.rule.to.URL(name)
 	}
 	return places, nil
 }

@@ -150,7 +150,7 @@ func TestStore(t *testing.T) {
 		places, err := j.publish(t.Context(), file, img.Descriptor.Digest)
 		require.NoError(t, err)
 		stored := dir + "/archives/team/app-1.clip"
-		require.Equal(t, map[string]string{LabelStored: "file://" + stored}, places)
+		require.Equal(t, map[string]string{labelStored: "file://" + stored}, places)
 		a, err := archive.OpenFile(stored)
 		require.NoError(t, err)
 		require.Equal(t, img.Descriptor.Digest, a.Info().Descriptor.Digest)
@@ -297,8 +297,8 @@ func TestStatus(t *testing.T) {
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	for _, s := range []status{
 		{target: target, plan: "push linux/amd64 example.com/app", err: "why", retry: at, archives: map[string]string{}},
-		{target: target, plan: "push linux/amd64 example.com/app", archives: map[string]string{LabelArchive + "linux/arm/v7": "sha256:1", LabelFile + "linux/arm/v7": "/b", LabelArchive + "linux/amd64": "sha256:2"}},
-		{target: target, plan: "index any example.com/app", archives: map[string]string{LabelFile + "linux/amd64": "/file", LabelStored + "linux/amd64": "s3://b/a.clip"}},
+		{target: target, plan: "push linux/amd64 example.com/app", archives: map[string]string{labelArchive + "linux/arm/v7": "sha256:1", labelFile + "linux/arm/v7": "/b", labelArchive + "linux/amd64": "sha256:2"}},
+		{target: target, plan: "index any example.com/app", archives: map[string]string{labelFile + "linux/amd64": "/file", labelStored + "linux/amd64": "s3://b/a.clip"}},
 	} {
 		require.NoError(t, s.write(t.Context(), r, "a:1"))
 		require.Equal(t, s, readStatus(r.image.Labels))

@@ -260,7 +260,7 @@ func TestFullDisk(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	require.True(t, s.full.Load())
+	require.Equal(t, 1.0, metric(t, s, "clip_cache_in_memory"))
 	require.LessOrEqual(t, s.memory.size, memorySize)
 	require.Zero(t, l.Fetched())
 	_, err = l.Fill(t.Context(), Fill{Want: l.All(), Bytes: 1 << 20, Pace: unpaced})
@@ -274,7 +274,7 @@ func TestFullDisk(t *testing.T) {
 	_, err = l.ReadAt(t.Context(), p, 0)
 	require.NoError(t, err)
 	require.Equal(t, stream[:len(p)], p)
-	require.False(t, s.full.Load())
+	require.Equal(t, 0.0, metric(t, s, "clip_cache_in_memory"))
 	require.GreaterOrEqual(t, l.Fetched(), int64(len(p)))
 
 	// It is fuller than the store may know: it gives up what it can.

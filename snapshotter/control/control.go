@@ -14,6 +14,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
 
+	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/snapshotter/unary"
 )
 
@@ -121,12 +122,43 @@ type Pruned struct {
 	Bytes  int64 `json:"bytes"` // of disk
 }
 
+// Image is what an archive is looked for, see discover.Image.
+type Image struct {
+	Ref      string        `json:"ref"`
+	Manifest digest.Digest `json:"manifest"`
+	Link     digest.Digest `json:"link,omitempty"`
+}
+
+// Archive is what the daemon would use for an image.
+type Archive struct {
+	Layers int `json:"layers,omitempty"`
+	// Lazy is how many of them are, from the lowest on, and NotLazy why the next is not.
+	Lazy    int    `json:"lazy,omitempty"`
+	NotLazy string `json:"notLazy,omitempty"`
+	// Upstream is a file that CLIP wrote, of which the archive is still to be
+	// made. Nothing else is known then.
+	Upstream string `json:"upstream,omitempty"`
+}
+
+// ArchiveOf describes an archive.
+func ArchiveOf(a *archive.Archive) Archive {
+	d := Archive{Layers: len(a.DiffIDs())}
+	for ; d.Lazy < d.Layers; d.Lazy++ {
+		if d.NotLazy = a.NotLazy(d.Lazy); d.NotLazy != "" {
+			break
+		}
+	}
+	return d
+}
+
 // Service is what the daemon can be asked.
 type Service interface {
 	Status(ctx context.Context) (Status, error)
 	Prune(ctx context.Context, what Prune) (Pruned, error)
 	// Fetches returns the last requests that began after a time.
 	Fetches(ctx context.Context, after time.Time) ([]Fetch, error)
+	// Find looks for an image's archive where a pull would.
+	Find(ctx context.Context, image Image) (Archive, error)
 }
 
 const serviceName = "containerd.clip.control.v1.Control"
@@ -147,6 +179,13 @@ func Register(server grpc.ServiceRegistrar, s Service) {
 					return nil, fmt.Errorf("time: %w: %w", err, errdefs.ErrInvalidArgument)
 				}
 				return s.Fetches(ctx, after)
+			}),
+			unary.Method("Find", func(ctx context.Context, s Service, arg string) (any, error) {
+				var image Image
+				if err := json.Unmarshal([]byte(arg), &image); err != nil {
+					return nil, fmt.Errorf("image: %w: %w", err, errdefs.ErrInvalidArgument)
+				}
+				return s.Find(ctx, image)
 			}),
 			unary.Method("Prune", func(ctx context.Context, s Service, arg string) (any, error) {
 				var what Prune
@@ -178,6 +217,17 @@ func AskPrune(ctx context.Context, conn grpc.ClientConnInterface, what Prune) (d
 	}
 	err = unary.Call(ctx, conn, serviceName, "Prune", string(arg), mostAnswer, &done)
 	return done, err
+}
+
+// FindArchive asks a daemon for the archive that it would use for an image. The
+// error is errdefs.ErrNotFound if there is none.
+func FindArchive(ctx context.Context, conn grpc.ClientConnInterface, image Image) (found Archive, err error) {
+	arg, err := json.Marshal(image)
+	if err != nil {
+		return found, err
+	}
+	err = unary.Call(ctx, conn, serviceName, "Find", string(arg), mostAnswer, &found)
+	return found, err
 }
 
 // GetFetches asks a daemon for its last requests that began after a time.

@@ -31,6 +31,13 @@ func (s service) Fetches(_ context.Context, after time.Time) ([]Fetch, error) {
 	return []Fetch{{Began: after, Reason: "reader"}}, nil
 }
 
+func (s service) Find(_ context.Context, image Image) (Archive, error) {
+	if image.Link == "" {
+		return Archive{}, errdefs.ErrNotFound
+	}
+	return Archive{Upstream: image.Ref + image.Manifest.String()}, nil
+}
+
 func serve(t *testing.T, s Service) grpc.ClientConnInterface {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "s")
@@ -60,8 +67,13 @@ func TestService(t *testing.T) {
 	all, err := GetFetches(t.Context(), conn, at)
 	require.NoError(t, err)
 	require.Equal(t, []Fetch{{Began: at, Reason: "reader"}}, all)
+	found, err := FindArchive(t.Context(), conn, Image{Ref: "a", Manifest: "b", Link: "c"})
+	require.NoError(t, err)
+	require.Equal(t, Archive{Upstream: "ab"}, found)
+	_, err = FindArchive(t.Context(), conn, Image{})
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
 
-	for _, method := range []string{"Prune", "Fetches"} {
+	for _, method := range []string{"Prune", "Fetches", "Find"} {
 		var answer any
 		err := unary.Call(t.Context(), conn, serviceName, method, "nonsense", mostAnswer, &answer)
 		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, method)

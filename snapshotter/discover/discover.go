@@ -244,52 +244,68 @@ func (f *Finder) release(r *result) {
 	}
 }
 
-// search looks for the archive of an image in all places, in the order that
-// docs/operating.md lists.
+// search looks for the archive of an image, or makes it of the one that CLIP wrote.
 func (f *Finder) search(ctx context.Context, r *result, image Image) (*archive.Archive, error) {
+	a, upstream, err := f.look(ctx, r.early, image)
+	if err != nil && upstream != "" {
+		return f.adopt(ctx, r, image.Ref, image.Manifest, upstream)
+	}
+	return a, err
+}
+
+// Look is Find for who only wants to know: nothing is remembered, and no archive
+// is made. If Find would make one, the error comes with the file that CLIP wrote.
+// The caller closes the archive.
+func (f *Finder) Look(ctx context.Context, image Image) (a *archive.Archive, upstream string, err error) {
+	if err := image.Manifest.Validate(); err != nil {
+		return nil, "", fmt.Errorf("manifest digest %q: %w", image.Manifest, errdefs.ErrInvalidArgument)
+	}
+	return f.look(ctx, nil, image)
+}
+
+// look looks for the archive of an image in all places, in the order that
+// docs/operating.md lists.
+func (f *Finder) look(ctx context.Context, early Early, image Image) (a *archive.Archive, upstream string, err error) {
 	if image.Link != "" && image.Ref != "" {
-		a, err := f.findLinked(ctx, r, image)
+		a, err := f.findLinked(ctx, early, image)
 		if err == nil {
-			return a, nil
+			return a, "", nil
 		}
 		log.G(ctx).WithError(err).WithField("image", image.Ref).Warn("the archive that the image links to cannot be used; looking for another")
 	}
 	local, err := f.findLocal(ctx, image.Ref, image.Manifest)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	if local.ours != "" {
-		return archive.OpenFile(local.ours)
+		a, err := archive.OpenFile(local.ours)
+		return a, "", err
 	}
 	if local.upstream != "" {
 		if a, err := archive.OpenFile(f.indexedPath(image.Manifest)); err == nil {
-			return a, nil // made earlier; if it is damaged it is made again
+			return a, "", nil // made earlier; if it is damaged it is made again
 		}
 	}
 	err = fmt.Errorf("archive of %s: %w", image.Manifest, errdefs.ErrNotFound)
 	if f.opts.Referrers && image.Ref != "" {
-		var a *archive.Archive
-		if a, err = f.findReferrer(ctx, r, image.Ref, image.Manifest); err == nil {
-			return a, nil
+		if a, err = f.findReferrer(ctx, early, image.Ref, image.Manifest); err == nil {
+			return a, "", nil
 		}
 	}
 	for _, source := range f.opts.Sources {
 		a, failed := f.findIn(ctx, source, image)
 		if failed == nil {
-			return a, nil
+			return a, "", nil
 		}
 		if !errdefs.IsNotFound(failed) {
 			log.G(ctx).WithError(failed).WithField("image", image.Ref).Warn("a source of archives is passed over")
 		}
 		err = fmt.Errorf("%w; %w", err, failed)
 	}
-	if local.upstream != "" {
-		return f.adopt(ctx, r, image.Ref, image.Manifest, local.upstream)
-	}
-	if local.unusable != nil {
+	if local.upstream == "" && local.unusable != nil {
 		err = fmt.Errorf("%w; %w", local.unusable, err)
 	}
-	return nil, err
+	return nil, local.upstream, err
 }
 
 // findIn looks for the image's archive in a source.

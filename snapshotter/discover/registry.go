@@ -29,7 +29,7 @@ type Artifact struct {
 }
 
 // findLinked fetches the archive that the image names.
-func (f *Finder) findLinked(ctx context.Context, r *result, image Image) (*archive.Archive, error) {
+func (f *Finder) findLinked(ctx context.Context, early Early, image Image) (*archive.Archive, error) {
 	ctx, cancel := context.WithTimeout(ctx, searchTimeout)
 	defer cancel()
 	fetcher, err := f.opts.Fetcher(ctx, image.Ref)
@@ -40,7 +40,7 @@ func (f *Finder) findLinked(ctx context.Context, r *result, image Image) (*archi
 	if err != nil {
 		return nil, fmt.Errorf("archive %s: %w", image.Link, err)
 	}
-	opened, err := f.download(ctx, fetcher, a, r.early)
+	opened, err := f.download(ctx, fetcher, a, early)
 	if err != nil {
 		return nil, fmt.Errorf("archive %s: %w", image.Link, err)
 	}
@@ -48,7 +48,7 @@ func (f *Finder) findLinked(ctx context.Context, r *result, image Image) (*archi
 }
 
 // findReferrer takes the newest archive that refers to the manifest and is usable.
-func (f *Finder) findReferrer(ctx context.Context, r *result, ref string, manifest digest.Digest) (*archive.Archive, error) {
+func (f *Finder) findReferrer(ctx context.Context, early Early, ref string, manifest digest.Digest) (*archive.Archive, error) {
 	ctx, cancel := context.WithTimeout(ctx, searchTimeout)
 	defer cancel()
 	fetcher, err := f.opts.Fetcher(ctx, ref)
@@ -57,7 +57,7 @@ func (f *Finder) findReferrer(ctx context.Context, r *result, ref string, manife
 	}
 	found, err := Referrers(ctx, fetcher, manifest)
 	for _, a := range found {
-		opened, failed := f.download(ctx, fetcher, a, r.early)
+		opened, failed := f.download(ctx, fetcher, a, early)
 		if failed == nil {
 			return opened, nil
 		}

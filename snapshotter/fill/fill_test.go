@@ -19,6 +19,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/stretchr/testify/require"
 
 	"github.com/beam-cloud/containerd-clip/archive/layer"
@@ -75,6 +76,27 @@ func open(t testing.TB, dir string, src cache.Fetcher, x *layer.Index, size cach
 	return s, l
 }
 
+// requireMetrics says how much there is to do, and the one phase in which a layer is.
+func requireMetrics(t *testing.T, f *Filler, backlog int64, phase Phase) {
+	t.Helper()
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(f.Collectors()...)
+	families, err := registry.Gather()
+	require.NoError(t, err)
+	layers := map[Phase]float64{}
+	for _, family := range families {
+		for _, m := range family.GetMetric() {
+			if family.GetName() == "clip_fill_backlog_bytes" {
+				require.Equal(t, float64(backlog), m.GetGauge().GetValue())
+			} else if n := m.GetGauge().GetValue(); n > 0 {
+				layers[Phase(m.GetLabel()[0].GetValue())] = n
+			}
+		}
+	}
+	require.Len(t, families, 2)
+	require.Equal(t, map[Phase]float64{phase: 1}, layers)
+}
+
 func TestFiller(t *testing.T) {
 	src, x := image(t, 60<<20)
 	s, l := open(t, t.TempDir(), src, x, cache.Limit{})
@@ -84,6 +106,7 @@ func TestFiller(t *testing.T) {
 	f.Add(l)
 	require.Eventually(t, func() bool { return l.Fetched() == l.Size() }, 30*time.Second, 10*time.Millisecond)
 	require.Equal(t, []State{{DiffID: x.DiffID, Done: l.Size(), Total: l.Size(), Phase: Done}}, f.State())
+	requireMetrics(t, f, 0, Done)
 	require.LessOrEqual(t, src.requests.Load(), int64(len(src.blob)/rangeSize+3), "few requests")
 	f.Remove(x.DiffID)
 	require.Empty(t, f.State())
@@ -98,7 +121,7 @@ func TestNobodyWorks(t *testing.T) {
 	time.Sleep(50 * time.Millisecond)
 	f.Close()
 	require.Zero(t, src.requests.Load())
-	require.Len(t, f.State(), 1)
+	requireMetrics(t, f, 0, Off)
 }
 
 // TestDelayAndFailures begins within the delay and twice the delay, and comes
@@ -115,10 +138,12 @@ func TestDelayAndFailures(t *testing.T) {
 		require.Len(t, f.State(), 1)
 		time.Sleep(time.Minute - time.Second)
 		require.Zero(t, src.requests.Load())
+		requireMetrics(t, f, l.Size(), Waiting)
 		time.Sleep(time.Minute + time.Second)
 		require.Positive(t, src.requests.Load())
 		time.Sleep(time.Hour)
 		require.Less(t, src.requests.Load(), int64(60), "it is not asked all the time")
+		requireMetrics(t, f, l.Size(), Failing)
 		src.away.Store(false)
 		time.Sleep(2 * mostPause)
 		require.Equal(t, l.Size(), l.Fetched())
@@ -154,7 +179,7 @@ func TestFullCache(t *testing.T) {
 		f := New(t.Context(), Options{Workers: 2})
 		f.Add(l)
 		time.Sleep(10 * time.Minute)
-		require.Equal(t, Paused, f.State()[0].Phase)
+		requireMetrics(t, f, l.Size()-l.Fetched(), Paused)
 		require.Positive(t, l.Fetched())
 		require.Less(t, l.Fetched(), l.Size())
 		require.LessOrEqual(t, src.requests.Load(), int64(50))

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -235,6 +236,43 @@ func dial(t *testing.T, addr *net.UnixAddr) *net.UnixConn {
 	require.NoError(t, err)
 	t.Cleanup(func() { conn.Close() })
 	return conn
+}
+
+// TestOtherUser connects as another user, whom no mode of a file keeps from it: the keeper hangs up.
+func TestOtherUser(t *testing.T) {
+	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Net: "unixpacket", Name: fmt.Sprintf("@keeper-test-%d", os.Getpid())})
+	require.NoError(t, err)
+	ended := make(chan error)
+	go func() { ended <- serve(l) }()
+	first := dial(t, l.Addr().(*net.UnixAddr))
+	require.NoError(t, send(first, message{Op: opList}, nil))
+	_, _, err = receive(first)
+	require.NoError(t, err)
+
+	const keep = ^uintptr(0)
+	other := make(chan error)
+	go func() {
+		runtime.LockOSThread() // which ends with the goroutine
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, keep, 65534, keep); errno != 0 {
+			other <- errno
+			return
+		}
+		conn, err := net.DialUnix("unixpacket", nil, l.Addr().(*net.UnixAddr))
+		if err == nil {
+			defer conn.Close()
+			_ = send(conn, message{Op: opList}, nil) // it may be gone already
+			_, _, err = receive(conn)
+		}
+		other <- err
+	}()
+	err = <-other
+	require.NotErrorIs(t, err, unix.EPERM, "this needs root")
+	require.Error(t, err)
+	require.NoError(t, send(first, message{Op: opList}, nil), "others are answered still")
+	_, _, err = receive(first)
+	require.NoError(t, err)
+	first.Close()
+	require.NoError(t, <-ended)
 }
 
 // serviceManager does what systemd's documentation says of the store, but that it

@@ -3,13 +3,17 @@ package remote
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"net/http"
 	"net/url"
 	"regexp"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -28,6 +32,10 @@ func (c *Client) Fetcher(ctx context.Context, ref string) (remotes.Fetcher, erro
 // Resolve returns what the reference ref names in its registry now.
 func (c *Client) Resolve(ctx context.Context, ref string) (ocispec.Descriptor, error) {
 	_, desc, err := c.resolver().Resolve(ctx, ref)
+	// containerd gives this no kind, so that it looks like any failure.
+	if status, ok := errors.AsType[remoteerrors.ErrUnexpectedStatus](err); ok && status.StatusCode == http.StatusForbidden {
+		err = fmt.Errorf("%w: %w", err, errdefs.ErrPermissionDenied)
+	}
 	return desc, redacted(err)
 }
 

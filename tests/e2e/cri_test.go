@@ -36,10 +36,10 @@ func (p *private) fault(rw http.ResponseWriter, r *http.Request, next http.Handl
 			return
 		}
 		p.given.Add(1)
-		fmt.Fprintf(rw, `{"token":"t%d","expires_in":300}`, p.token.Load())
+		fmt.Fprintf(rw, `{"token":"%s-t%d","expires_in":300}`, secret, p.token.Load())
 		return
 	}
-	if r.Header.Get("Authorization") != fmt.Sprint("Bearer t", p.token.Load()) {
+	if r.Header.Get("Authorization") != fmt.Sprintf("Bearer %s-t%d", secret, p.token.Load()) {
 		challenge := fmt.Sprintf(`Bearer realm="http://%s/token",service="x"`, r.Host)
 		answer(http.StatusUnauthorized, "WWW-Authenticate", challenge)(rw, r, next)
 		return
@@ -135,20 +135,21 @@ func (k *kubelet) runIn(pod string, config *runtime.PodSandboxConfig, name, ref 
 }
 
 // TestCRI pulls an image of a private registry as a kubelet does, with the daemon as its image service: the pull is
-// lazy, and containers read with the credentials of the pull, also after tokens ended and the daemon was killed.
+// lazy, and containers read with the credentials of the pull, also after tokens ended and the daemon was killed. They are
+// in no log.
 func TestCRI(t *testing.T) {
 	k := newKubelet(t, "")
 	ref := k.ref(images.SmallName)
-	secret := &private{user: "robot", password: "secret"}
-	k.registry.Misbehave(secret.fault)
-	require.NoError(t, k.pullImage(k.ref(images.PauseName), secret.auth()))
+	registry := &private{user: "robot", password: secret}
+	k.registry.Misbehave(registry.fault)
+	require.NoError(t, k.pullImage(k.ref(images.PauseName), registry.auth()))
 
-	wrong := &runtime.AuthConfig{Username: "robot", Password: "wrong"}
+	wrong := &runtime.AuthConfig{Username: "robot", Password: secret + "-wrong"}
 	for _, auth := range []*runtime.AuthConfig{nil, wrong} {
 		require.Error(t, k.pullImage(ref, auth))
 	}
 	k.registry.Reset()
-	require.NoError(t, k.pullImage(ref, secret.auth()))
+	require.NoError(t, k.pullImage(ref, registry.auth()))
 	require.Empty(t, k.registry.Requests().Gets(k.layers(images.SmallName)...), "a pull downloads no layer:\n%s", k.registry.Requests())
 	require.Error(t, k.pullImage(ref, wrong), "which takes no good ones away")
 
@@ -161,19 +162,23 @@ func TestCRI(t *testing.T) {
 		require.NotEmpty(t, r.Range, "reads are spans: %s", r)
 	}
 
-	given := secret.given.Load()
-	secret.token.Add(1) // what was given is good no more
+	given := registry.given.Load()
+	registry.token.Add(1) // what was given is good no more
 	k.daemon.Kill()
 	require.NoError(t, k.lab.RestartDaemon(k.ctx, k.daemon))
 	k.registry.Reset()
 	k.runIn(pod, config, "second", ref, "find", "/sizes", "-type", "f", "-exec", "md5sum", "{}", ";")
 	require.NotEmpty(t, k.registry.Requests().Gets(k.layers(images.SmallName)...))
-	require.Greater(t, secret.given.Load(), given)
+	require.Greater(t, registry.given.Load(), given)
 
 	st, err := os.Stat(filepath.Join(filepath.Dir(k.daemon.Socket), "credentials.json"))
 	require.NoError(t, err)
 	require.Equal(t, os.FileMode(0o600), st.Mode())
 	k.requireForwarded(ref)
+	requireNoSecret(t, "the daemon", k.daemon.Log())
+	for _, auth := range []*runtime.AuthConfig{registry.auth(), {Auth: base64.StdEncoding.EncodeToString([]byte("robot:" + wrong.Password))}} {
+		require.NotContains(t, k.daemon.Log(), auth.Auth)
+	}
 }
 
 // byID orders images: containerd's order changes from call to call.

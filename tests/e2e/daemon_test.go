@@ -1,9 +1,11 @@
 package e2e
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -101,6 +103,53 @@ func TestDaemonRestart(t *testing.T) {
 			requireSameRoot(w, stock, ref)
 		})
 	}
+}
+
+// reboot leaves of the worker, which has one container, what a power cut would, and starts it again: what is on disk, but
+// for what is below /run elsewhere. Nothing runs, and nothing is mounted.
+func (w *world) reboot(container string) {
+	w.Helper()
+	task := w.pid(container)
+	w.daemon.Kill()
+	w.worker.Kill()
+	pids := append(w.processes("-address "+w.worker.Socket), task) // shims, which do not get to clean up
+	for _, pid := range append(pids, w.keepers()...) {
+		require.NoError(w, unix.Kill(pid, unix.SIGKILL))
+	}
+	for _, dir := range []string{w.lab.Path("worker"), w.daemon.Root} {
+		for _, point := range slices.Backward(harness.MountsUnder(dir)) {
+			require.NoError(w, unix.Unmount(point, unix.MNT_DETACH))
+		}
+	}
+	for _, run := range []string{w.lab.Path("worker", "state"), w.lab.Path("worker", "runc"), w.worker.Socket, w.daemon.Socket} {
+		require.NoError(w, os.RemoveAll(run))
+	}
+	w.eventually("no keeper", func() bool { return len(w.keepers()) == 0 })
+	dropCaches(w.T)
+	require.NoError(w, w.lab.RestartDaemon(w.ctx, w.daemon))
+	require.NoError(w, w.lab.RestartContainerd(w.ctx, w.worker))
+}
+
+// requireSurvivesReboot starts a container again after a power cut: it has its image, and what it wrote.
+func (w *world) requireSurvivesReboot(ref string) {
+	w.Helper()
+	const id = "survivor"
+	root, roots := func() string { return fmt.Sprintf("/proc/%d/root", w.pid(id)) }, filepath.Join(w.daemon.Root, "roots")
+	require.NoError(w, w.worker.StartContainer(w.ctx, lazy, ref, id, "sleep", "1000"))
+	want, err := sumOf(filepath.Join(root(), noise))
+	require.NoError(w, err)
+	require.NoError(w, os.WriteFile(filepath.Join(root(), "written"), []byte("by a container"), 0o600))
+	w.reboot(id)
+	require.Empty(w, harness.MountsUnder(roots))
+	w.ctr(w.worker, "task", "start", "--detach", "--fifo-dir", w.lab.Path("worker", "fifo"), id)
+	require.Len(w, harness.MountsUnder(roots), 1)
+	got, err := sumOf(filepath.Join(root(), noise))
+	require.NoError(w, err)
+	require.Equal(w, want, got)
+	text, err := os.ReadFile(filepath.Join(root(), "written"))
+	require.NoError(w, err)
+	require.Equal(w, "by a container", string(text))
+	require.NoError(w, w.worker.RemoveContainer(w.ctx, id))
 }
 
 // TestNamespaceFlag indexes an image of another namespace than the default one.

@@ -54,6 +54,10 @@ func TestDoctor(t *testing.T) {
 	require.Len(t, wrong, 2)
 	require.Contains(t, wrong["archive"].Remedy, "clipctl index "+w.ref(images.SiblingName)+" --push")
 	require.Contains(t, wrong["registry"].Found, "none")
+	// The daemon's archives count, and where else it looks.
+	file := w.placeArchive(images.SiblingName, "sibling.clip")
+	require.Empty(t, w.doctor(w.worker, w.ref(images.SiblingName)))
+	require.NoError(t, os.Remove(file))
 	require.NoError(t, w.registry.SwitchOff())
 	require.Contains(t, w.doctor(w.worker, ref)["registry"].Remedy, "network")
 	require.NoError(t, w.registry.SwitchOn())

@@ -126,6 +126,35 @@ func (m *machine) requireCompletion(share, zsh string) {
 	}
 }
 
+// withSystemd gives the machine a systemctl that does nothing, and returns what was asked of it since the last call.
+func (m *machine) withSystemd() (asked func() []string) {
+	m.Helper()
+	require.NoError(m, os.MkdirAll(m.path("run/systemd/system"), 0o755))
+	log := m.path("systemctl.log")
+	require.NoError(m, os.WriteFile(m.path("bin/systemctl"), []byte("#!/bin/sh\necho $* >>/systemctl.log\n"), 0o755))
+	return func() []string {
+		text, err := os.ReadFile(log)
+		require.NoError(m, err)
+		require.NoError(m, os.Remove(log))
+		return strings.Split(strings.TrimSpace(strings.ReplaceAll(string(text), "containerd-clip-grpc.service", "it")), "\n")
+	}
+}
+
+// requireRefusal has the package not be removed while roots are mounted, wherever they are.
+func (m *machine) requireRefusal(asked func() []string) {
+	m.Helper()
+	require.NoError(m, os.Mkdir(m.path("proc"), 0o755))
+	for _, mounted := range []string{"/srv/clip/roots/7/image /srv/clip/roots/7/mnt erofs ro 0 0\n", "clip /srv/clip/roots/12/mnt fuse.clip ro 0 0\n"} {
+		require.NoError(m, os.WriteFile(m.path("proc/mounts"), []byte(mounted), 0o644))
+		out, err := exec.CommandContext(m.Context(), "dpkg", "--root="+m.root, "--force-depends", "-r", "containerd-clip").CombinedOutput()
+		require.Error(m, err)
+		require.Contains(m, string(out), "remove them first")
+		require.Equal(m, []string{"stop it", "start it"}, asked()[:2])
+		require.FileExists(m, m.path("etc/containerd/conf.d/50-clip.toml"))
+	}
+	require.NoError(m, os.WriteFile(m.path("proc/mounts"), []byte("/dev/sda /srv/roots/7/mnt ext4 rw 0 0\n"), 0o644))
+}
+
 // TestPackage installs, upgrades, removes and purges the Debian package in a root of its own: containerd's configuration
 // is right when it is there, and what it was when it is gone.
 func TestPackage(t *testing.T) {
@@ -136,11 +165,13 @@ func TestPackage(t *testing.T) {
 	const config = "version = 3\n[debug]\n  level = \"warn\"\n"
 	m := newMachine(t, config)
 	arch := strings.TrimSpace(m.command("dpkg", "--print-architecture"))
-	build := func(version string) string {
+	buildFor := func(arch, version string) string {
 		file := filepath.Join(t.TempDir(), "clip.deb")
 		m.command(filepath.Join(top, "packaging/deb"), installed.Product, arch, version, file)
 		return file
 	}
+	build := func(version string) string { return buildFor(arch, version) }
+	require.Equal(t, "riscv64\n", m.command("dpkg-deb", "--field", buildFor("riscv64", "1.0"), "Architecture"), "whatever this machine is")
 	before := m.inside("containerd", "config", "dump")
 	require.NotContains(t, before, "proxy_plugins.clip")
 
@@ -150,7 +181,9 @@ func TestPackage(t *testing.T) {
 	other, err := os.ReadFile(build("1.0"))
 	require.NoError(t, err)
 	require.True(t, bytes.Equal(one, other), "the same input makes the same bytes")
+	asked := m.withSystemd()
 	m.dpkg("-i", first)
+	require.Equal(t, []string{"enable --quiet it", "daemon-reload", "restart it"}, asked())
 	require.Contains(t, m.said, `imports = ["/etc/containerd/conf.d/*.toml"]`, "it says what is left to do")
 	require.Contains(t, m.inside("containerd-clip-grpc", "--help"), "snapshotter")
 	unit, err := os.ReadFile(m.path("usr/lib/systemd/system/containerd-clip-grpc.service"))
@@ -164,9 +197,13 @@ func TestPackage(t *testing.T) {
 	require.Contains(t, m.dpkg("-i", build("1.1")), "50-clip.toml is as it should be")
 	require.Contains(t, m.inside("containerd", "config", "dump"), "proxy_plugins.clip", "an upgrade leaves it alone")
 
+	require.Equal(t, []string{"daemon-reload", "enable --quiet it", "daemon-reload", "restart it"}, asked(), "it is not stopped")
+	m.requireRefusal(asked)
+
 	state := m.path("var/lib/containerd-clip-grpc")
 	require.NoError(t, os.MkdirAll(state, 0o700))
 	m.dpkg("-r", "containerd-clip")
+	require.Equal(t, []string{"stop it", "disable --quiet it", "daemon-reload"}, asked())
 	require.Equal(t, []string{"/var/lib/containerd-clip-grpc"}, m.clipFiles())
 	require.Equal(t, before, m.inside("containerd", "config", "dump"))
 	now, err := os.ReadFile(m.path("etc/containerd/config.toml"))

@@ -73,13 +73,27 @@ func (n node) buildInstaller() {
 	require.NoError(n, err)
 }
 
-// install runs the pod of the DaemonSet: privileged, with the node's processes and its root.
+// runInstaller runs the pod of the DaemonSet: privileged, with the node's processes and its root.
+func (n node) runInstaller(flags ...string) (string, error) {
+	result, err := n.builder.RunContainerWith(n.ctx, append(flags, "--privileged", "--with-ns", fmt.Sprintf("pid:/proc/%d/ns/pid", n.systemd.Pid()),
+		"--mount", "type=bind,src="+n.lab.Path("node")+",dst=/host,options=rbind:rw"), eager, installer, "installer")
+	return result.Stdout, err
+}
+
 func (n node) install() string {
 	n.Helper()
-	result, err := n.builder.RunContainerWith(n.ctx, []string{"--privileged", "--with-ns", fmt.Sprintf("pid:/proc/%d/ns/pid", n.systemd.Pid()),
-		"--mount", "type=bind,src=" + n.lab.Path("node") + ",dst=/host,options=rbind:rw"}, eager, installer, "installer")
+	said, err := n.runInstaller()
 	require.NoError(n, err)
-	return result.Stdout
+	return said
+}
+
+// installUntil has the pod end before it runs a command on the node.
+func (n node) installUntil(command string) {
+	n.Helper()
+	script := "#!/bin/sh\n[ \"$*\" != '" + command + "' ] || exit 1\nexec nsenter --target 1 --mount --uts --ipc --net -- \"$@\"\n"
+	require.NoError(n, os.WriteFile(n.lab.Path("node/on-host"), []byte(script), 0o755))
+	_, err := n.runInstaller("--env", "ON_HOST=/host/on-host")
+	require.Error(n, err)
 }
 
 func (n node) on(program string, args ...string) string {
@@ -109,6 +123,8 @@ func TestNode(t *testing.T) {
 	ref := n.ref(images.SmallName)
 	require.NotContains(t, n.on("ctr", "plugins", "ls"), " clip ")
 
+	n.installUntil("systemctl restart containerd.service")
+	require.NotContains(t, n.on("ctr", "plugins", "ls"), " clip ")
 	require.Contains(t, n.install(), "containerd-clip is on this node")
 	require.Equal(t, "active", n.shows(harness.Service, "ActiveState"))
 	require.Equal(t, "enabled", n.shows(harness.Service, "UnitFileState"))
@@ -125,6 +141,8 @@ func TestNode(t *testing.T) {
 	n.install()
 	require.Equal(t, daemon, n.shows(harness.Service, "ExecMainPID"), "nothing has changed")
 	require.NoError(t, os.Truncate(n.lab.Path("node/usr/local/bin/clipctl"), 0))
+	n.installUntil("systemctl restart containerd-clip-grpc.service")
+	require.Equal(t, daemon, n.shows(harness.Service, "ExecMainPID"), "that of the old version")
 	n.install()
 	require.NotEqual(t, daemon, n.shows(harness.Service, "ExecMainPID"), "a new version")
 	require.Equal(t, containerd, n.shows("containerd.service", "ExecMainPID"), "which containerd does not see")

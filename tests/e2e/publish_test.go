@@ -197,11 +197,16 @@ func TestConvert(t *testing.T) {
 func (w *world) startS3() (s3 *harness.S3, options string) {
 	w.Helper()
 	require.NoError(w, os.MkdirAll(w.lab.Path("home", ".aws"), 0o700))
-	credentials := fmt.Sprintf("[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n", harness.S3AccessKey, harness.S3SecretKey)
-	require.NoError(w, os.WriteFile(w.lab.Path("home", ".aws", "credentials"), []byte(credentials), 0o600))
+	w.writeS3Keys(harness.S3SecretKey)
 	s3, err := w.lab.StartS3(w.ctx)
 	require.NoError(w, err)
 	return s3, "?region=" + harness.S3Region + "&use_path_style=true&endpoint=" + s3.Endpoint()
+}
+
+func (w *world) writeS3Keys(secret string) {
+	w.Helper()
+	credentials := fmt.Sprintf("[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n", harness.S3AccessKey, secret)
+	require.NoError(w, os.WriteFile(w.lab.Path("home", ".aws", "credentials"), []byte(credentials), 0o600))
 }
 
 // discoverIn has the daemon look for archives in two places instead of the registry.
@@ -234,6 +239,8 @@ func TestBuckets(t *testing.T) {
 		require.Empty(t, w.pull(w.worker, lazy, w.ref(name)).Gets(w.layers(name)...), "%s", w.daemon.Log())
 		require.Equal(t, "hello\n", w.run(w.worker, lazy, w.ref(name), "echo", "hello"))
 	}
+	require.Empty(t, w.doctor(w.worker, w.ref(images.SmallName), w.ref(images.SiblingName)), "it looks where the daemon does")
+	require.Contains(t, w.doctor(w.worker, w.ref(images.BaseName))["archive"].Found, "none")
 	require.FileExists(t, filepath.Join(s3.Root, "archives/by-name/small/busybox/1.clip"))
 	stored, err := filepath.Glob(w.lab.Path("archives", "*"))
 	require.NoError(t, err)
@@ -260,6 +267,7 @@ func TestBuckets(t *testing.T) {
 		result, err := w.worker.Clipctl(w.ctx, c.args...)
 		require.Error(t, err)
 		requireClear(t, result.Stderr, c.says...)
+		require.NotContains(t, result.Output(), harness.S3SecretKey)
 	}
 	_, err = w.builder.Clipctl(w.ctx, "push", file, "--to", "s3://archives/pushed.clip"+options)
 	require.NoError(t, err)
@@ -268,4 +276,12 @@ func TestBuckets(t *testing.T) {
 	got, err := os.ReadFile(filepath.Join(s3.Root, "archives/pushed.clip"))
 	require.NoError(t, err)
 	require.Equal(t, want, got)
+
+	// A source that refuses the keys is named in the log, without them.
+	w.writeS3Keys(secret)
+	w.discoverIn(inS3, inFiles)
+	w.pull(w.worker, lazy, w.ref(images.SiblingName))
+	require.Contains(t, w.daemon.Log(), "a source of archives is passed over")
+	requireNoSecret(t, "the daemon", w.daemon.Log())
+	require.NotContains(t, w.daemon.Log(), harness.S3SecretKey)
 }

@@ -27,7 +27,7 @@ import (
 )
 
 // soakTime is set by `make soak`.
-var soakTime = flag.Duration("soak", 25*time.Second, "how long TestSoak goes on")
+var soakTime = flag.Duration("soak", 25*time.Second, "how long TestSoak goes on at least")
 
 // soakConfigs are what a daemon may be started with. A change of mode is for the roots that are mounted next.
 var soakConfigs = []string{
@@ -44,7 +44,9 @@ type soak struct {
 	disk    string // file system that all of the daemon's files are on
 	install func(version string)
 	version int
+	deck    []string // kinds of disturbances that are still to come before any comes again
 	happens []happening
+	kills   int // of the daemon
 
 	churned, refused int // commands of containers that come and go
 }
@@ -55,8 +57,8 @@ type happening struct {
 	began, end time.Time
 }
 
-// TestSoak has containers read while everything around them fails: none reads anything wrong, none gets an error, and
-// when all is over nothing is left. `make soak SOAK=1h` does it for longer.
+// TestSoak has containers read while everything around them fails, in each way at least once: none reads anything wrong,
+// none gets an error, and when all is over nothing is left. `make soak SOAK=1h` does it for longer.
 func TestSoak(t *testing.T) {
 	s := newSoak(t)
 	idle, _ := s.goroutines()
@@ -68,7 +70,8 @@ func TestSoak(t *testing.T) {
 	s.readers.start(3)
 	stop, churn := make(chan struct{}), sync.WaitGroup{}
 	churn.Go(func() { s.churn(stop) })
-	for end := time.Now().Add(*soakTime); time.Now().Before(end); {
+	s.deck = s.shuffled()
+	for end := time.Now().Add(*soakTime); len(s.deck) > 0 || time.Now().Before(end); {
 		s.disturb()
 		time.Sleep(rand.N(2 * time.Second)) // containerd dials again only after a while
 	}
@@ -76,6 +79,7 @@ func TestSoak(t *testing.T) {
 	churn.Wait()
 	s.requireGoOn()
 	s.report()
+	require.Greater(t, s.churned, s.refused, "no container came and went")
 	s.end()
 	s.requireNothingLeft(before, idle)
 	s.requireCleanEnd(s.ref)
@@ -159,9 +163,9 @@ func mountSmallDisk(t *testing.T, lab *harness.Lab, dir string) {
 	}
 }
 
-// disturb does one thing at random.
-func (s *soak) disturb() {
-	all := map[string]func(){
+// disturbances are what can be done to the world.
+func (s *soak) disturbances() map[string]func() {
+	return map[string]func(){
 		"kill -9":              func() { s.killed(300 * time.Millisecond) },
 		"kill -9 at once":      func() { s.killed(0) },
 		"killed three times":   func() { s.killed(0); s.killed(0); s.killed(0) },
@@ -177,17 +181,35 @@ func (s *soak) disturb() {
 		"caches dropped":       func() { dropCaches(s.T) },
 		"stopped, then killed": func() { s.signal(unix.SIGSTOP); s.killed(0) },
 	}
-	what := slices.Sorted(maps.Keys(all))[rand.IntN(len(all))]
+}
+
+// shuffled returns all kinds of disturbances in random order.
+func (s *soak) shuffled() []string {
+	all := slices.Sorted(maps.Keys(s.disturbances()))
+	rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	return all
+}
+
+// disturb does the next thing to the world, after which reads go on.
+func (s *soak) disturb() {
+	if len(s.deck) == 0 {
+		s.deck = s.shuffled()
+	}
+	what := s.deck[0]
+	s.deck = s.deck[1:]
 	dropCaches(s.T) // what is read meanwhile, the daemon is asked for
 	began := time.Now()
-	all[what]()
+	s.disturbances()[what]()
 	s.happens = append(s.happens, happening{what, began, time.Now()})
+	before := s.reads.Load()
+	s.eventually("reads go on after: "+what, func() bool { return s.reads.Load() > before })
 }
 
 func (s *soak) signal(signal unix.Signal) { require.NoError(s, unix.Kill(s.daemon.Pid(), signal)) }
 
 func (s *soak) killed(away time.Duration) {
 	s.daemon.Kill()
+	s.kills++
 	if away > 0 {
 		time.Sleep(rand.N(away))
 	}
@@ -291,18 +313,26 @@ func (s *soak) churn(stop chan struct{}) {
 			continue // the sibling has another top
 		}
 		command(ctx, "image", "pull", "--snapshotter", lazy, ref)
-		result, err := s.worker.RunContainer(ctx, lazy, ref, fmt.Sprint("churn", i), "md5sum", name)
-		s.churned++
-		if err != nil {
-			s.refused++
-		} else if !strings.HasPrefix(result.Stdout, s.sums[name]) {
-			s.mu.Lock()
-			s.bad = append(s.bad, fmt.Sprintf("%s in a new container: %s", name, result.Output()))
-			s.mu.Unlock()
-		}
+		s.runOnce(ctx, ref, fmt.Sprint("churn", i), name)
 		if rand.IntN(2) == 0 {
 			command(ctx, "image", "rm", "--sync", ref) // the readers run on it
 		}
+	}
+}
+
+// runOnce has a new container compare a file. It says so by its exit code: what it prints, ctr may lose on a busy
+// machine, since it closes the pipe when the container has ended.
+func (s *soak) runOnce(ctx context.Context, ref, id, name string) {
+	script := `sum=$(md5sum "$0") && [ "${sum%% *}" = "$1" ] || exit 99`
+	result, err := s.worker.RunContainer(ctx, lazy, ref, id, "sh", "-c", script, name, s.sums[name])
+	s.churned++
+	if err != nil {
+		s.refused++
+	}
+	if result.Code > 1 { // with 1 ctr says that there was no container
+		s.mu.Lock()
+		s.bad = append(s.bad, fmt.Sprintf("%s in a new container: code %d: %s", name, result.Code, result.Output()))
+		s.mu.Unlock()
 	}
 }
 
@@ -322,8 +352,8 @@ func (s *soak) report() {
 	for _, what := range slices.Sorted(maps.Keys(times)) {
 		s.Logf("%-21s %4d times, longest read %v", what, times[what], pauses[what].Round(time.Millisecond))
 	}
-	s.Logf("%d files read outside and %d inside, %d wrong or failed, longest %v; %d commands of other containers, %d refused",
-		s.reads.Load(), s.rounds()*len(s.sums), len(s.bad), time.Duration(s.longest.Load()).Round(time.Millisecond), s.churned, s.refused)
+	s.Logf("%d disturbances, %d kills of the daemon survived, %d files read outside and %d inside, %d wrong or failed, longest pause %v; %d commands of other containers, %d refused",
+		len(s.happens), s.kills, s.reads.Load(), s.rounds()*len(s.sums), len(s.bad), time.Duration(s.longest.Load()).Round(time.Millisecond), s.churned, s.refused)
 }
 
 // requireNothingLeft removes all containers and images: the running daemon has nothing of them any more.

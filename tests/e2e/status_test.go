@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os/exec"
 	"strings"
 	"testing"
 
@@ -115,10 +116,27 @@ func TestStatus(t *testing.T) {
 
 	require.NotEqual(t, "0", w.metrics(w.lab.Path("metrics"))[`clip_read_duration_seconds_count{outcome="failed"}`])
 
+	w.requireRedrawn()
 	require.NoError(t, w.daemon.Stop())
 	result, err := w.worker.Clipctl(w.ctx, "status")
 	require.Error(t, err)
 	requireClear(t, result.Stderr, w.daemon.Socket)
+}
+
+// requireRedrawn watches on a terminal until it is interrupted: each time the screen is drawn anew.
+func (w *world) requireRedrawn() {
+	w.Helper()
+	clipctl, err := w.lab.Look("clipctl")
+	require.NoError(w, err)
+	watch := "timeout --preserve-status --signal=INT 2.5 " + clipctl + " status --watch --clip-address " + w.daemon.Socket + " --address " + w.worker.Socket
+	screen, err := exec.CommandContext(w.ctx, "script", "--quiet", "--return", "--command", watch, w.lab.Path("typescript")).CombinedOutput()
+	require.NoError(w, err, "%s", screen)
+	pages := strings.Split(string(screen), "\x1b[H\x1b[2J")
+	require.Greater(w, len(pages), 2, "%q", screen)
+	require.Empty(w, pages[0], "nothing is written before")
+	for _, page := range pages[1:] {
+		require.Contains(w, page, w.ref(images.SmallName))
+	}
 }
 
 // ask asks an HTTP server on a socket.

@@ -160,6 +160,16 @@ func (w *world) run(c *harness.Containerd, snapshotter, ref string, command ...s
 }
 
 // manifest reads the manifest of an image that a containerd has.
+// pid is the process of a container of the worker's.
+func (w *world) pid(id string) int {
+	w.Helper()
+	container, err := w.worker.Client().LoadContainer(w.ctx, id)
+	require.NoError(w, err)
+	task, err := container.Task(w.ctx, nil)
+	require.NoError(w, err)
+	return int(task.Pid())
+}
+
 func (w *world) manifest(c *harness.Containerd, ref string) ocispec.Manifest {
 	w.Helper()
 	image, err := c.Client().GetImage(w.ctx, ref)

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -128,6 +129,10 @@ func (fakeDaemon) Status(context.Context) (control.Status, error) {
 }
 
 func (fakeDaemon) Fetches(context.Context, time.Time) ([]control.Fetch, error) { return nil, nil }
+
+func (fakeDaemon) Find(context.Context, control.Image) (control.Archive, error) {
+	return control.Archive{}, errdefs.ErrNotFound
+}
 
 func (d fakeDaemon) Prune(_ context.Context, what control.Prune) (control.Pruned, error) {
 	*d.pruned = what

@@ -29,7 +29,8 @@ func newDoctorCommand(g *globals) *cobra.Command {
 		Long: `Check this machine's kernel, the daemon, its disk and archives, what the kubelet
 tells it, and containerd's configuration; for each IMAGE also its registry, with
 the credentials that this user has and those that the kubelet pulled it with,
-and whether it has an archive. Every finding comes with its remedy.
+and whether the daemon finds an archive of it. Every finding comes with its
+remedy.
 
 The kernel is tried in the way the daemon tries it. If the daemon runs, what it
 found out counts; else this needs root. Nothing is changed.`,
@@ -91,7 +92,7 @@ func runDoctor(ctx context.Context, g *globals, images []string, o doctorOptions
 	d.logins()
 	d.containerd(ctx, st)
 	for _, image := range images {
-		d.registry(ctx, image)
+		d.registry(ctx, st, image)
 	}
 	if err := d.show(stdout); err != nil {
 		return err

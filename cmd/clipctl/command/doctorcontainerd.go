@@ -27,10 +27,7 @@ type containerdConfig struct {
 	} `toml:"proxy_plugins"`
 	Plugins struct {
 		Transfer struct {
-			Unpack []struct {
-				Platform    string `toml:"platform"`
-				Snapshotter string `toml:"snapshotter"`
-			} `toml:"unpack_config"`
+			Unpack []unpackConfig `toml:"unpack_config"`
 		} `toml:"io.containerd.transfer.v1.local"`
 		Images struct {
 			Snapshotter string `toml:"snapshotter"`
@@ -38,6 +35,11 @@ type containerdConfig struct {
 			NoLabels    bool   `toml:"disable_snapshot_annotations"`
 		} `toml:"io.containerd.cri.v1.images"`
 	} `toml:"plugins"`
+}
+
+// unpackConfig is what matters of an entry of unpack_config.
+type unpackConfig struct {
+	Snapshotter string `toml:"snapshotter"`
 }
 
 const (
@@ -61,11 +63,7 @@ func (d *doctor) containerd(ctx context.Context, st *control.Status) {
 		d.add(failure, "containerd", fmt.Sprintf("nobody answers at %s: %v", d.globals.address, err), restartContainerd)
 		return
 	}
-	if major, _, _ := strings.Cut(strings.TrimPrefix(version.Version, "v"), "."); atoi(major) < 2 {
-		d.add(failure, "containerd", "version "+version.Version, "use containerd 2.0 or newer: older ones do not offer layers to snapshotters in their transfer service")
-	} else {
-		d.good("containerd", "version %s at %s", version.Version, d.globals.address)
-	}
+	d.version(version.Version)
 	config, file, err := dumpConfig(ctx, client)
 	if err != nil {
 		d.add(unknown, "configuration", fmt.Sprintf("containerd's cannot be read: %v", err), "run clipctl doctor as root, on the machine that containerd runs on")
@@ -86,9 +84,14 @@ func (d *doctor) containerd(ctx context.Context, st *control.Status) {
 	}
 }
 
-func atoi(s string) int {
-	n, _ := strconv.Atoi(s) // 0 if it is none
-	return n
+// version says whether containerd is new enough.
+func (d *doctor) version(v string) {
+	major, _, _ := strings.Cut(strings.TrimPrefix(v, "v"), ".")
+	if n, _ := strconv.Atoi(major); n < 2 { // 0 if it is none
+		d.add(failure, "containerd", "version "+v, "use containerd 2.0 or newer: older ones do not offer layers to snapshotters in their transfer service")
+		return
+	}
+	d.good("containerd", "version %s at %s", v, d.globals.address)
 }
 
 // dumpConfig returns the configuration that the running containerd would read

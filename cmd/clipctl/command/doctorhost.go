@@ -26,7 +26,10 @@ import (
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
-const restartDaemon = "look into its log (journalctl -u containerd-clip-grpc), then systemctl restart containerd-clip-grpc"
+const (
+	restartDaemon = "look into its log (journalctl -u containerd-clip-grpc), then systemctl restart containerd-clip-grpc"
+	sameRelease   = "install clipctl and daemon from one release, and restart the daemon"
+)
 
 // daemon checks that the daemon answers, and is not stuck. It returns what it
 // says, or nil.
@@ -43,18 +46,33 @@ func (d *doctor) daemon(ctx context.Context) *control.Status {
 	st, err := control.GetStatus(ctx, conn)
 	switch {
 	case errdefs.IsNotImplemented(err):
-		d.add(failure, "daemon", fmt.Sprintf("the daemon at %s is of another version: %v", address, err), "install clipctl and daemon from one release, and restart the daemon")
+		d.add(failure, "daemon", fmt.Sprintf("the daemon at %s is of another version: %v", address, err), sameRelease)
 		return nil
 	case errdefs.IsPermissionDenied(err), errors.Is(err, os.ErrPermission):
 		d.add(failure, "daemon", err.Error(), "run clipctl doctor as root")
+		return nil
+	case errdefs.IsDataLoss(err):
+		d.add(failure, "daemon", err.Error(), "restarting it does not help: stop it and put a copy of metadata.db back; or end all containers of the snapshotter, "+
+			"move the daemon's root away, remove the images from containerd and pull them again")
 		return nil
 	case err != nil:
 		d.add(failure, "daemon", fmt.Sprintf("nobody answers at %s: %v", address, err), restartDaemon)
 		return nil
 	}
 	d.good("daemon", "process %d at %s, since %s", st.Daemon.PID, address, st.Daemon.Started.Local().Format(time.DateTime))
-	age := time.Duration(st.Daemon.OldestSeconds * float64(time.Second)).Round(time.Second / 10)
-	switch found := fmt.Sprintf("%d reads under way, the oldest for %s", st.Daemon.InFlight, age); {
+	d.reads(st.Daemon)
+	if !st.Daemon.Outlived {
+		d.add(warning, "restarts", "containers do not outlive the daemon", "use Linux 6.9 or newer; until then restart the daemon only when no lazy container runs")
+	} else {
+		d.good("restarts", "containers outlive the daemon")
+	}
+	return &st
+}
+
+// reads says whether reads get answers.
+func (d *doctor) reads(is control.Daemon) {
+	age := time.Duration(is.OldestSeconds * float64(time.Second)).Round(time.Second / 10)
+	switch found := fmt.Sprintf("%d reads under way, the oldest for %s", is.InFlight, age); {
 	case age > stuckAfter:
 		d.add(failure, "reads", found, "no read takes that long: "+restartDaemon+"; containers go on")
 	case age > slowAfter:
@@ -62,12 +80,6 @@ func (d *doctor) daemon(ctx context.Context) *control.Status {
 	default:
 		d.good("reads", "%s", found)
 	}
-	if !st.Daemon.Outlived {
-		d.add(warning, "restarts", "containers do not outlive the daemon", "use Linux 6.9 or newer; until then restart the daemon only when no lazy container runs")
-	} else {
-		d.good("restarts", "containers outlive the daemon")
-	}
-	return &st
 }
 
 const (
@@ -78,17 +90,20 @@ const (
 // kernel says what roots can be on this machine: what the daemon found out, or
 // what the same trial says here.
 func (d *doctor) kernel(ctx context.Context, st *control.Status) {
-	var can control.Daemon
 	if st != nil {
-		can = st.Daemon
-	} else {
-		ability, err := d.probe(ctx)
-		if errors.Is(err, os.ErrPermission) && os.Geteuid() != 0 {
-			d.add(unknown, "kernel", "trying it needs root", "run clipctl doctor as root")
-			return
-		}
-		can = control.Daemon{Mode: string(ability.Mode), NotLazy: message(err), Full: errors.Is(err, root.ErrFull), Nested: message(ability.Nested), Remap: message(ability.Remap)}
+		d.mounts(st.Daemon)
+		return
 	}
+	can, err := d.probe(ctx)
+	if errors.Is(err, os.ErrPermission) && os.Geteuid() != 0 {
+		d.add(unknown, "kernel", "trying it needs root", "run clipctl doctor as root")
+		return
+	}
+	d.mounts(control.Daemon{Mode: string(can.Mode), NotLazy: message(err), Full: errors.Is(err, root.ErrFull), Nested: message(can.Nested), Remap: message(can.Remap)})
+}
+
+// mounts says how roots are mounted, and what they cannot do.
+func (d *doctor) mounts(can control.Daemon) {
 	if can.Full {
 		d.add(failure, "kernel", "no lazy root can be mounted: "+can.NotLazy, "make room on the disk of the daemon's root; the daemon then goes on by itself")
 		return
@@ -156,11 +171,16 @@ func (d *doctor) disk(st *control.Status) {
 		d.add(unknown, "disk", fmt.Sprintf("%s: %v", dir, err), "run clipctl doctor as root")
 		return
 	}
-	free := int64(fs.Bavail) * fs.Bsize
+	d.room(st, dir, int64(fs.Type), int64(fs.Bavail)*fs.Bsize)
+}
+
+// room says whether the daemon's directory, on a file system of a kind of
+// statfs(2) and with so many bytes free, does for what is fetched.
+func (d *doctor) room(st *control.Status, dir string, kind, free int64) {
 	found := fmt.Sprintf("%s free at %s", size(free), dir)
 	switch {
-	case unfit[int64(fs.Type)] != "":
-		d.add(failure, "disk", dir+" is on "+unfit[int64(fs.Type)], "set root in /etc/containerd-clip-grpc/config.toml to a directory on a real file system, such as ext4 or xfs")
+	case unfit[kind] != "":
+		d.add(failure, "disk", dir+" is on "+unfit[kind], "set root in /etc/containerd-clip-grpc/config.toml to a directory on a real file system, such as ext4 or xfs")
 	case st != nil && st.Cache.InMemory:
 		d.add(failure, "disk", found+"; what is fetched cannot be stored and is served from memory", "make room, or raise cache.max_size")
 	case free < leastFree:
@@ -174,7 +194,7 @@ func (d *doctor) disk(st *control.Status) {
 
 // registry checks that an image's registry answers as the daemon needs it, and
 // that the image has an archive.
-func (d *doctor) registry(ctx context.Context, ref string) {
+func (d *doctor) registry(ctx context.Context, st *control.Status, ref string) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	options := remote.Options{ConfigPath: d.options.hosts, GiveUp: 10 * time.Second}
@@ -204,7 +224,7 @@ func (d *doctor) registry(ctx context.Context, ref string) {
 		}
 		d.good("registry", "%s: %s delivers manifest and ranges of layers", ref, rc.(*remote.Reader).Host())
 	}
-	d.archive(ctx, discover.ImageOf(ref, manifest, m), fetcher)
+	d.archive(ctx, st, discover.ImageOf(ref, manifest, m), fetcher)
 }
 
 // remoteManifest returns the manifest of an image for this machine, from its registry.
@@ -255,27 +275,60 @@ func registryRemedy(err error) string {
 	return "check network, proxy and certificates, and the registry's hosts.toml below /etc/containerd/certs.d"
 }
 
-// archive looks for the image's archive as the daemon does.
-func (d *doctor) archive(ctx context.Context, image discover.Image, fetcher remotes.Fetcher) {
+// archive looks for the image's archive as the daemon does: it is asked, or if it
+// does not run, the registry is.
+func (d *doctor) archive(ctx context.Context, st *control.Status, image discover.Image, fetcher remotes.Fetcher) {
+	if st == nil {
+		found, err := findReferrer(ctx, image, fetcher)
+		if err == nil {
+			d.archiveFound(image.Ref, found)
+			return
+		}
+		d.add(unknown, "archive", fmt.Sprintf("%s has none in its registry: %v; the daemon, which may look elsewhere, does not answer", image.Ref, err), "start the daemon")
+		return
+	}
+	conn, err := d.globals.connectDaemon()
+	if err != nil {
+		d.add(unknown, "archive", err.Error(), restartDaemon)
+		return
+	}
+	defer conn.Close()
+	found, err := control.FindArchive(ctx, conn, control.Image{Ref: image.Ref, Manifest: image.Manifest, Link: image.Link})
+	switch {
+	case errdefs.IsNotImplemented(err):
+		d.add(unknown, "archive", "the daemon is of another version, and cannot be asked for archives", sameRelease)
+	case err != nil:
+		d.add(failure, "archive", fmt.Sprintf("%s has none: %v", image.Ref, err), "where the image is built: clipctl index "+image.Ref+" --push")
+	default:
+		d.archiveFound(image.Ref, found)
+	}
+}
+
+// archiveFound says how much of an image its archive makes lazy.
+func (d *doctor) archiveFound(ref string, a control.Archive) {
+	switch {
+	case a.Upstream != "":
+		d.good("archive", "%s: CLIP wrote %s; the first pull streams each layer once to index it", ref, a.Upstream)
+	case a.NotLazy != "":
+		d.add(warning, "archive", fmt.Sprintf("%s: layer %d and those above it are not lazy: %s", ref, a.Lazy+1, a.NotLazy), "build that layer in another way, or move it to the top")
+	default:
+		d.good("archive", "%s has one for all of its %d layers", ref, a.Layers)
+	}
+}
+
+// findReferrer looks for an archive that the image links to or that refers to it.
+func findReferrer(ctx context.Context, image discover.Image, fetcher remotes.Fetcher) (found control.Archive, err error) {
 	dir, err := os.MkdirTemp("", "clipctl-")
 	if err != nil {
-		d.add(unknown, "archive", err.Error(), "")
-		return
+		return found, err
 	}
 	defer os.RemoveAll(dir)
 	finder := discover.New(discover.Options{Dir: dir, Referrers: true, Fetcher: func(context.Context, string) (remotes.Fetcher, error) { return fetcher, nil }})
 	defer finder.Close()
-	a, release, err := finder.Find(ctx, image)
+	a, _, err := finder.Look(ctx, image)
 	if err != nil {
-		d.add(failure, "archive", fmt.Sprintf("%s has none in its registry: %v", image.Ref, err), "where the image is built: clipctl index "+image.Ref+" --push")
-		return
+		return found, err
 	}
-	defer release()
-	for i := range a.DiffIDs() {
-		if reason := a.NotLazy(i); reason != "" {
-			d.add(warning, "archive", fmt.Sprintf("%s: layer %d and those above it are not lazy: %s", image.Ref, i+1, reason), "build that layer in another way, or move it to the top")
-			return
-		}
-	}
-	d.good("archive", "%s has one for all of its %d layers", image.Ref, len(a.DiffIDs()))
+	defer a.Close() // it was only read from
+	return control.ArchiveOf(a), nil
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -262,6 +263,30 @@ func TestWatchConfig(t *testing.T) {
 	}
 	_, err = run(t, "watch", "--config", writeFile(t, "[watch]\nnamespaces = ['default']\n"))
 	require.ErrorContains(t, err, "[[watch.rules]]")
+}
+
+// TestRulesAreDocumented has the rules in operating.md be rules, with every key that there is. The comment in the printed
+// configuration names them, too.
+func TestRulesAreDocumented(t *testing.T) {
+	doc, err := os.ReadFile("../../../docs/operating.md")
+	require.NoError(t, err)
+	_, text, ok := strings.Cut(string(doc), "    [watch]\n")
+	require.True(t, ok)
+	text, _, ok = strings.Cut(text, "\n\n`")
+	require.True(t, ok)
+	c, err := loadConfig(writeFile(t, "[watch]\n"+text))
+	require.NoError(t, err)
+	require.NoError(t, c.validate())
+	require.Greater(t, len(c.Watch.Rules), 1)
+	var printed bytes.Buffer
+	require.NoError(t, writeConfig(&printed, defaultConfig()))
+	_, comment, ok := strings.Cut(printed.String(), "[[watch.rules]]")
+	require.True(t, ok)
+	for key := range reflect.TypeFor[watchRule]().Fields() {
+		name := key.Tag.Get("toml")
+		require.Regexp(t, `(?m)^ *`+name+` = `, text)
+		require.Regexp(t, `\b`+name+`\b`, strings.Split(comment, "\n")[0])
+	}
 }
 
 func TestCacheAndFillKeys(t *testing.T) {

@@ -90,9 +90,9 @@ func (p *Process) await(ctx context.Context, ready func(context.Context) error) 
 		}
 		select {
 		case <-p.done:
-			return fmt.Errorf("%s ended while starting:\n%s", p.Name, p.Log())
+			return fmt.Errorf("%s ended while starting:\n%s", p.Name, p.logEnd())
 		case <-ctx.Done():
-			return fmt.Errorf("%s is not ready: %w\n%s", p.Name, err, p.Log())
+			return fmt.Errorf("%s is not ready: %w\n%s", p.Name, err, p.logEnd())
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
@@ -156,6 +156,12 @@ func (p *Process) Log() string {
 		return err.Error()
 	}
 	return string(text)
+}
+
+// logEnd is what the process printed last: earlier processes of its name write to the same file.
+func (p *Process) logEnd() string {
+	text := p.Log()
+	return text[max(0, len(text)-logTail):]
 }
 
 // Result is what a command printed, and how long it took.
