@@ -59,7 +59,7 @@ type Filled struct {
 
 // Fill sends one request for those of the wanted spans that are missing and
 // that nobody fetches yet, from the front. Gaps that cost less than a request
-// are taken along. It returns when the spans are there.
+// are taken along, and all that is missing where only whole blobs are sent. It returns when the spans are there.
 //
 // While a reader waits for something else it stands still, and it begins only
 // when none did for a moment; if it is not expected, for two seconds. ErrFull says that there is no room: a fill
@@ -88,7 +88,11 @@ func (l *Layer) Fill(ctx context.Context, f Fill) (done Filled, err error) {
 	}
 	r := l.fillLocked(x, want, f.Bytes, near)
 	r.pace, r.expected = f.Pace, f.Expected
-	done.Bytes = max(int64(x.Spans[r.end-1].InEnd-l.inBefore(x, r.pos)), 1)
+	if l.rangeless {
+		r.end = l.spans // it comes anyway
+	}
+	from := r.pos
+	done.Bytes = max(int64(x.Spans[r.end-1].InEnd-l.inBefore(x, from)), 1)
 	life := l.beginLocked(r)
 	l.store.work.Add(1)
 	defer l.store.work.Done()
@@ -98,6 +102,12 @@ func (l *Layer) Fill(ctx context.Context, f Fill) (done Filled, err error) {
 	began := time.Now()
 	err = l.bring(life, x, r)
 	done.Took = time.Since(began)
+	switch {
+	case r.whole:
+		done.Bytes = int64(x.Spans[r.end-1].InEnd)
+	case r.pos == from && err == nil:
+		done.Bytes = 0 // another run brings it
+	}
 	return done, err
 }
 

@@ -50,6 +50,7 @@ type Layer struct {
 	complete   bool      // data was checked against the diff ID
 	devices    int       // mounts of data as a device under way
 	distrusted bool      // data once did not match the diff ID though every span did
+	rangeless  bool      // the whole blob was sent when a part was last asked for
 	ended      bool      // nothing is fetched any more: the store is closed or the layer removed
 	removed    bool
 	host       string // who delivered last

@@ -22,7 +22,8 @@
 // one. A span is fetched by one run, unless that is so far from it that a run
 // of its own brings it sooner. Runs of Layer.Fill stand still while a reader
 // waits for something else, but those that bring what readers are expected to
-// ask for next go on while one waits for another of them.
+// ask for next go on while one waits for another of them. A run that is sent the
+// whole blob, since nobody sends a part, brings all that is missing.
 //
 // A layer that was read in order to be indexed brings its stream along: see
 // Store.Receive.
@@ -66,7 +67,8 @@ import (
 // Fetcher reads ranges of compressed blobs. Sources are image references whose
 // repositories should hold the blob. A reader that has a method Blame() is told
 // when what it delivered was not the blob; one that has a method Host() string
-// says who delivers.
+// says who delivers; one that has a method Widen(off, end int64) bool delivers another
+// range than it was asked for, if it gets the whole blob anyway.
 type Fetcher interface {
 	Open(ctx context.Context, sources []string, d digest.Digest, off, n int64) (io.ReadCloser, error)
 }

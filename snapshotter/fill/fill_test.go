@@ -9,9 +9,13 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -23,6 +27,7 @@ import (
 
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/snapshotter/cache"
+	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
 )
 
 // registry has one blob.
@@ -87,6 +92,34 @@ func TestFiller(t *testing.T) {
 	require.LessOrEqual(t, src.requests.Load(), int64(len(src.blob)/rangeSize+3), "few requests")
 	f.Remove(x.DiffID)
 	require.Empty(t, f.State())
+}
+
+// TestWholeBlobsOnly has a registry that does not know ranges: it sends about one
+// blob, whatever is asked for how often.
+func TestWholeBlobsOnly(t *testing.T) {
+	src, x := image(t, 32<<20)
+	var sent atomic.Int64
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		for part := range slices.Chunk(src.blob, 64<<10) {
+			n, err := w.Write(part)
+			sent.Add(int64(n))
+			if err != nil {
+				return
+			}
+		}
+	}))
+	defer srv.Close()
+	s, err := cache.Open(t.Context(), cache.Options{Dir: t.TempDir(), Fetch: remote.New(remote.Options{})})
+	require.NoError(t, err)
+	defer s.Close()
+	require.NoError(t, s.Add(strings.TrimPrefix(srv.URL, "http://")+"/repo:tag", x))
+	l, err := s.Layer(x.DiffID)
+	require.NoError(t, err)
+	f := New(t.Context(), Options{Workers: 4})
+	defer f.Close()
+	f.Add(l)
+	require.Eventually(t, func() bool { return l.Fetched() == l.Size() }, 30*time.Second, 10*time.Millisecond)
+	require.Less(t, sent.Load(), int64(len(src.blob))*3/2)
 }
 
 func TestNobodyWorks(t *testing.T) {

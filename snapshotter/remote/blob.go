@@ -142,7 +142,8 @@ func (r *Reader) addSource(source string) error {
 	return nil
 }
 
-// Read implements io.Reader.
+// Read implements io.Reader. It returns nothing, and no error, whenever something
+// arrived that comes before what it reads: of hosts that do not know ranges.
 func (r *Reader) Read(p []byte) (int, error) {
 	for r.err == nil {
 		if r.off == r.end {
@@ -154,7 +155,7 @@ func (r *Reader) Read(p []byte) (int, error) {
 				break
 			}
 		}
-		if n := r.readBody(p); n > 0 || len(p) == 0 {
+		if n, skipped := r.readBody(p); n > 0 || skipped || len(p) == 0 {
 			return n, nil
 		}
 	}
@@ -165,11 +166,14 @@ func (r *Reader) Read(p []byte) (int, error) {
 // that to be progress rather than a failure.
 const fruitful = 4 << 10
 
-func (r *Reader) readBody(p []byte) int {
+func (r *Reader) readBody(p []byte) (n int, skipped bool) {
+	before := r.body.skip
 	n, err := r.body.Read(p)
+	skipped = r.body.skip < before
 	r.off += int64(n)
 	r.got += int64(n)
-	if n > 0 && r.got >= fruitful {
+	// To skip is progress only until it was in vain once.
+	if n > 0 && r.got >= fruitful || skipped && r.fruitless == 0 {
 		r.hasty = false
 		r.until = time.Now().Add(r.client.opts.GiveUp)
 	}
@@ -183,7 +187,20 @@ func (r *Reader) readBody(p []byte) int {
 			r.broke = err
 		}
 	}
-	return n
+	return n, skipped
+}
+
+// Widen has the reader deliver the bytes [off, end) of the blob instead, if all of
+// it is being sent because nobody sends a part: what comes before the range that was
+// asked for, and after it, costs nothing more. It is for a reader that nothing was
+// read from yet, and returns false if it changed nothing.
+func (r *Reader) Widen(off, end int64) bool {
+	if r.body == nil || !r.body.whole {
+		return false
+	}
+	r.off, r.end = off, end
+	r.body.skip, r.body.n = off, end-off
+	return true
 }
 
 // Host returns who delivers, or has delivered last; "" if nobody has yet.
