@@ -5,7 +5,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
 
@@ -142,10 +141,10 @@ func (l *Layer) fillLocked(x *layer.Index, want []Spans, n, near int64) *run {
 	span := l.nextWantedLocked(want, 0)
 	end := span + 1
 	for {
-		_, stop := l.spanRange(end - 1)
-		_, point := x.DecodeRange(stop - 1)
-		if int64(x.Spans[end-1].InEnd-l.inBefore(x, span)) >= n && inflate.Out(end)*l.head.SpanSize >= point {
-			break // where another run can go on
+		last, stop := l.spanRange(end - 1)
+		point, _ := x.DecodeRange(stop)
+		if int64(x.Spans[end-1].InEnd-l.inBefore(x, span)) >= n && point > last {
+			break // another run can go on here, and decodes no more than a part of a span twice
 		}
 		next := l.nextWantedLocked(want, end)
 		if next == l.spans || !l.nearLocked(x, end, next, near) {

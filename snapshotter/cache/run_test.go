@@ -282,6 +282,27 @@ func TestFillTakesWhatIsWanted(t *testing.T) {
 	requireStream(t, l, stream)
 }
 
+// TestFillAsksForSoMuch asks for about as many bytes as it was told to in each
+// request, and for little more than the blob in all.
+func TestFillAsksForSoMuch(t *testing.T) {
+	stream := testTar(t, 200)
+	for name, blob := range map[string][]byte{"gzip": gzipped(t, stream), "uncompressed": stream} {
+		t.Run(name, func(t *testing.T) {
+			src := &blobs{blob: blob}
+			var most int64
+			src.wrap = func(r io.Reader, _, n int64) io.Reader { most = max(most, n); return r }
+			x := build(t, blob)
+			_, l := open(t, t.TempDir(), src, x)
+			size := x.Size / 10
+			fillAll(t, l, int64(size))
+			requireStream(t, l, stream)
+			require.InDelta(t, 10, src.requests.Load(), 2)
+			require.Less(t, most, int64(size)*5/4)
+			require.Less(t, src.bytes.Load(), int64(len(blob))*11/10)
+		})
+	}
+}
+
 // TestFailedFillIsNoReadersBusiness has a reader wait for a fill that fails.
 func TestFailedFillIsNoReadersBusiness(t *testing.T) {
 	stream := testTar(t, 20)
