@@ -58,11 +58,13 @@ type Filled struct {
 
 // Fill sends one request for those of the wanted spans that are missing and
 // that nobody fetches yet, from the front. Gaps that cost less than a request
-// are taken along, and all that is missing where only whole blobs are sent. It returns when the spans are there.
+// are taken along, and all that is missing where only whole blobs are sent. It
+// returns when the spans are there.
 //
 // While a reader waits for something else it stands still, and it begins only
-// when none did for a moment; if it is not expected, for two seconds. ErrFull says that there is no room: a fill
-// displaces nothing.
+// when none did for a moment; if it is not expected, for two seconds. ErrFull says
+// that there is no room for what the request would bring: a fill displaces nothing,
+// and asks for nothing in vain.
 func (l *Layer) Fill(ctx context.Context, f Fill) (done Filled, err error) {
 	want := l.clip(f.Want)
 	if err := l.store.gate.begin(ctx, f.Expected); err != nil {
@@ -74,9 +76,6 @@ func (l *Layer) Fill(ctx context.Context, f Fill) (done Filled, err error) {
 		return done, nil
 	}
 	x, err := l.indexLocked()
-	if err == nil && !l.store.hasRoom() {
-		err = ErrFull
-	}
 	if err != nil {
 		l.mu.Unlock()
 		return done, err
@@ -89,6 +88,10 @@ func (l *Layer) Fill(ctx context.Context, f Fill) (done Filled, err error) {
 	r.pace, r.expected = f.Pace, f.Expected
 	if l.rangeless {
 		r.end = l.spans // it comes anyway
+	}
+	if !l.roomLocked(r) {
+		l.mu.Unlock()
+		return done, ErrFull
 	}
 	from := r.pos
 	done.Bytes = max(int64(x.Spans[r.end-1].InEnd-l.inBefore(x, from)), 1)
@@ -108,6 +111,20 @@ func (l *Layer) Fill(ctx context.Context, f Fill) (done Filled, err error) {
 		done.Bytes = 0 // another run brings it
 	}
 	return done, err
+}
+
+// roomLocked says whether there is room for what a fill is to bring. The caller
+// holds l.mu.
+func (l *Layer) roomLocked(r *run) bool {
+	n := 0
+	for span := r.pos; span < r.end; span++ {
+		if !l.have.get(span) {
+			n++
+		}
+	}
+	size := int64(n) * l.SpanSize()
+	free, err := freeOnDisk(l.store.dir)
+	return l.store.hasRoom(size) && (err != nil || free >= size)
 }
 
 // clip returns the ranges in the layer's order, without what it does not have.

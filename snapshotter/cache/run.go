@@ -230,6 +230,8 @@ func (l *Layer) fetch(ctx context.Context, x *layer.Index, r *run, idle *idleTim
 		l.ranged(r)
 	} else if !l.widen(r) {
 		return nil // another run brings it
+	} else if !l.fits(r) {
+		return ErrFull
 	} else if start, p, err = l.skipTo(x, r, blob); err != nil {
 		return err
 	}

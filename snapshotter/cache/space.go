@@ -32,12 +32,12 @@ const (
 	evictFutile = time.Second
 )
 
-// hasRoom says whether a fill may go on.
-func (s *Store) hasRoom() bool { return s.used.Load() <= s.max-s.max/evictShare }
+// hasRoom says whether a fill may bring n bytes.
+func (s *Store) hasRoom(n int64) bool { return s.used.Load()+n <= s.max-s.max/evictShare }
 
 // reserve counts n bytes as used, if there is room for them or can be made.
 func (s *Store) reserve(n int64, fill bool) bool {
-	if s.used.Add(n) <= s.max && (!fill || s.hasRoom()) {
+	if s.used.Add(n) <= s.max && (!fill || s.hasRoom(0)) {
 		return true
 	}
 	if fill {

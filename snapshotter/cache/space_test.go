@@ -263,8 +263,10 @@ func TestFullDisk(t *testing.T) {
 	require.True(t, s.full.Load())
 	require.LessOrEqual(t, s.memory.size, memorySize)
 	require.Zero(t, l.Fetched())
+	asked := src.requests.Load()
 	_, err = l.Fill(t.Context(), Fill{Want: l.All(), Bytes: 1 << 20, Pace: unpaced})
 	require.ErrorIs(t, err, ErrFull)
+	require.Equal(t, asked, src.requests.Load(), "a fill does not ask in order to find that out")
 	require.Len(t, log.lines, 1, "said once: %q", log.lines)
 	require.Contains(t, log.lines[0], "served from memory")
 

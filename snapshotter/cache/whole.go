@@ -51,6 +51,13 @@ func (l *Layer) widen(r *run) bool {
 	return wanted
 }
 
+// fits says whether there is room for what r brings, if it is a fill.
+func (l *Layer) fits(r *run) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return r.pace == nil || l.roomLocked(r)
+}
+
 // sentLocked says whether a run other than r that is sent the whole blob brings
 // span. The caller holds l.mu.
 func (l *Layer) sentLocked(span int, r *run) bool {

@@ -183,3 +183,16 @@ func TestFarOffsetOfAWholeBlob(t *testing.T) {
 		})
 	}
 }
+
+// TestWholeBlobThatDoesNotFit is asked for by a fill once, and never again.
+func TestWholeBlobThatDoesNotFit(t *testing.T) {
+	src := &rangeless{blob: gzipped(t, testTar(t, 60))}
+	x := build(t, src.blob)
+	_, l := openWith(t, Options{Dir: t.TempDir(), Fetch: src, MaxSize: Limit{Size: int64(x.OutSize) / 2}}, x)
+	for range 3 {
+		_, err := l.Fill(t.Context(), Fill{Want: l.All(), Bytes: 100 << 10, Pace: unpaced})
+		require.ErrorIs(t, err, ErrFull)
+	}
+	require.EqualValues(t, 1, src.requests.Load())
+	require.Zero(t, src.sent.Load())
+}
