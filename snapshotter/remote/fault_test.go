@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"runtime"
 	"slices"
@@ -96,13 +97,13 @@ func TestBodyBreaksOff(t *testing.T) {
 	for name, end := range map[string]func(http.ResponseWriter, *http.Request){"reset": reset, "stall": stall} {
 		t.Run(name+", one host", func(t *testing.T) {
 			h := start(t, cutAfter(1<<20, end))
-			require.NoError(t, readBig(t, newClient(t), []string{h.ref()}, 100, 4<<20))
+			require.NoError(t, readBig(t, newImpatientClient(t), []string{h.ref()}, 100, 4<<20))
 			require.Len(t, h.seen(), 4)
 			require.Equal(t, fmt.Sprintf("bytes=%d-%d", 100+3<<20, 100+4<<20-1), h.seen()[3].Header.Get("Range"))
 		})
 		t.Run(name+", two hosts", func(t *testing.T) {
 			bad, good := start(t, cutAfter(1<<20, end)), start(t, serveBig)
-			c := newClient(t)
+			c := newImpatientClient(t)
 			require.NoError(t, readBig(t, c, []string{bad.ref(), good.ref()}, 100, 4<<20))
 			require.Len(t, bad.seen(), 1)
 			require.Len(t, good.seen(), 1)
@@ -171,9 +172,14 @@ var mirroredRef = []string{"registry.example.com/team/app:1"}
 func TestDeadMirror(t *testing.T) {
 	dead, accepted := blackhole(t)
 	origin := start(t, serveBlob)
-	c := newClient(t, mirrored(t, origin.name, dead))
+	c := newImpatientClient(t, mirrored(t, origin.name, dead))
 	_, err := read(t.Context(), c, mirroredRef, 0, 3)
 	require.NoError(t, err)
+	e := c.endpoint(&url.URL{Scheme: "http", Host: dead})
+	e.mu.Lock()
+	require.NotZero(t, e.failures)
+	e.openUntil = time.Now().Add(time.Hour) // the pause is not over before all have read, however long they take
+	e.mu.Unlock()
 
 	var wg sync.WaitGroup
 	for range 20 {
@@ -233,7 +239,7 @@ func TestFailover(t *testing.T) {
 		"no such name":   {origin: up.name, mirror: "mirror.invalid"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			client := newClient(t, mirrored(t, c.origin, c.mirror))
+			client := newImpatientClient(t, mirrored(t, c.origin, c.mirror))
 			if c.fails {
 				_, err := readInVain(t.Context(), client, mirroredRef, 0, 3)
 				require.ErrorIs(t, err, errdefs.ErrUnavailable)
@@ -452,10 +458,10 @@ func TestConnectionLimit(t *testing.T) {
 	var now, most atomic.Int32
 	h := start(t, func(w http.ResponseWriter, r *http.Request) {
 		n := now.Add(1)
-		defer now.Add(-1)
 		for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
 		}
 		time.Sleep(5 * time.Millisecond)
+		now.Add(-1) // before the answer: with it the next one may come
 		serveBlob(w, r)
 	})
 	c := newClient(t)
@@ -506,7 +512,7 @@ func TestNothingLeaks(t *testing.T) {
 		hosts = append(hosts, start(t, h).name)
 	}
 	good := start(t, serveBig)
-	c := newClient(t)
+	c := newImpatientClient(t)
 	round := func() {
 		var wg sync.WaitGroup
 		for _, host := range hosts {
