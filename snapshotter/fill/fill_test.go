@@ -204,6 +204,37 @@ func TestFullCache(t *testing.T) {
 	})
 }
 
+// TestGivenUp has a layer give up what was fetched, as for others that need the room:
+// it is not fetched ahead again, which would only displace and be displaced, and
+// nobody says that it will be.
+func TestGivenUp(t *testing.T) {
+	src, x := image(t, 8<<20)
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		s, l := open(t, dir, src, x, cache.Limit{})
+		f := New(t.Context(), Options{Workers: 2})
+		f.Add(l)
+		time.Sleep(time.Minute)
+		require.Equal(t, Done, f.State()[0].Phase)
+		_, freed := s.Prune(true)
+		require.Positive(t, freed)
+		asked := src.requests.Load()
+		time.Sleep(time.Hour)
+		require.Equal(t, asked, src.requests.Load())
+		require.Equal(t, []State{{DiffID: x.DiffID, Total: l.Size(), Phase: Off}}, f.State())
+		_, err := l.ReadAt(t.Context(), make([]byte, l.Size()), 0)
+		require.NoError(t, err)
+		require.Equal(t, Done, f.State()[0].Phase)
+
+		s.Prune(true)
+		f.Add(l) // its image was pulled again
+		time.Sleep(time.Minute)
+		require.Equal(t, Done, f.State()[0].Phase)
+		f.Close()
+		require.NoError(t, s.Close())
+	})
+}
+
 // file is a registry that keeps its blob on disk.
 type file struct{ *os.File }
 
