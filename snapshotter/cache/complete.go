@@ -150,6 +150,9 @@ func (l *Layer) prove(span int) error {
 		l.mu.Unlock()
 		return nil
 	}
+	l.mu.Unlock()
+	l.prepareIndex()
+	l.mu.Lock()
 	x, err := l.indexLocked()
 	l.mu.Unlock()
 	if err != nil {

@@ -70,6 +70,7 @@ func (l *Layer) Fill(ctx context.Context, f Fill) (done Filled, err error) {
 	if err := l.store.gate.begin(ctx, f.Expected); err != nil {
 		return done, err
 	}
+	l.prepareIndex()
 	l.mu.Lock()
 	if l.nextWantedLocked(want, 0) == l.spans || l.distrusted {
 		l.mu.Unlock()

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
@@ -28,6 +29,7 @@ type Layer struct {
 	spans int
 	data  *os.File
 
+	indexing  sync.Mutex   // serialises reading the index
 	recording sync.Mutex   // serialises changes of the files have and complete, and guards hand
 	hand      int          // the span at which the next sweep for cold ones begins
 	punching  sync.RWMutex // held shared while spans of data are read or written, exclusively while holes are punched
@@ -158,6 +160,7 @@ func (l *Layer) readHere(p []byte, off inflate.Out) (int, error) {
 // are copied to p; otherwise they are to be read where they are now.
 func (l *Layer) readComing(ctx context.Context, p []byte, off inflate.Out, deadline time.Time) (int, error) {
 	span, last := l.head.SpanAt(off), l.head.SpanAt(off+inflate.Out(len(p))-1)
+	l.prepareIndex()
 	l.mu.Lock()
 	if l.have.get(span) {
 		l.mu.Unlock()
@@ -226,41 +229,71 @@ func (l *Layer) Lacks(d digest.Digest, source string) bool {
 	return l.head.Digest == d && validSource(source) && !slices.Contains(l.sources, source)
 }
 
-// addSource remembers a repository that holds the layer's blob.
+// addSource remembers a repository that holds the layer's blob. The caller holds
+// Store.adding, so that nothing that a read needs is locked while it is written.
 func (l *Layer) addSource(source string) error {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	if !validSource(source) || slices.Contains(l.sources, source) {
+		l.mu.Unlock()
 		return nil
 	}
 	// The newest first: it is the one that works now.
 	sources := append([]string{source}, l.sources...)
 	sources = sources[:min(len(sources), maxSources)]
-	raw, err := json.Marshal(sources)
-	if err != nil {
-		return err
-	}
-	if err := writeFile(l.dir, sourcesFile, raw); err != nil {
-		return err
-	}
 	l.sources = sources
-	return nil
+	l.mu.Unlock()
+	raw, err := json.Marshal(sources)
+	if err == nil {
+		err = writeFile(l.dir, sourcesFile, raw)
+	}
+	if isFull(err) {
+		log.G(l.store.life).WithError(err).WithField("diffID", l.head.DiffID).Warn("a repository of a layer cannot be written down; after a restart it is not asked")
+		return nil // no reason for an image not to be lazy
+	}
+	return err
+}
+
+// prepareIndex reads the index if need be, for indexLocked. It takes a while, in
+// which reads of what is here go on.
+func (l *Layer) prepareIndex() {
+	l.indexing.Lock()
+	defer l.indexing.Unlock()
+	l.mu.Lock()
+	need := l.index == nil && !l.ended
+	l.mu.Unlock()
+	if !need {
+		return
+	}
+	x, err := l.readIndex()
+	if err != nil {
+		return // indexLocked says why
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.index, l.indexUsed = x, time.Now()
+}
+
+// readIndex returns the span part of the layer's index.
+func (l *Layer) readIndex() (*layer.Index, error) {
+	x, err := readIndex(l.dir, l.head.DiffID)
+	if err == nil && (x.Digest != l.head.Digest || x.SpanSize != l.head.SpanSize || len(x.Spans) != l.spans) {
+		err = errOtherIndex
+	}
+	return x, err
 }
 
 // indexLocked returns the span part of the layer's index, which is kept in
-// memory only while it is needed. The caller holds l.mu.
+// memory only while it is needed. The caller holds l.mu, and has called
+// prepareIndex.
 func (l *Layer) indexLocked() (*layer.Index, error) {
 	if l.ended {
 		return nil, errEnded
 	}
 	l.indexUsed = time.Now()
 	if l.index == nil {
-		x, err := readIndex(l.dir, l.head.DiffID)
+		x, err := l.readIndex()
 		if err != nil {
 			return nil, err
-		}
-		if x.Digest != l.head.Digest || x.SpanSize != l.head.SpanSize || len(x.Spans) != l.spans {
-			return nil, errOtherIndex
 		}
 		l.index = x
 	}

@@ -286,6 +286,19 @@ func TestFullDisk(t *testing.T) {
 	require.Positive(t, l.punches)
 }
 
+// TestSourceOnFullDisk learns of a repository that cannot be written down: it is
+// asked all the same.
+func TestSourceOnFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	require.NoError(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size=8m"), "this test needs root")
+	t.Cleanup(func() { require.NoError(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	x := build(t, gzipped(t, testTar(t, 5)))
+	s, l := open(t, filepath.Join(dir, "layers"), away{}, x)
+	require.ErrorIs(t, os.WriteFile(filepath.Join(dir, "ballast"), make([]byte, 16<<20), 0o600), unix.ENOSPC)
+	require.NoError(t, s.Add("other.example/repo:tag", x))
+	require.Equal(t, []string{"other.example/repo:tag", "registry.example/repo:tag"}, l.State().Sources)
+}
+
 // TestEvictionOnFullDisk unmarks spans although not even the marks can be written.
 func TestEvictionOnFullDisk(t *testing.T) {
 	dir := t.TempDir()

@@ -36,7 +36,8 @@
 // or the disk is full, spans are served from memory.
 //
 // Locks are taken in this order: Store.adding, Store.evicting, Store.mu,
-// Layer.recording, Layer.punching, Layer.mu, and then those of gate and memory.
+// Layer.recording, Layer.punching, Layer.indexing, Layer.mu, and then those of gate
+// and memory. With Layer.mu held, no file is written and none of size read.
 //
 // The package does not know images or snapshots: its user adds the layers it
 // needs and says which to keep.
