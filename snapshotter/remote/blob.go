@@ -19,7 +19,7 @@ import (
 )
 
 // Retrying: the pause between two rounds over the candidates doubles and is
-// jittered. A read that gets answers that are no answers gives up.
+// jittered. Who sends so many answers that are no answers is asked no more.
 const (
 	firstPause = 100 * time.Millisecond
 	maxPause   = 5 * time.Second
@@ -85,7 +85,6 @@ type Reader struct {
 	pause      time.Duration // before the next round
 	fruitless  int           // bodies since the last that brought something
 	broke      error         // how the last of them ended; nil if it was short
-	wrong      int           // answers that were no answers
 	err        error         // final
 }
 
@@ -96,6 +95,7 @@ type candidate struct {
 	scope  string // of tokens
 	auth   *authorizer
 	served bool  // bytes of the read are from it
+	wrong  int   // its answers that were no answers, since it last brought something
 	final  error // it has refused
 
 	transport http.RoundTripper
@@ -181,7 +181,7 @@ func (r *Reader) readBody(p []byte) (n int, skipped bool) {
 	if err != nil || r.body.n == 0 {
 		r.drop()
 		if r.got >= fruitful || r.off == r.end {
-			r.fruitless, r.pause = 0, firstPause
+			r.fruitless, r.pause, r.from.wrong = 0, firstPause, 0
 		} else {
 			r.fruitless++
 			r.broke = err
@@ -334,7 +334,7 @@ func (r *Reader) round() (last map[*candidate]error, wait time.Duration) {
 
 // nextWait is how long to wait after a round in which nobody answered.
 func (r *Reader) nextWait(last map[*candidate]error) time.Duration {
-	if r.wrong >= maxWrong || !slices.ContainsFunc(r.candidates, func(c *candidate) bool { return c.final == nil }) {
+	if !slices.ContainsFunc(r.candidates, func(c *candidate) bool { return c.final == nil }) {
 		return -1
 	}
 	wait := r.nextPause()
@@ -387,7 +387,9 @@ func (r *Reader) try(c *candidate, force, drain bool) error {
 	case r.partly && errors.Is(err, errWhole):
 		c.final = err
 	case errdefs.IsDataLoss(err):
-		r.wrong++
+		if c.wrong++; c.wrong == maxWrong {
+			c.final = err
+		}
 		r.client.avoid(c.place)
 	case !errdefs.IsUnavailable(err) && !errdefs.IsResourceExhausted(err) && r.ctx.Err() == nil:
 		c.final = err

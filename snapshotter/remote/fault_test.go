@@ -453,6 +453,31 @@ func TestBlame(t *testing.T) {
 	require.Equal(t, "ABCDE", text)
 }
 
+// TestWrongAnswersAreCountedByHost has one that answers wrongly all the time: it is
+// given up, and the other, which comes back, is not.
+func TestWrongAnswersAreCountedByHost(t *testing.T) {
+	wrong := func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Range", "bytes 0-1/36")
+		w.WriteHeader(http.StatusPartialContent)
+	}
+	liar, good := start(t, wrong), start(t, firstly(maxWrong+1, status(http.StatusServiceUnavailable)))
+	_, err := read(t.Context(), newClient(t), []string{liar.ref(), good.ref()}, 10, 5)
+	require.NoError(t, err)
+	require.Len(t, liar.seen(), maxWrong)
+
+	// Who goes wrong now and then, and delivers in between, is not given up.
+	var n atomic.Int32
+	moody := start(t, func(w http.ResponseWriter, r *http.Request) {
+		if n.Add(1)%2 == 0 {
+			wrong(w, r)
+			return
+		}
+		cutAfter(64<<10, reset)(w, r)
+	})
+	require.NoError(t, readBig(t, newClient(t), []string{moody.ref()}, 0, (maxWrong+2)*64<<10))
+	require.EqualValues(t, 2*(maxWrong+2)-1, n.Load())
+}
+
 // TestConnectionLimit has more readers than a host is asked at once.
 func TestConnectionLimit(t *testing.T) {
 	var now, most atomic.Int32
