@@ -116,12 +116,18 @@ func (l *Layer) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	began, outcome := time.Now(), readHere
 	defer func() { l.store.metrics.reads.WithLabelValues(outcome).Observe(time.Since(began).Seconds()) }()
 	deadline := began.Add(readTimeout)
+	lost := -1
 	for n := 0; n < len(p); {
 		at := inflate.Out(off) + inflate.Out(n)
 		err := l.prove(l.head.SpanAt(at))
 		c := 0
 		if err == nil {
 			c, err = l.readHere(p[n:], at)
+		}
+		if disk := (*diskError)(nil); errors.As(err, &disk) && disk.span != lost && !errors.Is(err, os.ErrClosed) {
+			lost = disk.span
+			l.lose(lost, err)
+			err = nil
 		}
 		if err == nil && c == 0 {
 			outcome = readFetched
@@ -153,7 +159,35 @@ func (l *Layer) readHere(p []byte, off inflate.Out) (int, error) {
 	if end == off {
 		return 0, nil
 	}
-	return l.data.ReadAt(p[:min(inflate.Out(len(p)), end-off)], int64(off))
+	n, err := l.data.ReadAt(p[:min(inflate.Out(len(p)), end-off)], int64(off))
+	if err != nil {
+		return 0, &diskError{l.head.SpanAt(off + inflate.Out(n)), err}
+	}
+	return n, nil
+}
+
+// diskError is what the disk says instead of what was stored there.
+type diskError struct {
+	span int
+	err  error
+}
+
+func (e *diskError) Error() string { return fmt.Sprintf("span %d on disk: %v", e.span, e.err) }
+
+// Is hides io.EOF, which would be the end of the stream.
+func (e *diskError) Is(target error) bool { return target != io.EOF && errors.Is(e.err, target) }
+
+// lose has a span fetched again that cannot be read from disk. Written anew it may
+// be readable again.
+func (l *Layer) lose(span int, err error) {
+	log.G(l.store.life).WithError(err).WithField("diffID", l.head.DiffID).
+		Error("a part of a layer cannot be read from disk and is fetched again; see whether the disk fails")
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.have.clear(span)
+	l.recorded.clear(span)
+	l.punches++
+	l.complete = false // no new mount uses the file
 }
 
 // readComing waits for the span at off. If it could not be stored, its bytes

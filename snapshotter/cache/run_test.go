@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -359,6 +360,59 @@ func TestSmallLayerIsFetchedWhole(t *testing.T) {
 	require.Eventually(t, func() bool { return l.Fetched() == l.Size() }, 10*time.Second, time.Millisecond)
 	requireStream(t, l, stream)
 	require.EqualValues(t, 1, src.requests.Load())
+}
+
+// TestDiskForgets has a file end before what was stored in it: it is fetched again.
+func TestDiskForgets(t *testing.T) {
+	stream := testTar(t, 60)
+	src := &blobs{blob: gzipped(t, stream)}
+	x, dir := build(t, src.blob), t.TempDir()
+	_, l := open(t, dir, src, x)
+	requireStream(t, l, stream)
+	last, _ := l.spanRange(l.spans - 1)
+	require.NoError(t, os.Truncate(filepath.Join(dir, x.DiffID.Encoded(), dataFile), int64(last)+1))
+	asked := src.requests.Load()
+	p := make([]byte, 2*l.SpanSize()) // more than what is lost
+	n, err := l.ReadAt(t.Context(), p, int64(last)-l.SpanSize())
+	require.NoError(t, err)
+	require.Equal(t, stream[int64(last)-l.SpanSize():], p[:n])
+	require.Equal(t, asked+1, src.requests.Load())
+	requireStream(t, l, stream)
+	require.Equal(t, asked+1, src.requests.Load())
+}
+
+// TestDiskTakesNothing has a file that nothing can be written to, for another reason
+// than want of room: readers are served, and a fill says what is wrong.
+func TestDiskTakesNothing(t *testing.T) {
+	stream := testTar(t, 60)
+	src := &blobs{blob: gzipped(t, stream)}
+	s, l := open(t, t.TempDir(), src, build(t, src.blob))
+	readOnly, err := os.Open(l.data.Name())
+	require.NoError(t, err)
+	writable := l.data
+	l.data = readOnly
+	defer writable.Close()
+	_, err = l.Fill(t.Context(), Fill{Want: l.All(), Bytes: 1 << 20, Pace: unpaced})
+	require.ErrorIs(t, err, syscall.EBADF)
+	require.NotErrorIs(t, err, ErrFull)
+	p := make([]byte, 10)
+	_, err = l.ReadAt(t.Context(), p, 1<<20)
+	require.NoError(t, err)
+	require.Equal(t, stream[1<<20:][:10], p)
+	require.Zero(t, s.used.Load())
+}
+
+// TestRemovedWhileWritten removes a layer between the moments in which a span of it is
+// written and counted.
+func TestRemovedWhileWritten(t *testing.T) {
+	stream := testTar(t, 60)
+	_, l := open(t, t.TempDir(), away{}, build(t, gzipped(t, stream)))
+	l.mu.Lock()
+	l.removed = true // and data not closed yet
+	l.mu.Unlock()
+	require.ErrorIs(t, l.write(0, stream[:l.SpanSize()], false), os.ErrClosed)
+	require.Zero(t, l.store.used.Load())
+	require.Zero(t, l.counted)
 }
 
 // blamable is an answer that wants to know what became of it.

@@ -3,6 +3,7 @@ package cache
 import (
 	"cmp"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"time"
@@ -61,11 +62,13 @@ func (l *Layer) put(r *run, b []byte, here bool) error {
 	if !here {
 		fill := r.pace != nil && !l.store.gate.wanted(r)
 		if err = l.write(span, b, fill); err != nil {
-			if fill {
-				return ErrFull
-			}
-			if errors.Is(err, os.ErrClosed) {
+			switch {
+			case errors.Is(err, os.ErrClosed):
 				return errEnded
+			case fill && (isFull(err) || errors.Is(err, errNoRoom)):
+				return ErrFull
+			case fill:
+				return fmt.Errorf("storing span %d: %w", span, err)
 			}
 			l.store.degrade(err)
 			kept = slices.Clone(b)
@@ -106,6 +109,9 @@ func (l *Layer) writeData(span int, b []byte) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.removed {
+		return os.ErrClosed // what it takes is not counted any more
+	}
 	l.have.set(span)
 	if l.unproven != nil {
 		l.unproven.clear(span)
