@@ -66,8 +66,8 @@ func (c *Client) open(ctx context.Context, q query) (*body, error) {
 	return b, nil
 }
 
-// askHost asks the host itself, once more if it refuses what it was shown:
-// tokens end before their time.
+// askHost asks the host itself, once more if it refuses what it was shown: tokens
+// end before their time, and of several passwords one may be right.
 func (c *Client) askHost(ctx context.Context, q query) (*answer, error) {
 	var answers []*http.Response
 	for {
@@ -80,7 +80,7 @@ func (c *Client) askHost(ctx context.Context, q query) (*answer, error) {
 		case a.ep.host != q.url.Host:
 			return a, nil
 		case code == http.StatusUnauthorized:
-		case code == http.StatusForbidden && len(answers) == 0 && q.auth.drop(ctx, a.resp.Request):
+		case code == http.StatusForbidden && (len(answers) == 0 || shownPassword(a.resp.Request) && len(answers) < maxPasswords) && q.auth.drop(ctx, a.resp.Request):
 		default:
 			return a, nil
 		}
