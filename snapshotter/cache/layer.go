@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"slices"
 	"sync"
@@ -47,7 +48,7 @@ type Layer struct {
 	waits      map[int]*wait // by span
 	streams    streams
 	counted    int64     // bytes of disk of data, as counted in Store.used
-	used       time.Time // when it was last read
+	used       time.Time // when it was last read, or used as a device
 	punches    int       // how often spans were given up
 	complete   bool      // data was checked against the diff ID
 	devices    int       // mounts of data as a device under way
@@ -422,6 +423,25 @@ func (l *Layer) restore() error {
 		return err
 	}
 	return l.data.Truncate(l.fileSize())
+}
+
+// Use notes that somebody uses the layer now, which reads by the kernel alone do not
+// show.
+func (l *Layer) Use() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.used = time.Now()
+}
+
+// keepUsed has restore know when the layer was last used.
+func (l *Layer) keepUsed() error {
+	l.mu.Lock()
+	used := l.used
+	l.mu.Unlock()
+	if err := l.dir.Chtimes(haveFile, used, used); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // allHereLocked says whether data holds every span. The caller holds l.mu.

@@ -138,6 +138,30 @@ func TestWhatGoesFirst(t *testing.T) {
 	require.Equal(t, layers[2].Size(), layers[2].Fetched())
 }
 
+// TestUseOutlivesARestart has a layer that was read first, and used last: by the
+// kernel, which asks nobody.
+func TestUseOutlivesARestart(t *testing.T) {
+	c := newCorpus(t, 3, 30)
+	limit := Limit{Size: int64(len(c.streams[0])+len(c.streams[1])) + 1<<20}
+	for name, use := range map[string]func(*Store, *Layer){
+		"device": func(s *Store, l *Layer) { _, release := completed(t, s, l); release() },
+		"mount":  func(_ *Store, l *Layer) { l.Use() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			s, layers := c.open(t, Options{Dir: dir, MaxSize: limit})
+			requireStream(t, layers[0], c.streams[0])
+			requireStream(t, layers[1], c.streams[1])
+			use(s, layers[0])
+			require.NoError(t, s.Close())
+			_, layers = c.open(t, Options{Dir: dir, MaxSize: limit})
+			requireStream(t, layers[2], c.streams[2])
+			require.Zero(t, layers[1].Fetched())
+			require.Equal(t, layers[0].Size(), layers[0].Fetched())
+		})
+	}
+}
+
 // TestColdSpansGoFirst keeps what is read again and again.
 func TestColdSpansGoFirst(t *testing.T) {
 	c := newCorpus(t, 1, 100)

@@ -160,7 +160,7 @@ func (s *Store) Close() error {
 	defer s.mu.Unlock()
 	var errs []error
 	for _, l := range s.layers {
-		errs = append(errs, l.record(), l.close())
+		errs = append(errs, l.record(), l.keepUsed(), l.close())
 	}
 	clear(s.layers)
 	return errors.Join(errs...)
