@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
 )
@@ -195,4 +196,56 @@ func TestWholeBlobThatDoesNotFit(t *testing.T) {
 	}
 	require.EqualValues(t, 1, src.requests.Load())
 	require.Zero(t, src.sent.Load())
+}
+
+// TestSingleZstdFrame has a layer that can only be decoded from its start, and a
+// registry that sends any part of it: it is streamed once, readers are served as
+// what they want passes, and everything is there afterwards.
+func TestSingleZstdFrame(t *testing.T) {
+	stream := testTar(t, 60)
+	w, err := zstd.NewWriter(nil)
+	require.NoError(t, err)
+	blob := w.EncodeAll(stream, nil)
+	src := &blobs{blob: blob}
+	passed := make(chan struct{}) // the first half may come
+	proceed := make(chan struct{})
+	src.wrap = func(r io.Reader, _, _ int64) io.Reader {
+		first := io.LimitReader(r, int64(len(blob))/2)
+		return readerFunc(func(p []byte) (int, error) {
+			if n, err := first.Read(p); err == nil {
+				return n, nil
+			}
+			select {
+			case <-passed:
+			default:
+				close(passed)
+			}
+			<-proceed
+			return r.Read(p)
+		})
+	}
+	x := build(t, blob)
+	require.Len(t, x.Points, 1)
+	dir := t.TempDir()
+	s, l := open(t, dir, src, x)
+	late := make(chan error, 1)
+	go func() {
+		_, err := l.ReadAt(context.Background(), make([]byte, 10), l.Size()-10)
+		late <- err
+	}()
+	<-passed
+	p := make([]byte, 10)
+	_, err = l.ReadAt(t.Context(), p, l.Size()/4)
+	require.NoError(t, err, "it has passed already")
+	require.Equal(t, stream[l.Size()/4:][:10], p)
+	require.Empty(t, late)
+	close(proceed)
+	require.NoError(t, <-late)
+	requireStream(t, l, stream)
+	require.EqualValues(t, 1, src.requests.Load())
+	require.Equal(t, int64(len(blob)), src.bytes.Load())
+	require.NoError(t, s.Close())
+
+	_, l = open(t, dir, away{}, x)
+	requireStream(t, l, stream)
 }
