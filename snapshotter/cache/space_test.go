@@ -123,6 +123,39 @@ func TestCap(t *testing.T) {
 	require.Zero(t, s.used.Load())
 }
 
+// TestLimit is a share of what is free and of what the layers take already, so that
+// it is the same after a restart; or a size.
+func TestLimit(t *testing.T) {
+	dir := t.TempDir()
+	require.NoError(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64m"), "this test needs root")
+	t.Cleanup(func() { require.NoError(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	stream := testTar(t, 60)
+	src := &blobs{blob: gzipped(t, stream)}
+	x := build(t, src.blob)
+	limitOf := func(text string) int64 {
+		var limit Limit
+		require.NoError(t, limit.UnmarshalText([]byte(text)))
+		again, err := limit.MarshalText()
+		require.NoError(t, err)
+		var same Limit
+		require.NoError(t, same.UnmarshalText(again))
+		require.Equal(t, limit, same)
+		s, l := openWith(t, Options{Dir: filepath.Join(dir, "layers"), Fetch: src, MaxSize: limit}, x)
+		requireStream(t, l, stream)
+		_, most, _ := s.Space()
+		require.NoError(t, s.Close())
+		return most
+	}
+	const all = 64 << 20
+	require.InDelta(t, all/4, limitOf("25%"), 1<<20)
+	require.InDelta(t, all/4, limitOf("25%"), 1<<20, "of which a part is taken now")
+	require.InDelta(t, all, limitOf("100%"), 1<<20)
+	require.EqualValues(t, 20<<20, limitOf("20MiB"))
+	for _, wrong := range []string{"0%", "101%", "-1%", "x%", "", "0", "-5", "many"} {
+		require.Error(t, new(Limit).UnmarshalText([]byte(wrong)), wrong)
+	}
+}
+
 // TestWhatGoesFirst fills two layers and then needs room for a third.
 func TestWhatGoesFirst(t *testing.T) {
 	c := newCorpus(t, 3, 30)
