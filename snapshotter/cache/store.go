@@ -30,7 +30,7 @@
 //
 // Space. The data files together take at most Options.MaxSize. When it is
 // used up, holes are punched: for layers of which no root is mounted, least
-// recently read first, then for spans that were not read lately. A hole is
+// recently read or mounted first, then for spans that were not read lately. A hole is
 // punched after its spans are durably unmarked and their reads have ended, and
 // never in a file that the kernel has open as a device. If that does not help,
 // or the disk is full, spans are served from memory.
