@@ -114,6 +114,7 @@ func (s *Snapshotter) layerOf(diffID digest.Digest, mode root.Mode) (_ root.Laye
 	if err != nil {
 		return root.Layer{}, false, nil, err
 	}
+	l.Use()
 	stream := s.recorder.Stream(diffID, l)
 	path, release, err := s.layers.Device(diffID)
 	seen = mode == root.FUSE
@@ -212,7 +213,11 @@ func (s *Snapshotter) removeRoot(id string) error {
 	}
 	st.mounted = false
 	s.starts.take(id)
-	s.mounted.drop(id)
+	for _, diffID := range s.mounted.drop(id) {
+		if l, err := s.layers.Layer(diffID); err == nil {
+			l.Use() // until now
+		}
+	}
 	if err := os.RemoveAll(r.Dir); err != nil {
 		return err
 	}

@@ -16,11 +16,13 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
@@ -337,6 +339,63 @@ func TestEntriesComeBack(t *testing.T) {
 	got, err := s.Entries(x.DiffID)
 	require.NoError(t, err)
 	require.True(t, reflect.DeepEqual(x, got))
+}
+
+// TestIndexIsReadAside has an index that takes long to read, for who needs something
+// that is missing: who reads what is here does not wait for it.
+func TestIndexIsReadAside(t *testing.T) {
+	stream := testTar(t, 60)
+	src := &blobs{blob: gzipped(t, stream)}
+	x, dir := build(t, src.blob), t.TempDir()
+	s, _ := open(t, dir, src, x)
+	require.NoError(t, s.Close()) // what is new is written no more
+	_, l := open(t, dir, src, x)
+	p := make([]byte, 10)
+	_, err := l.ReadAt(t.Context(), p, 0)
+	require.NoError(t, err)
+	require.Eventually(t, func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return len(l.runs) == 0
+	}, 10*time.Second, time.Millisecond)
+	l.mu.Lock()
+	l.index = nil // as after a while without fetches
+	l.mu.Unlock()
+	spans := filepath.Join(dir, x.DiffID.Encoded(), spansFile)
+	raw, err := os.ReadFile(spans)
+	require.NoError(t, err)
+	require.NoError(t, os.Remove(spans))
+	require.NoError(t, unix.Mkfifo(spans, 0o600))
+	fifo, err := os.OpenFile(spans, os.O_RDWR, 0) // whoever reads it waits
+	require.NoError(t, err)
+	defer fifo.Close()
+
+	missed := make(chan error, 1)
+	go func() {
+		_, err := l.ReadAt(context.Background(), make([]byte, 10), l.Size()-10)
+		missed <- err
+	}()
+	require.Eventually(t, func() bool {
+		if l.indexing.TryLock() {
+			l.indexing.Unlock()
+			return false
+		}
+		return true
+	}, 10*time.Second, time.Millisecond)
+	here := make(chan error, 1)
+	go func() {
+		_, err := l.ReadAt(context.Background(), p, 0)
+		here <- err
+	}()
+	select {
+	case err = <-here:
+	case <-time.After(10 * time.Second):
+		err = errors.New("it waits for the index")
+	}
+	_, werr := fifo.Write(raw)
+	require.NoError(t, errors.Join(err, werr, fifo.Close()))
+	require.NoError(t, <-missed)
+	require.Equal(t, stream[:10], p)
 }
 
 type fetcherFunc func(ctx context.Context, sources []string, d digest.Digest, off, n int64) (io.ReadCloser, error)

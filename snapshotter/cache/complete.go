@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"syscall"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -33,6 +34,7 @@ func (s *Store) Device(diffID digest.Digest) (path string, release func(), err e
 		return "", nil, fmt.Errorf("layer %s is not complete: %w", diffID, errdefs.ErrNotFound)
 	}
 	l.devices++
+	l.used = time.Now()
 	return filepath.Join(s.dir, diffID.Encoded(), dataFile), func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
@@ -150,6 +152,9 @@ func (l *Layer) prove(span int) error {
 		l.mu.Unlock()
 		return nil
 	}
+	l.mu.Unlock()
+	l.prepareIndex()
+	l.mu.Lock()
 	x, err := l.indexLocked()
 	l.mu.Unlock()
 	if err != nil {

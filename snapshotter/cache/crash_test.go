@@ -236,6 +236,50 @@ func TestPowerCut(t *testing.T) {
 	require.Positive(t, there, "what was recorded survives")
 }
 
+// TestPowerCutAroundComplete cuts the power of a disk while a layer becomes complete:
+// a file that is said to be complete is so, and stays so.
+func TestPowerCutAroundComplete(t *testing.T) {
+	stream := testTar(t, crashFiles)
+	src := &blobs{blob: gzipped(t, stream)}
+	x := build(t, src.blob)
+	d := newDisk(t)
+	layers := filepath.Join(d.dir, "layers")
+	for round := range 6 {
+		quiet, _ := logged(t)
+		s, err := Open(quiet, Options{Dir: layers, Fetch: src})
+		require.NoError(t, err)
+		require.NoError(t, s.Add("registry.example/repo:tag", x))
+		l, err := s.Layer(x.DiffID)
+		require.NoError(t, err)
+		requireStream(t, l, stream)
+		if round == 0 {
+			_, release := completed(t, s, l)
+			release()
+		} else {
+			time.Sleep(rand.N(100 * time.Millisecond)) // it is recorded, read back and said to be complete
+		}
+		d.cut(t)
+		_ = s.Close()
+		require.NoError(t, unix.Unmount(d.dir, 0))
+		d.mount(t)
+
+		s, err = Open(quiet, Options{Dir: layers, Fetch: away{}})
+		require.NoError(t, err)
+		path, release, err := s.Device(x.DiffID)
+		if round == 0 {
+			require.NoError(t, err)
+		}
+		if err == nil {
+			content, err := os.ReadFile(path)
+			require.NoError(t, err)
+			require.True(t, bytes.Equal(stream, content[:len(stream)]), "complete, and not what it should be")
+			release()
+		}
+		require.NoError(t, s.Close())
+		require.NoError(t, os.RemoveAll(layers))
+	}
+}
+
 // TestDamagedFiles opens stores whose files are not as they were left.
 func TestDamagedFiles(t *testing.T) {
 	stream := testTar(t, crashFiles)

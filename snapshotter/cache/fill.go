@@ -5,7 +5,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
 
@@ -59,25 +58,25 @@ type Filled struct {
 
 // Fill sends one request for those of the wanted spans that are missing and
 // that nobody fetches yet, from the front. Gaps that cost less than a request
-// are taken along. It returns when the spans are there.
+// are taken along, and all that is missing where only whole blobs are sent. It
+// returns when the spans are there.
 //
 // While a reader waits for something else it stands still, and it begins only
-// when none did for a moment; if it is not expected, for two seconds. ErrFull says that there is no room: a fill
-// displaces nothing.
+// when none did for a moment; if it is not expected, for two seconds. ErrFull says
+// that there is no room for what the request would bring: a fill displaces nothing,
+// and asks for nothing in vain.
 func (l *Layer) Fill(ctx context.Context, f Fill) (done Filled, err error) {
 	want := l.clip(f.Want)
 	if err := l.store.gate.begin(ctx, f.Expected); err != nil {
 		return done, err
 	}
+	l.prepareIndex()
 	l.mu.Lock()
 	if l.nextWantedLocked(want, 0) == l.spans || l.distrusted {
 		l.mu.Unlock()
 		return done, nil
 	}
 	x, err := l.indexLocked()
-	if err == nil && !l.store.hasRoom() {
-		err = ErrFull
-	}
 	if err != nil {
 		l.mu.Unlock()
 		return done, err
@@ -88,7 +87,15 @@ func (l *Layer) Fill(ctx context.Context, f Fill) (done Filled, err error) {
 	}
 	r := l.fillLocked(x, want, f.Bytes, near)
 	r.pace, r.expected = f.Pace, f.Expected
-	done.Bytes = max(int64(x.Spans[r.end-1].InEnd-l.inBefore(x, r.pos)), 1)
+	if l.rangeless {
+		r.end = l.spans // it comes anyway
+	}
+	if !l.roomLocked(r) {
+		l.mu.Unlock()
+		return done, ErrFull
+	}
+	from := r.pos
+	done.Bytes = max(int64(x.Spans[r.end-1].InEnd-l.inBefore(x, from)), 1)
 	life := l.beginLocked(r)
 	l.store.work.Add(1)
 	defer l.store.work.Done()
@@ -98,7 +105,27 @@ func (l *Layer) Fill(ctx context.Context, f Fill) (done Filled, err error) {
 	began := time.Now()
 	err = l.bring(life, x, r)
 	done.Took = time.Since(began)
+	switch {
+	case r.whole:
+		done.Bytes = int64(x.Spans[r.end-1].InEnd)
+	case r.pos == from && err == nil:
+		done.Bytes = 0 // another run brings it
+	}
 	return done, err
+}
+
+// roomLocked says whether there is room for what a fill is to bring. The caller
+// holds l.mu.
+func (l *Layer) roomLocked(r *run) bool {
+	n := 0
+	for span := r.pos; span < r.end; span++ {
+		if !l.have.get(span) {
+			n++
+		}
+	}
+	size := int64(n) * l.SpanSize()
+	free, err := freeOnDisk(l.store.dir)
+	return l.store.hasRoom(size) && (err != nil || free >= size)
 }
 
 // clip returns the ranges in the layer's order, without what it does not have.
@@ -132,10 +159,10 @@ func (l *Layer) fillLocked(x *layer.Index, want []Spans, n, near int64) *run {
 	span := l.nextWantedLocked(want, 0)
 	end := span + 1
 	for {
-		_, stop := l.spanRange(end - 1)
-		_, point := x.DecodeRange(stop - 1)
-		if int64(x.Spans[end-1].InEnd-l.inBefore(x, span)) >= n && inflate.Out(end)*l.head.SpanSize >= point {
-			break // where another run can go on
+		last, stop := l.spanRange(end - 1)
+		point, _ := x.DecodeRange(stop)
+		if int64(x.Spans[end-1].InEnd-l.inBefore(x, span)) >= n && point > last {
+			break // another run can go on here, and decodes no more than a part of a span twice
 		}
 		next := l.nextWantedLocked(want, end)
 		if next == l.spans || !l.nearLocked(x, end, next, near) {

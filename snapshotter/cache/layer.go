@@ -6,12 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
@@ -28,6 +30,7 @@ type Layer struct {
 	spans int
 	data  *os.File
 
+	indexing  sync.Mutex   // serialises reading the index
 	recording sync.Mutex   // serialises changes of the files have and complete, and guards hand
 	hand      int          // the span at which the next sweep for cold ones begins
 	punching  sync.RWMutex // held shared while spans of data are read or written, exclusively while holes are punched
@@ -46,11 +49,12 @@ type Layer struct {
 	streams    streams
 	guesses    guesses
 	counted    int64     // bytes of disk of data, as counted in Store.used
-	used       time.Time // when it was last read
+	used       time.Time // when it was last read, or used as a device
 	punches    int       // how often spans were given up
 	complete   bool      // data was checked against the diff ID
 	devices    int       // mounts of data as a device under way
 	distrusted bool      // data once did not match the diff ID though every span did
+	rangeless  bool      // the whole blob was sent when a part was last asked for
 	ended      bool      // nothing is fetched any more: the store is closed or the layer removed
 	removed    bool
 	host       string // who delivered last
@@ -114,12 +118,18 @@ func (l *Layer) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	began, outcome := time.Now(), readHere
 	defer func() { l.store.metrics.reads.WithLabelValues(outcome).Observe(time.Since(began).Seconds()) }()
 	deadline := began.Add(readTimeout)
+	lost := -1
 	for n := 0; n < len(p); {
 		at := inflate.Out(off) + inflate.Out(n)
 		err := l.prove(l.head.SpanAt(at))
 		c := 0
 		if err == nil {
 			c, err = l.readHere(p[n:], at)
+		}
+		if disk := (*diskError)(nil); errors.As(err, &disk) && disk.span != lost && !errors.Is(err, os.ErrClosed) {
+			lost = disk.span
+			l.lose(lost, err)
+			err = nil
 		}
 		if err == nil && c == 0 {
 			outcome = readFetched
@@ -152,13 +162,42 @@ func (l *Layer) readHere(p []byte, off inflate.Out) (int, error) {
 	if end == off {
 		return 0, nil
 	}
-	return l.data.ReadAt(p[:min(inflate.Out(len(p)), end-off)], int64(off))
+	n, err := l.data.ReadAt(p[:min(inflate.Out(len(p)), end-off)], int64(off))
+	if err != nil {
+		return 0, &diskError{l.head.SpanAt(off + inflate.Out(n)), err}
+	}
+	return n, nil
+}
+
+// diskError is what the disk says instead of what was stored there.
+type diskError struct {
+	span int
+	err  error
+}
+
+func (e *diskError) Error() string { return fmt.Sprintf("span %d on disk: %v", e.span, e.err) }
+
+// Is hides io.EOF, which would be the end of the stream.
+func (e *diskError) Is(target error) bool { return target != io.EOF && errors.Is(e.err, target) }
+
+// lose has a span fetched again that cannot be read from disk. Written anew it may
+// be readable again.
+func (l *Layer) lose(span int, err error) {
+	log.G(l.store.life).WithError(err).WithField("diffID", l.head.DiffID).
+		Error("a part of a layer cannot be read from disk and is fetched again; see whether the disk fails")
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.have.clear(span)
+	l.recorded.clear(span)
+	l.punches++
+	l.complete = false // no new mount uses the file
 }
 
 // readComing waits for the span at off. If it could not be stored, its bytes
 // are copied to p; otherwise they are to be read where they are now.
 func (l *Layer) readComing(ctx context.Context, p []byte, off inflate.Out, deadline time.Time) (int, error) {
 	span, last := l.head.SpanAt(off), l.head.SpanAt(off+inflate.Out(len(p))-1)
+	l.prepareIndex()
 	l.mu.Lock()
 	if l.have.get(span) {
 		l.mu.Unlock()
@@ -227,41 +266,71 @@ func (l *Layer) Lacks(d digest.Digest, source string) bool {
 	return l.head.Digest == d && validSource(source) && !slices.Contains(l.sources, source)
 }
 
-// addSource remembers a repository that holds the layer's blob.
+// addSource remembers a repository that holds the layer's blob. The caller holds
+// Store.adding, so that nothing that a read needs is locked while it is written.
 func (l *Layer) addSource(source string) error {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	if !validSource(source) || slices.Contains(l.sources, source) {
+		l.mu.Unlock()
 		return nil
 	}
 	// The newest first: it is the one that works now.
 	sources := append([]string{source}, l.sources...)
 	sources = sources[:min(len(sources), maxSources)]
-	raw, err := json.Marshal(sources)
-	if err != nil {
-		return err
-	}
-	if err := writeFile(l.dir, sourcesFile, raw); err != nil {
-		return err
-	}
 	l.sources = sources
-	return nil
+	l.mu.Unlock()
+	raw, err := json.Marshal(sources)
+	if err == nil {
+		err = writeFile(l.dir, sourcesFile, raw)
+	}
+	if isFull(err) {
+		log.G(l.store.life).WithError(err).WithField("diffID", l.head.DiffID).Warn("a repository of a layer cannot be written down; after a restart it is not asked")
+		return nil // no reason for an image not to be lazy
+	}
+	return err
+}
+
+// prepareIndex reads the index if need be, for indexLocked. It takes a while, in
+// which reads of what is here go on.
+func (l *Layer) prepareIndex() {
+	l.indexing.Lock()
+	defer l.indexing.Unlock()
+	l.mu.Lock()
+	need := l.index == nil && !l.ended
+	l.mu.Unlock()
+	if !need {
+		return
+	}
+	x, err := l.readIndex()
+	if err != nil {
+		return // indexLocked says why
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.index, l.indexUsed = x, time.Now()
+}
+
+// readIndex returns the span part of the layer's index.
+func (l *Layer) readIndex() (*layer.Index, error) {
+	x, err := readIndex(l.dir, l.head.DiffID)
+	if err == nil && (x.Digest != l.head.Digest || x.SpanSize != l.head.SpanSize || len(x.Spans) != l.spans) {
+		err = errOtherIndex
+	}
+	return x, err
 }
 
 // indexLocked returns the span part of the layer's index, which is kept in
-// memory only while it is needed. The caller holds l.mu.
+// memory only while it is needed. The caller holds l.mu, and has called
+// prepareIndex.
 func (l *Layer) indexLocked() (*layer.Index, error) {
 	if l.ended {
 		return nil, errEnded
 	}
 	l.indexUsed = time.Now()
 	if l.index == nil {
-		x, err := readIndex(l.dir, l.head.DiffID)
+		x, err := l.readIndex()
 		if err != nil {
 			return nil, err
-		}
-		if x.Digest != l.head.Digest || x.SpanSize != l.head.SpanSize || len(x.Spans) != l.spans {
-			return nil, errOtherIndex
 		}
 		l.index = x
 	}
@@ -356,6 +425,25 @@ func (l *Layer) restore() error {
 		return err
 	}
 	return l.data.Truncate(l.fileSize())
+}
+
+// Use notes that somebody uses the layer now, which reads by the kernel alone do not
+// show.
+func (l *Layer) Use() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.used = time.Now()
+}
+
+// keepUsed has restore know when the layer was last used.
+func (l *Layer) keepUsed() error {
+	l.mu.Lock()
+	used := l.used
+	l.mu.Unlock()
+	if err := l.dir.Chtimes(haveFile, used, used); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // allHereLocked says whether data holds every span. The caller holds l.mu.

@@ -60,11 +60,17 @@ func (l Limit) bytes(dir string, held int64) (int64, error) {
 	if l.Size > 0 {
 		return l.Size, nil
 	}
+	free, err := freeOnDisk(dir)
+	return (held + free) / 100 * int64(l.share()), err
+}
+
+// freeOnDisk returns how many bytes the disk below dir has room for.
+func freeOnDisk(dir string) (int64, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
 		return 0, fmt.Errorf("free space of %s: %w", dir, err)
 	}
-	return (held + int64(st.Bavail)*st.Bsize) / 100 * int64(l.share()), nil
+	return int64(st.Bavail) * st.Bsize, nil
 }
 
 // heldOnDisk returns how many bytes of disk the data files below dir take.

@@ -23,9 +23,10 @@ type run struct {
 	pace   func(ctx context.Context, n int) error // nil unless it is a fill
 
 	expected bool // see Fill and Expect
+	whole    bool // guarded by Layer.mu: the whole blob is sent for it
 	asked    int  // the span before which everything is what a reader asked for
 
-	pos     int // guarded by Layer.mu: the next span
+	pos     int // guarded by Layer.mu, as end is: the next span
 	readers int // guarded by gate.mu: how many wait for it
 }
 
@@ -68,7 +69,7 @@ func (l *Layer) runForLocked(span, end int) (*run, error) {
 			best = r
 		}
 	}
-	if best != nil && x.Spans[span].InEnd-l.inBefore(x, best.pos) <= own+nearRun {
+	if best != nil && (best.whole || x.Spans[span].InEnd-l.inBefore(x, best.pos) <= own+nearRun) {
 		return best, nil
 	}
 	r := &run{pos: span, end: l.toSeekPointLocked(x, span, end, best), asked: end}
@@ -228,6 +229,15 @@ func (l *Layer) fetch(ctx context.Context, x *layer.Index, r *run, idle *idleTim
 	defer rc.Close()
 	defer l.servedBy(rc)
 	blob := &body{ctx: ctx, r: rc, run: r, store: l.store, idle: idle}
+	if !sendsWhole(rc, x) {
+		l.ranged(r)
+	} else if !l.widen(r) {
+		return nil // another run brings it
+	} else if !l.fits(r) {
+		return ErrFull
+	} else if start, p, err = l.skipTo(x, r, blob); err != nil {
+		return err
+	}
 	stream, err := x.Decode(blob, p)
 	if err != nil {
 		blob.blame(wrongStream)
@@ -243,6 +253,9 @@ func (l *Layer) fetch(ctx context.Context, x *layer.Index, r *run, idle *idleTim
 
 // note remembers a request of r that began at the span from.
 func (l *Layer) note(x *layer.Index, r *run, from int, f Fetch) {
+	if r.whole {
+		from = 0
+	}
 	start, _ := l.spanRange(from)
 	f.DiffID, f.Off = l.head.DiffID, int64(start)
 	if r.pos > from {
@@ -329,6 +342,9 @@ const bodyChunk = 64 << 10
 
 func (b *body) Read(p []byte) (int, error) {
 	n, err := b.read(p)
+	for n == 0 && err == nil && len(p) > 0 { // what comes before is still arriving
+		n, err = b.read(p)
+	}
 	if n > 0 {
 		b.store.metrics.bytes.WithLabelValues(b.run.reason(), hostOf(b.r)).Add(float64(n))
 	}

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -282,6 +283,27 @@ func TestFillTakesWhatIsWanted(t *testing.T) {
 	requireStream(t, l, stream)
 }
 
+// TestFillAsksForSoMuch asks for about as many bytes as it was told to in each
+// request, and for little more than the blob in all.
+func TestFillAsksForSoMuch(t *testing.T) {
+	stream := testTar(t, 200)
+	for name, blob := range map[string][]byte{"gzip": gzipped(t, stream), "uncompressed": stream} {
+		t.Run(name, func(t *testing.T) {
+			src := &blobs{blob: blob}
+			var most int64
+			src.wrap = func(r io.Reader, _, n int64) io.Reader { most = max(most, n); return r }
+			x := build(t, blob)
+			_, l := open(t, t.TempDir(), src, x)
+			size := x.Size / 10
+			fillAll(t, l, int64(size))
+			requireStream(t, l, stream)
+			require.InDelta(t, 10, src.requests.Load(), 2)
+			require.Less(t, most, int64(size)*5/4)
+			require.Less(t, src.bytes.Load(), int64(len(blob))*11/10)
+		})
+	}
+}
+
 // TestFailedFillIsNoReadersBusiness has a reader wait for a fill that fails.
 func TestFailedFillIsNoReadersBusiness(t *testing.T) {
 	stream := testTar(t, 20)
@@ -338,6 +360,59 @@ func TestSmallLayerIsFetchedWhole(t *testing.T) {
 	require.Eventually(t, func() bool { return l.Fetched() == l.Size() }, 10*time.Second, time.Millisecond)
 	requireStream(t, l, stream)
 	require.EqualValues(t, 1, src.requests.Load())
+}
+
+// TestDiskForgets has a file end before what was stored in it: it is fetched again.
+func TestDiskForgets(t *testing.T) {
+	stream := testTar(t, 60)
+	src := &blobs{blob: gzipped(t, stream)}
+	x, dir := build(t, src.blob), t.TempDir()
+	_, l := open(t, dir, src, x)
+	requireStream(t, l, stream)
+	last, _ := l.spanRange(l.spans - 1)
+	require.NoError(t, os.Truncate(filepath.Join(dir, x.DiffID.Encoded(), dataFile), int64(last)+1))
+	asked := src.requests.Load()
+	p := make([]byte, 2*l.SpanSize()) // more than what is lost
+	n, err := l.ReadAt(t.Context(), p, int64(last)-l.SpanSize())
+	require.NoError(t, err)
+	require.Equal(t, stream[int64(last)-l.SpanSize():], p[:n])
+	require.Equal(t, asked+1, src.requests.Load())
+	requireStream(t, l, stream)
+	require.Equal(t, asked+1, src.requests.Load())
+}
+
+// TestDiskTakesNothing has a file that nothing can be written to, for another reason
+// than want of room: readers are served, and a fill says what is wrong.
+func TestDiskTakesNothing(t *testing.T) {
+	stream := testTar(t, 60)
+	src := &blobs{blob: gzipped(t, stream)}
+	s, l := open(t, t.TempDir(), src, build(t, src.blob))
+	readOnly, err := os.Open(l.data.Name())
+	require.NoError(t, err)
+	writable := l.data
+	l.data = readOnly
+	defer writable.Close()
+	_, err = l.Fill(t.Context(), Fill{Want: l.All(), Bytes: 1 << 20, Pace: unpaced})
+	require.ErrorIs(t, err, syscall.EBADF)
+	require.NotErrorIs(t, err, ErrFull)
+	p := make([]byte, 10)
+	_, err = l.ReadAt(t.Context(), p, 1<<20)
+	require.NoError(t, err)
+	require.Equal(t, stream[1<<20:][:10], p)
+	require.Zero(t, s.used.Load())
+}
+
+// TestRemovedWhileWritten removes a layer between the moments in which a span of it is
+// written and counted.
+func TestRemovedWhileWritten(t *testing.T) {
+	stream := testTar(t, 60)
+	_, l := open(t, t.TempDir(), away{}, build(t, gzipped(t, stream)))
+	l.mu.Lock()
+	l.removed = true // and data not closed yet
+	l.mu.Unlock()
+	require.ErrorIs(t, l.write(0, stream[:l.SpanSize()], false), os.ErrClosed)
+	require.Zero(t, l.store.used.Load())
+	require.Zero(t, l.counted)
 }
 
 // blamable is an answer that wants to know what became of it.

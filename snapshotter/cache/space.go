@@ -3,6 +3,7 @@ package cache
 import (
 	"cmp"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"time"
@@ -32,12 +33,12 @@ const (
 	evictFutile = time.Second
 )
 
-// hasRoom says whether a fill may go on.
-func (s *Store) hasRoom() bool { return s.used.Load() <= s.max-s.max/evictShare }
+// hasRoom says whether a fill may bring n bytes.
+func (s *Store) hasRoom(n int64) bool { return s.used.Load()+n <= s.max-s.max/evictShare }
 
 // reserve counts n bytes as used, if there is room for them or can be made.
 func (s *Store) reserve(n int64, fill bool) bool {
-	if s.used.Add(n) <= s.max && (!fill || s.hasRoom()) {
+	if s.used.Add(n) <= s.max && (!fill || s.hasRoom(0)) {
 		return true
 	}
 	if fill {
@@ -61,11 +62,13 @@ func (l *Layer) put(r *run, b []byte, here bool) error {
 	if !here {
 		fill := r.pace != nil && !l.store.gate.wanted(r)
 		if err = l.write(span, b, fill); err != nil {
-			if fill {
-				return ErrFull
-			}
-			if errors.Is(err, os.ErrClosed) {
+			switch {
+			case errors.Is(err, os.ErrClosed):
 				return errEnded
+			case fill && (isFull(err) || errors.Is(err, errNoRoom)):
+				return ErrFull
+			case fill:
+				return fmt.Errorf("storing span %d: %w", span, err)
 			}
 			l.store.degrade(err)
 			kept = slices.Clone(b)
@@ -109,6 +112,9 @@ func (l *Layer) writeData(span int, b []byte) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.removed {
+		return os.ErrClosed // what it takes is not counted any more
+	}
 	l.have.set(span)
 	if l.unproven != nil {
 		l.unproven.clear(span)

@@ -123,6 +123,39 @@ func TestCap(t *testing.T) {
 	require.Zero(t, s.used.Load())
 }
 
+// TestLimit is a share of what is free and of what the layers take already, so that
+// it is the same after a restart; or a size.
+func TestLimit(t *testing.T) {
+	dir := t.TempDir()
+	require.NoError(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64m"), "this test needs root")
+	t.Cleanup(func() { require.NoError(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	stream := testTar(t, 60)
+	src := &blobs{blob: gzipped(t, stream)}
+	x := build(t, src.blob)
+	limitOf := func(text string) int64 {
+		var limit Limit
+		require.NoError(t, limit.UnmarshalText([]byte(text)))
+		again, err := limit.MarshalText()
+		require.NoError(t, err)
+		var same Limit
+		require.NoError(t, same.UnmarshalText(again))
+		require.Equal(t, limit, same)
+		s, l := openWith(t, Options{Dir: filepath.Join(dir, "layers"), Fetch: src, MaxSize: limit}, x)
+		requireStream(t, l, stream)
+		_, most, _ := s.Space()
+		require.NoError(t, s.Close())
+		return most
+	}
+	const all = 64 << 20
+	require.InDelta(t, all/4, limitOf("25%"), 1<<20)
+	require.InDelta(t, all/4, limitOf("25%"), 1<<20, "of which a part is taken now")
+	require.InDelta(t, all, limitOf("100%"), 1<<20)
+	require.EqualValues(t, 20<<20, limitOf("20MiB"))
+	for _, wrong := range []string{"0%", "101%", "-1%", "x%", "", "0", "-5", "many"} {
+		require.Error(t, new(Limit).UnmarshalText([]byte(wrong)), wrong)
+	}
+}
+
 // TestWhatGoesFirst fills two layers and then needs room for a third.
 func TestWhatGoesFirst(t *testing.T) {
 	c := newCorpus(t, 3, 30)
@@ -136,6 +169,30 @@ func TestWhatGoesFirst(t *testing.T) {
 	require.Equal(t, layers[0].Size(), layers[0].Fetched(), "it was read first, but its root is mounted")
 	require.Zero(t, layers[1].Fetched())
 	require.Equal(t, layers[2].Size(), layers[2].Fetched())
+}
+
+// TestUseOutlivesARestart has a layer that was read first, and used last: by the
+// kernel, which asks nobody.
+func TestUseOutlivesARestart(t *testing.T) {
+	c := newCorpus(t, 3, 30)
+	limit := Limit{Size: int64(len(c.streams[0])+len(c.streams[1])) + 1<<20}
+	for name, use := range map[string]func(*Store, *Layer){
+		"device": func(s *Store, l *Layer) { _, release := completed(t, s, l); release() },
+		"mount":  func(_ *Store, l *Layer) { l.Use() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			s, layers := c.open(t, Options{Dir: dir, MaxSize: limit})
+			requireStream(t, layers[0], c.streams[0])
+			requireStream(t, layers[1], c.streams[1])
+			use(s, layers[0])
+			require.NoError(t, s.Close())
+			_, layers = c.open(t, Options{Dir: dir, MaxSize: limit})
+			requireStream(t, layers[2], c.streams[2])
+			require.Zero(t, layers[1].Fetched())
+			require.Equal(t, layers[0].Size(), layers[0].Fetched())
+		})
+	}
 }
 
 // TestColdSpansGoFirst keeps what is read again and again.
@@ -263,8 +320,10 @@ func TestFullDisk(t *testing.T) {
 	require.Equal(t, 1.0, metric(t, s, "clip_cache_in_memory"))
 	require.LessOrEqual(t, s.memory.size, memorySize)
 	require.Zero(t, l.Fetched())
+	asked := src.requests.Load()
 	_, err = l.Fill(t.Context(), Fill{Want: l.All(), Bytes: 1 << 20, Pace: unpaced})
 	require.ErrorIs(t, err, ErrFull)
+	require.Equal(t, asked, src.requests.Load(), "a fill does not ask in order to find that out")
 	require.Len(t, log.lines, 1, "said once: %q", log.lines)
 	require.Contains(t, log.lines[0], "served from memory")
 
@@ -282,6 +341,19 @@ func TestFullDisk(t *testing.T) {
 	requireStream(t, l, stream)
 	require.NoError(t, l.record())
 	require.Positive(t, l.punches)
+}
+
+// TestSourceOnFullDisk learns of a repository that cannot be written down: it is
+// asked all the same.
+func TestSourceOnFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	require.NoError(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size=8m"), "this test needs root")
+	t.Cleanup(func() { require.NoError(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	x := build(t, gzipped(t, testTar(t, 5)))
+	s, l := open(t, filepath.Join(dir, "layers"), away{}, x)
+	require.ErrorIs(t, os.WriteFile(filepath.Join(dir, "ballast"), make([]byte, 16<<20), 0o600), unix.ENOSPC)
+	require.NoError(t, s.Add("other.example/repo:tag", x))
+	require.Equal(t, []string{"other.example/repo:tag", "registry.example/repo:tag"}, l.State().Sources)
 }
 
 // TestEvictionOnFullDisk unmarks spans although not even the marks can be written.

@@ -22,20 +22,22 @@
 // one. A span is fetched by one run, unless that is so far from it that a run
 // of its own brings it sooner. Runs of Layer.Fill stand still while a reader
 // waits for something else, but those that bring what readers are expected to
-// ask for next go on while one waits for another of them.
+// ask for next go on while one waits for another of them. A run that is sent the
+// whole blob, since nobody sends a part, brings all that is missing.
 //
 // A layer that was read in order to be indexed brings its stream along: see
 // Store.Receive.
 //
 // Space. The data files together take at most Options.MaxSize. When it is
 // used up, holes are punched: for layers of which no root is mounted, least
-// recently read first, then for spans that were not read lately. A hole is
+// recently read or mounted first, then for spans that were not read lately. A hole is
 // punched after its spans are durably unmarked and their reads have ended, and
 // never in a file that the kernel has open as a device. If that does not help,
 // or the disk is full, spans are served from memory.
 //
 // Locks are taken in this order: Store.adding, Store.evicting, Store.mu,
-// Layer.recording, Layer.punching, Layer.mu, and then those of gate and memory.
+// Layer.recording, Layer.punching, Layer.indexing, Layer.mu, and then those of gate
+// and memory. With Layer.mu held, no file is written and none of size read.
 //
 // The package does not know images or snapshots: its user adds the layers it
 // needs and says which to keep.
@@ -66,7 +68,8 @@ import (
 // Fetcher reads ranges of compressed blobs. Sources are image references whose
 // repositories should hold the blob. A reader that has a method Blame() is told
 // when what it delivered was not the blob; one that has a method Host() string
-// says who delivers.
+// says who delivers; one that has a method Widen(off, end int64) bool delivers another
+// range than it was asked for, if it gets the whole blob anyway.
 type Fetcher interface {
 	Open(ctx context.Context, sources []string, d digest.Digest, off, n int64) (io.ReadCloser, error)
 }
@@ -157,7 +160,7 @@ func (s *Store) Close() error {
 	defer s.mu.Unlock()
 	var errs []error
 	for _, l := range s.layers {
-		errs = append(errs, l.record(), l.close())
+		errs = append(errs, l.record(), l.keepUsed(), l.close())
 	}
 	clear(s.layers)
 	return errors.Join(errs...)

@@ -89,7 +89,7 @@ type job struct {
 	due      time.Time
 	active   int // workers that fetch for it
 	failures int
-	done     bool // it was complete once
+	done     bool // it was complete once: what it gives up then comes back when it is read
 }
 
 // New returns a filler that works until it is closed. ctx carries the logger
@@ -115,7 +115,7 @@ func (f *Filler) Close() {
 }
 
 // Add has layers completed after the delay. Those that were added before stay
-// as they are.
+// as they are, unless they gave up a part since they were complete.
 func (f *Filler) Add(layers ...*cache.Layer) {
 	due := time.Now().Add(f.opts.Delay)
 	if f.opts.Delay > 0 {
@@ -124,8 +124,11 @@ func (f *Filler) Add(layers ...*cache.Layer) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, l := range layers {
-		if !slices.ContainsFunc(f.jobs, func(j *job) bool { return !j.list && j.layer == l }) {
+		i := slices.IndexFunc(f.jobs, func(j *job) bool { return !j.list && j.layer == l })
+		if i < 0 {
 			f.jobs = append(f.jobs, &job{layer: l, want: l.All(), due: due})
+		} else if f.jobs[i].done {
+			f.jobs[i].done, f.jobs[i].due = false, due
 		}
 	}
 	f.changedLocked()
@@ -148,7 +151,7 @@ type Phase string
 
 // The phases of a layer.
 const (
-	Off      Phase = "off"      // layers are not completed
+	Off      Phase = "off"      // layers are not completed, or it was and gave up a part for others
 	Waiting  Phase = "waiting"  // for its time, or for a worker
 	Fetching Phase = "fetching" // requests for it are under way
 	Failing  Phase = "failing"  // the last request failed; it is tried again
@@ -185,7 +188,7 @@ func (f *Filler) phaseLocked(j *job, whole bool) Phase {
 	switch {
 	case whole:
 		return Done
-	case f.opts.ListsOnly, f.opts.Workers == 0:
+	case f.opts.ListsOnly, f.opts.Workers == 0, j.done:
 		return Off
 	case f.full:
 		return Paused

@@ -34,6 +34,7 @@ type authorizer struct {
 	challenges map[string]challenge // by scope
 	general    *challenge           // holds for scopes that were not asked for yet
 	grants     map[string]*grant    // by scope
+	refused    map[string][]string  // by scope: passwords that the host does not take, as it was shown them
 }
 
 // Login is what a registry gives tokens for. Without a user the secret is an
@@ -63,7 +64,7 @@ const (
 func newAuthorizer(scheme, host string, logins func(host, repository string) ([]Login, error), patience time.Duration) *authorizer {
 	return &authorizer{
 		scheme: scheme, host: host, logins: logins, patience: patience,
-		challenges: map[string]challenge{}, grants: map[string]*grant{},
+		challenges: map[string]challenge{}, grants: map[string]*grant{}, refused: map[string][]string{},
 	}
 }
 
@@ -148,7 +149,7 @@ func (a *authorizer) grantFor(ctx context.Context) *grant {
 		return nil
 	}
 	g := &grant{done: make(chan struct{})}
-	a.grants[scope] = g
+	put(a.grants, scope, g)
 	// It serves everybody who needs it: it outlives the read that is first.
 	go a.obtain(context.WithoutCancel(ctx), a.client, scope, ch, g)
 	return g
@@ -185,12 +186,8 @@ func (a *authorizer) exchange(ctx context.Context, client *http.Client, ch chall
 		return "", until, err
 	}
 	if ch.basic {
-		for _, l := range logins {
-			if l.User != "" && l.Secret != "" {
-				return "Basic " + base64.StdEncoding.EncodeToString([]byte(l.User+":"+l.Secret)), until, nil
-			}
-		}
-		return "", until, fmt.Errorf("it asks for a password and docker's config has none: %w", errdefs.ErrPermissionDenied)
+		value, err = a.password(scopeOf(ctx), logins)
+		return value, until, err
 	}
 	var first error
 	// A login that has ended need not keep anybody from what is public.
@@ -212,6 +209,35 @@ func (a *authorizer) exchange(ctx context.Context, client *http.Client, ch chall
 		}
 	}
 	return "", until, first
+}
+
+const basicPrefix = "Basic "
+
+// maxPasswords is how many are tried for one request.
+const maxPasswords = 16
+
+// password returns the first login that the host has not refused, as it is shown to
+// it. If none is left, the next one who asks begins anew.
+func (a *authorizer) password(scope string, logins []Login) (string, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	refused := a.refused[scope]
+	for _, l := range logins {
+		value := basicPrefix + base64.StdEncoding.EncodeToString([]byte(l.User+":"+l.Secret))
+		if l.User != "" && l.Secret != "" && !slices.Contains(refused, value) {
+			return value, nil
+		}
+	}
+	delete(a.refused, scope)
+	if len(refused) > 0 {
+		return "", fmt.Errorf("it refuses them: %w", errdefs.ErrPermissionDenied)
+	}
+	return "", fmt.Errorf("it asks for a password and docker's config has none: %w", errdefs.ErrPermissionDenied)
+}
+
+// shownPassword says whether a request came with a password. There may be another.
+func shownPassword(req *http.Request) bool {
+	return strings.HasPrefix(req.Header.Get("Authorization"), basicPrefix)
 }
 
 func tokenOptions(ctx context.Context, host string, l Login, ch challenge) (auth.TokenOptions, error) {
@@ -248,7 +274,7 @@ func life(seconds int) time.Duration {
 // which is a 401, what the host wants. It fails if asking again is of no use.
 func (a *authorizer) AddResponses(ctx context.Context, answers []*http.Response) error {
 	last := answers[len(answers)-1]
-	if len(answers) > 1 && answers[len(answers)-2].StatusCode == last.StatusCode {
+	if len(answers) > 1 && answers[len(answers)-2].StatusCode == last.StatusCode && (!shownPassword(last.Request) || len(answers) > maxPasswords) {
 		return fmt.Errorf("%s refused the credentials: %w", a.host, errdefs.ErrPermissionDenied)
 	}
 	ch, err := readChallenge(last)
@@ -283,6 +309,9 @@ func (a *authorizer) drop(ctx context.Context, req *http.Request) bool {
 	scope := scopeOf(ctx)
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if shownPassword(req) && !slices.Contains(a.refused[scope], value) {
+		put(a.refused, scope, append(a.refused[scope], value))
+	}
 	if g := a.grants[scope]; g != nil {
 		select {
 		case <-g.done:

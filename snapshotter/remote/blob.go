@@ -19,7 +19,7 @@ import (
 )
 
 // Retrying: the pause between two rounds over the candidates doubles and is
-// jittered. A read that gets answers that are no answers gives up.
+// jittered. Who sends so many answers that are no answers is asked no more.
 const (
 	firstPause = 100 * time.Millisecond
 	maxPause   = 5 * time.Second
@@ -85,7 +85,6 @@ type Reader struct {
 	pause      time.Duration // before the next round
 	fruitless  int           // bodies since the last that brought something
 	broke      error         // how the last of them ended; nil if it was short
-	wrong      int           // answers that were no answers
 	err        error         // final
 }
 
@@ -96,6 +95,7 @@ type candidate struct {
 	scope  string // of tokens
 	auth   *authorizer
 	served bool  // bytes of the read are from it
+	wrong  int   // its answers that were no answers, since it last brought something
 	final  error // it has refused
 
 	transport http.RoundTripper
@@ -142,7 +142,8 @@ func (r *Reader) addSource(source string) error {
 	return nil
 }
 
-// Read implements io.Reader.
+// Read implements io.Reader. It returns nothing, and no error, whenever something
+// arrived that comes before what it reads: of hosts that do not know ranges.
 func (r *Reader) Read(p []byte) (int, error) {
 	for r.err == nil {
 		if r.off == r.end {
@@ -154,7 +155,7 @@ func (r *Reader) Read(p []byte) (int, error) {
 				break
 			}
 		}
-		if n := r.readBody(p); n > 0 || len(p) == 0 {
+		if n, skipped := r.readBody(p); n > 0 || skipped || len(p) == 0 {
 			return n, nil
 		}
 	}
@@ -165,11 +166,14 @@ func (r *Reader) Read(p []byte) (int, error) {
 // that to be progress rather than a failure.
 const fruitful = 4 << 10
 
-func (r *Reader) readBody(p []byte) int {
+func (r *Reader) readBody(p []byte) (n int, skipped bool) {
+	before := r.body.skip
 	n, err := r.body.Read(p)
+	skipped = r.body.skip < before
 	r.off += int64(n)
 	r.got += int64(n)
-	if n > 0 && r.got >= fruitful {
+	// To skip is progress only until it was in vain once.
+	if n > 0 && r.got >= fruitful || skipped && r.fruitless == 0 {
 		r.hasty = false
 		r.until = time.Now().Add(r.client.opts.GiveUp)
 	}
@@ -177,13 +181,26 @@ func (r *Reader) readBody(p []byte) int {
 	if err != nil || r.body.n == 0 {
 		r.drop()
 		if r.got >= fruitful || r.off == r.end {
-			r.fruitless, r.pause = 0, firstPause
+			r.fruitless, r.pause, r.from.wrong = 0, firstPause, 0
 		} else {
 			r.fruitless++
 			r.broke = err
 		}
 	}
-	return n
+	return n, skipped
+}
+
+// Widen has the reader deliver the bytes [off, end) of the blob instead, if all of
+// it is being sent because nobody sends a part: what comes before the range that was
+// asked for, and after it, costs nothing more. It is for a reader that nothing was
+// read from yet, and returns false if it changed nothing.
+func (r *Reader) Widen(off, end int64) bool {
+	if r.body == nil || !r.body.whole {
+		return false
+	}
+	r.off, r.end = off, end
+	r.body.skip, r.body.n = off, end-off
+	return true
 }
 
 // Host returns who delivers, or has delivered last; "" if nobody has yet.
@@ -317,7 +334,7 @@ func (r *Reader) round() (last map[*candidate]error, wait time.Duration) {
 
 // nextWait is how long to wait after a round in which nobody answered.
 func (r *Reader) nextWait(last map[*candidate]error) time.Duration {
-	if r.wrong >= maxWrong || !slices.ContainsFunc(r.candidates, func(c *candidate) bool { return c.final == nil }) {
+	if !slices.ContainsFunc(r.candidates, func(c *candidate) bool { return c.final == nil }) {
 		return -1
 	}
 	wait := r.nextPause()
@@ -370,7 +387,9 @@ func (r *Reader) try(c *candidate, force, drain bool) error {
 	case r.partly && errors.Is(err, errWhole):
 		c.final = err
 	case errdefs.IsDataLoss(err):
-		r.wrong++
+		if c.wrong++; c.wrong == maxWrong {
+			c.final = err
+		}
 		r.client.avoid(c.place)
 	case !errdefs.IsUnavailable(err) && !errdefs.IsResourceExhausted(err) && r.ctx.Err() == nil:
 		c.final = err

@@ -102,11 +102,19 @@ func readInVain(ctx context.Context, c *Client, sources []string, off, n int64) 
 	return read(ctx, c, sources, off, n)
 }
 
-// newClient keeps the user's docker config out of the test.
+// newClient keeps the user's docker config out of the test. It has all the patience
+// that a busy machine needs.
 func newClient(t *testing.T, configPath ...string) *Client {
 	t.Helper()
 	dockerConfig(t, "{}")
-	return New(Options{ConfigPath: configPath, ConnectTimeout: 300 * time.Millisecond, SilenceTimeout: 300 * time.Millisecond})
+	return New(Options{ConfigPath: configPath})
+}
+
+// newImpatientClient is newClient where somebody says nothing and has to be given up.
+func newImpatientClient(t *testing.T, configPath ...string) *Client {
+	t.Helper()
+	dockerConfig(t, "{}")
+	return New(Options{ConfigPath: configPath, ConnectTimeout: time.Second, SilenceTimeout: time.Second})
 }
 
 func dockerConfig(t *testing.T, content string) {

@@ -24,6 +24,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 )
@@ -197,6 +198,100 @@ func TestCredentialHelper(t *testing.T) {
 	require.NoError(t, os.Remove(filepath.Join(dir, "secret")))
 	password.Store("unknown")
 	require.ErrorIs(t, get(), errdefs.ErrPermissionDenied)
+}
+
+// TestPasswordsAreTried has several logins for a host that wants a password, and a
+// host that has its own way to say that one is no good.
+func TestPasswordsAreTried(t *testing.T) {
+	for _, refuse := range []int{http.StatusUnauthorized, http.StatusForbidden} {
+		t.Run(fmt.Sprint(refuse), func(t *testing.T) {
+			h := start(t, func(w http.ResponseWriter, r *http.Request) {
+				user, _, shown := r.BasicAuth()
+				switch {
+				case shown && user == "good":
+					serveBlob(w, r)
+				case shown:
+					w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
+					w.WriteHeader(refuse)
+				default:
+					w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
+					w.WriteHeader(http.StatusUnauthorized)
+				}
+			})
+			dockerConfig(t, "{}")
+			users := map[string][]string{"team/app": {"old", "older", "good"}, "team/other": {"old", "older"}}
+			c := New(Options{Logins: func(_, repository string) (logins []Login) {
+				for _, user := range users[repository] {
+					logins = append(logins, Login{user, "secret"})
+				}
+				return logins
+			}})
+			other := h.name + "/team/other:1"
+			for range 2 { // a refusal is not for ever
+				before := len(h.seen())
+				_, err := read(t.Context(), c, []string{other}, 0, 3)
+				require.ErrorIs(t, err, errdefs.ErrPermissionDenied)
+				require.GreaterOrEqual(t, len(h.seen()), before+2, "both were tried")
+				require.LessOrEqual(t, len(h.seen()), before+3)
+			}
+			// One repository's credentials are of no use, another's are.
+			_, err := read(t.Context(), c, []string{other, h.ref()}, 0, 3)
+			require.NoError(t, err)
+			before := len(h.seen())
+			_, err = read(t.Context(), c, []string{h.ref()}, 0, 3)
+			require.NoError(t, err)
+			require.Len(t, h.seen(), before+1, "what is good is kept")
+		})
+	}
+}
+
+// TestIdentityToken is what docker's config has instead of a password.
+func TestIdentityToken(t *testing.T) {
+	tokens := start(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodPost || r.FormValue("grant_type") != "refresh_token" || r.FormValue("refresh_token") != "identity" ||
+			r.FormValue("service") != "s" || r.FormValue("scope") != "repository:team/app:pull" {
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		_, _ = fmt.Fprint(w, `{"access_token":"t"}`)
+	})
+	h := start(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") == "Bearer t" {
+			serveBlob(w, r)
+			return
+		}
+		w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="http://%s/token",service="s"`, tokens.name))
+		w.WriteHeader(http.StatusUnauthorized)
+	})
+	c := newClient(t)
+	dockerConfig(t, fmt.Sprintf(`{"auths":{%q:{"auth":%q,"identitytoken":"identity"}}}`, h.name, base64.StdEncoding.EncodeToString([]byte("00000000:"))))
+	_, err := read(t.Context(), c, []string{h.ref()}, 0, 3)
+	require.NoError(t, err)
+}
+
+// TestDockerHubLogin is kept under an address of its own.
+func TestDockerHubLogin(t *testing.T) {
+	dockerConfig(t, login(dockerHub))
+	for _, host := range []string{"docker.io", "registry-1.docker.io"} {
+		l, err := DockerLogin(host)
+		require.NoError(t, err)
+		require.Equal(t, Login{"me", "secret"}, l, host)
+	}
+	l, err := DockerLogin("registry.example.com")
+	require.NoError(t, err)
+	require.Empty(t, l)
+}
+
+// TestGrantsAreBounded asks for more repositories than are remembered.
+func TestGrantsAreBounded(t *testing.T) {
+	a := newAuthorizer("http", "registry.example.com", func(string, string) ([]Login, error) { return []Login{{"me", "secret"}}, nil }, time.Minute)
+	a.general = &challenge{basic: true}
+	for i := range maxRemembered + 10 {
+		g := a.grantFor(docker.WithScope(t.Context(), fmt.Sprintf("repository:team/app%d:pull", i)))
+		<-g.done
+		require.NoError(t, g.err)
+	}
+	require.Equal(t, maxRemembered, len(a.grants))
 }
 
 // TestOneTokenForAll reads with many at once: one token is fetched, and the

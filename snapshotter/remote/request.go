@@ -66,8 +66,8 @@ func (c *Client) open(ctx context.Context, q query) (*body, error) {
 	return b, nil
 }
 
-// askHost asks the host itself, once more if it refuses what it was shown:
-// tokens end before their time.
+// askHost asks the host itself, once more if it refuses what it was shown: tokens
+// end before their time, and of several passwords one may be right.
 func (c *Client) askHost(ctx context.Context, q query) (*answer, error) {
 	var answers []*http.Response
 	for {
@@ -80,7 +80,7 @@ func (c *Client) askHost(ctx context.Context, q query) (*answer, error) {
 		case a.ep.host != q.url.Host:
 			return a, nil
 		case code == http.StatusUnauthorized:
-		case code == http.StatusForbidden && len(answers) == 0 && q.auth.drop(ctx, a.resp.Request):
+		case code == http.StatusForbidden && (len(answers) == 0 || shownPassword(a.resp.Request) && len(answers) < maxPasswords) && q.auth.drop(ctx, a.resp.Request):
 		default:
 			return a, nil
 		}
@@ -263,11 +263,7 @@ func (c *Client) checked(q query, a *answer) (*body, error) {
 		if q.off > near && !q.drain {
 			return nil, fmt.Errorf("%s: %w", a.ep.host, errWhole)
 		}
-		b := &body{answer: a, n: q.end, patience: c.opts.SilenceTimeout}
-		if _, err := io.CopyN(io.Discard, b, q.off); err != nil {
-			return nil, err
-		}
-		return b, nil
+		return &body{answer: a, skip: q.off, n: q.end - q.off, whole: q.drain, patience: c.opts.SilenceTimeout}, nil
 	default:
 		if code == http.StatusTooManyRequests || code == http.StatusServiceUnavailable {
 			a.ep.later(parseRetryAfter(a.resp.Header.Get("Retry-After"), time.Now()))
@@ -301,26 +297,36 @@ func checkRange(header string, off, end int64) (int64, error) {
 // body yields the n bytes of an answer, and gives up when they stop coming.
 type body struct {
 	*answer
-	n        int64 // bytes left
+	skip     int64 // bytes that come before those that were asked for
+	n        int64 // bytes left, without these
+	whole    bool  // all of the blob is coming, since nobody sends a range of it
 	patience time.Duration
 }
 
-// Read implements io.Reader. All errors but the final io.EOF are failures.
+// Read implements io.Reader. All errors but the final io.EOF are failures. It
+// returns nothing when something was skipped.
 func (b *body) Read(p []byte) (int, error) {
 	if b.n == 0 {
 		return 0, io.EOF
 	}
+	next := &b.n
+	if b.skip > 0 {
+		next = &b.skip
+	}
 	b.silence.Reset(b.patience)
-	n, err := b.resp.Body.Read(p[:min(int64(len(p)), b.n)])
+	n, err := b.resp.Body.Read(p[:min(int64(len(p)), *next)])
 	b.silence.Stop()
-	b.n -= int64(n)
+	*next -= int64(n)
 	if b.n == 0 {
 		b.ep.answered()
 		return n, nil
 	}
+	if next == &b.skip {
+		n = 0
+	}
 	if err != nil {
 		if errors.Is(err, io.EOF) {
-			err = fmt.Errorf("answer ended %d bytes early", b.n)
+			err = fmt.Errorf("answer ended %d bytes early", b.skip+b.n)
 		}
 		err = b.failure(err)
 	}

@@ -131,12 +131,12 @@ func TestRecordedStart(t *testing.T) {
 
 	w.stopWorker()
 	w.registry.Misbehave(latency(100 * time.Millisecond)) // so much that what the machine else does matters less
-	var first [2]time.Duration
+	first := [2]time.Duration{time.Hour, time.Hour}       // the better of two: whatever else goes on here only delays
 	var sent [2]int64
 	for i := range 4 {
 		c := w.coldStart(fmt.Sprintf("cold-%d", i), i%2 == 1, ref, heavy...)
 		t.Logf("list %t: %v, %d requests, %.1f MB", i%2 == 1, c.first, len(c.requests), float64(c.requests.Sent())/1e6)
-		first[i%2] += c.first
+		first[i%2] = min(first[i%2], c.first)
 		sent[i%2] += c.requests.Sent()
 	}
 	require.Less(t, first[1], first[0])
