@@ -1,11 +1,13 @@
 package cache
 
+import "github.com/beam-cloud/containerd-clip/archive/layer"
+
 // leastRun is how much a run for a reader brings, counted from where its decoding
 // starts, in uncompressed bytes: what is read next lies nearby, more often than
 // not, since what belongs together was unpacked side by side. It is more than the
 // distance of seek points, which decides how much comes with what is read.
 // docs/benchmarks.md has what others would cost.
-const leastRun = 1536 << 10
+const leastRun = 1280 << 10
 
 // Where what runs bring along is not read, they bring nothing along.
 const (
@@ -46,14 +48,18 @@ func (g *guesses) touch(span int) {
 }
 
 // goOnLocked returns where a run that decodes from the span first on and must go
-// to end should go to. The caller holds l.mu.
-func (l *Layer) goOnLocked(first, end int, far *run) int {
+// to end should go to: so far that it is worth it, and then to where another run
+// can go on without decoding more than a part of a span twice. The caller holds
+// l.mu.
+func (l *Layer) goOnLocked(x *layer.Index, first, end int, far *run) int {
 	if !l.guesses.good() {
 		return end
 	}
-	least := first + int(leastRun/l.head.SpanSize)
-	for end < min(least, l.spans) && l.missingLocked(end, far) {
-		end++
+	for least := first + int(leastRun/l.head.SpanSize); end < l.spans && l.missingLocked(end, far); end++ {
+		last, stop := l.spanRange(end - 1)
+		if point, _ := x.DecodeRange(stop); end >= least && point > last {
+			break
+		}
 	}
 	return end
 }

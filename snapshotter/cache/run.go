@@ -75,7 +75,7 @@ func (l *Layer) runForLocked(span, end int) (*run, error) {
 	r := &run{pos: span, end: l.toSeekPointLocked(x, span, end, best), asked: end}
 	r.expected = l.expected != nil && l.expected.get(span)
 	if !r.expected {
-		r.end = l.goOnLocked(l.head.SpanAt(min(decoded, start)), r.end, best)
+		r.end = l.goOnLocked(x, l.head.SpanAt(min(decoded, start)), r.end, best)
 	}
 	if ahead := l.streams.ahead(span, r.end); ahead > 0 {
 		r.end = l.toSeekPointLocked(x, span, r.end+ahead, best)
