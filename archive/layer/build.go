@@ -237,8 +237,8 @@ func (b *builder) open(blob *bufio.Reader) (io.Reader, func() inflate.In, error)
 	switch {
 	case bytes.HasPrefix(head, magicGzip):
 		b.idx.Compression = Gzip
-		z, err := inflate.NewReader(blob, inflate.Options{Interval: b.opts.PointInterval, At: b.opts.PointsAt, OnPoint: b.addPoint})
-		if err != nil {
+		z := &b.mem.gzip
+		if err := z.Reset(blob, inflate.Options{Interval: b.opts.PointInterval, At: b.opts.PointsAt, OnPoint: b.addPoint}); err != nil {
 			return nil, nil, err
 		}
 		return z, z.In, nil
@@ -267,7 +267,8 @@ func (b *builder) addFrame(out inflate.Out, in inflate.In) {
 func (b *builder) addPoint(p inflate.Point) error {
 	q := Point{Out: p.Out, In: p.In, Bit: p.Bit, State: p.State}
 	if len(p.Window) > 0 {
-		q.Window = b.mem.enc.EncodeAll(p.Window, nil)
+		b.mem.window = b.mem.enc.EncodeAll(p.Window, b.mem.window[:0])
+		q.Window = bytes.Clone(b.mem.window) // which has no room to spare
 	}
 	b.idx.Points = append(b.idx.Points, q)
 	return nil

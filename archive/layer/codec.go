@@ -27,8 +27,20 @@ const (
 	maxWindowZstd = inflate.WindowSize + 1<<10 // a window that does not compress, framed
 )
 
+// About what these take at most in bytes, without what they refer to.
+const (
+	headSize  = 256
+	spanSize  = 32 + 5
+	pointSize = 5 + 5 + 1 + 2 + 3
+)
+
 // AppendSpans appends the encoded span part: everything but the entries.
 func (x *Index) AppendSpans(b []byte) []byte {
+	size := headSize + spanSize*len(x.Spans) + pointSize*len(x.Points)
+	for _, p := range x.Points {
+		size += len(p.State) + len(p.Window)
+	}
+	b = slices.Grow(b, size) // growing bit by bit would take several times as much
 	b = appendString(b, string(x.Digest))
 	b = appendString(b, string(x.DiffID))
 	b = binary.AppendUvarint(b, uint64(x.Size))

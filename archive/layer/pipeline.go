@@ -22,7 +22,9 @@ const (
 type Buffers struct {
 	source chan *chunk   // pool of chunks of compressed bytes
 	out    chan *chunk   // pool of chunks of one span
+	window []byte        // compressed
 	enc    *zstd.Encoder // of windows
+	gzip   inflate.Reader
 	dec    *zstd.Decoder // of the layer; nil before the first zstd layer
 }
 
@@ -30,7 +32,7 @@ type Buffers struct {
 func (m *Buffers) prepare(spanSize int) (err error) {
 	if m.enc == nil {
 		m.enc, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false),
-			zstd.WithWindowSize(inflate.WindowSize), zstd.WithEncoderLevel(zstd.SpeedFastest))
+			zstd.WithWindowSize(inflate.WindowSize), zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithLowerEncoderMem(true))
 	}
 	if m.dec != nil && m.dec.Reset(nil) != nil { // it lets go of the last layer
 		m.dec = nil

@@ -51,7 +51,7 @@ type Image struct {
 
 // Options configures Run.
 type Options struct {
-	Workers  int      // layers indexed at once; default one per processor, 8 at most, and 3 with zstd layers
+	Workers  int      // layers indexed at once; default one per processor, 5 at most, and 3 with zstd layers
 	Progress Progress // may be nil
 	Cache    *Cache   // of layer indexes; nil for none
 	// Force has layers indexed whose indexes are in the cache, which then get
@@ -110,7 +110,7 @@ func Run(ctx context.Context, p content.Provider, img Image, opts Options) (*arc
 // and one per processor at most. The decoder of a zstd layer has the stream's
 // window in memory, mostly 8 MiB.
 func workers(layers []ocispec.Descriptor) int {
-	most := 8
+	most := 5
 	if slices.ContainsFunc(layers, func(l ocispec.Descriptor) bool { return strings.HasSuffix(l.MediaType, "zstd") }) {
 		most = 3
 	}

@@ -216,7 +216,7 @@ func TestDoctorRegistry(t *testing.T) {
 	require.NoError(t, os.WriteFile(filepath.Join(os.Getenv("DOCKER_CONFIG"), "config.json"), []byte(config), 0o600))
 	d := newDoctor("/s")
 	d.registry(t.Context(), nil, host+"/team/app:1")
-	requireFinding(t, d, failure, "registry", "refused the credentials", "docker login")
+	requireFinding(t, d, failure, "registry", "it refuses them", "docker login")
 	require.NotContains(t, d.findings[0].Found, "S3CRET")
 
 	d = newDoctor("/s")
