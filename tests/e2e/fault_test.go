@@ -11,12 +11,15 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sync/errgroup"
 
+	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/tests/internal/harness"
 	"github.com/beam-cloud/containerd-clip/tests/internal/images"
 )
@@ -278,6 +281,72 @@ func (w *world) openFiles() int {
 	fds, err := os.ReadDir(filepath.Join("/proc", strconv.Itoa(w.daemon.Pid()), "fd"))
 	require.NoError(w, err)
 	return len(fds)
+}
+
+// TestManyReaders has 64 readers of a span that is not here: it is fetched once.
+func TestManyReaders(t *testing.T) {
+	w, root := newFaultWorld(t).cold(t)
+	asked := len(w.registry.Requests())
+	w.eventually("what every start reads is here", func() bool {
+		before := asked
+		time.Sleep(time.Second)
+		asked = len(w.registry.Requests())
+		return asked == before
+	})
+	var held atomic.Int64
+	release := make(chan struct{})
+	letGo := sync.OnceFunc(func() { close(release) })
+	defer letGo()
+	w.registry.Misbehave(onBlobs(-1, func(rw http.ResponseWriter, r *http.Request, next http.Handler) {
+		held.Add(1)
+		<-release
+		next.ServeHTTP(rw, r)
+	}))
+	file, err := os.Open(filepath.Join(root, noise))
+	require.NoError(w, err)
+	defer file.Close()
+	off := w.insideSpan(noise)
+	pages := make([][]byte, 64)
+	var readers errgroup.Group
+	for i := range pages {
+		pages[i] = make([]byte, 4096)
+		readers.Go(func() error {
+			_, err := file.ReadAt(pages[i], off)
+			return err
+		})
+	}
+	w.eventually("somebody asks for it", func() bool { return held.Load() > 0 })
+	require.Never(w, func() bool { return held.Load() > 1 }, time.Second, 50*time.Millisecond)
+	letGo()
+	require.NoError(w, readers.Wait())
+	w.requireSum(root)
+	want := make([]byte, 4096)
+	_, err = file.ReadAt(want, off)
+	require.NoError(w, err)
+	for _, page := range pages {
+		require.Equal(w, want, page)
+	}
+}
+
+// insideSpan returns where in a file of several spans a page lies such that nothing that the kernel reads ahead with it
+// is of another span.
+func (w *faultWorld) insideSpan(name string) int64 {
+	w.Helper()
+	a, err := archive.OpenFile(w.archive(w.ref))
+	require.NoError(w, err)
+	defer a.Close()
+	for i := range a.DiffIDs() {
+		x, err := a.Layer(i)
+		require.NoError(w, err)
+		for _, e := range x.Entries {
+			if e.Name == name {
+				_, end := x.SpanRange(x.SpanAt(e.Off))
+				return int64(end-e.Off) + 4096
+			}
+		}
+	}
+	w.Fatalf("no layer has %s", name)
+	return 0
 }
 
 // TestMirrorFaults has two hosts with the same content.

@@ -33,6 +33,7 @@ const startSystemd = `set -e
 echo 0 >"$1/cgroup.procs"
 findmnt --noheadings --list --output TARGET | while read -r mount; do
 	[ "$mount" = "$2" ] || mount --make-private "$mount"
+	case $mount in */roots/*/mnt) umount --lazy "$mount" ;; esac # of a daemon of the host
 done
 mount -t proc proc /proc
 mount --bind /proc/sys /proc/sys
