@@ -60,7 +60,7 @@ func benchmarkStream(b *testing.B) (gz []byte, size int64) {
 // compress/gzip and with klauspost's flate and its checkpoints.
 func BenchmarkInflate(b *testing.B) {
 	gz, size := benchmarkStream(b)
-	points := Options{Interval: 1 << 20, OnPoint: func(Point) error { return nil }}
+	points := Options{Interval: 640 << 10, OnPoint: func(Point) error { return nil }}
 	for _, engine := range []struct {
 		name string
 		open func(io.Reader) (io.Reader, error)

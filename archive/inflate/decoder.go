@@ -1,6 +1,10 @@
 package inflate
 
-import "errors"
+import (
+	"encoding/binary"
+	"errors"
+	"math"
+)
 
 const (
 	outSize  = 256 << 10 // bytes of output held, the window included
@@ -55,8 +59,8 @@ type decoder struct {
 	// mark is the seek point that is waiting for its window, as an index in
 	// out: matches from before it are recorded in used. 0 if there is none.
 	mark int
-	used [WindowSize]byte // out[mark-WindowSize:mark], zero where nothing was copied from
-	low  int              // start of the first byte in used that was
+	used [WindowSize + wordSlack]byte // out[mark-WindowSize:mark], zero where nothing was copied from
+	low  int                          // start of the first byte in used that was
 
 	// The output up to out[needOp] takes the stream's bits before needBit. Not
 	// kept up to date inside blocks: there, the output takes all bits consumed.
@@ -169,11 +173,20 @@ func (d *decoder) openMatch(length, dist int) error {
 }
 
 // markUsed records what a match copies from before the seek point that is
-// waiting for its window.
+// waiting for its window. It is called for many of the matches: words at a time,
+// the last of which is cut off, are faster than copy.
 func (d *decoder) markUsed(from, length int) {
 	at := from - (d.mark - WindowSize)
-	copy(d.used[at:], d.out[from:min(from+length, d.mark)])
 	d.low = min(d.low, at)
+	n := min(length, d.mark-from)
+	for ; n > 8; n -= 8 {
+		binary.LittleEndian.PutUint64(d.used[at&(WindowSize-1):], d.outWord(from))
+		at += 8
+		from += 8
+	}
+	word := d.used[at&(WindowSize-1):]
+	last := d.outWord(from) & (math.MaxUint64 >> (64 - 8*uint(n)))
+	binary.LittleEndian.PutUint64(word, binary.LittleEndian.Uint64(word)|last)
 }
 
 // copyMatch copies the open match up to out[limit].

@@ -40,6 +40,7 @@ type Reader struct {
 	check bool   // it was decoded from its start, so its trailer can be checked
 
 	next     Out   // candidates for the next point begin at this output offset
+	from     Out   // and the next one of them begins at this one
 	at       []Out // what is left of Options.At
 	point    Point // candidate that waits for its window
 	waiting  bool
@@ -82,7 +83,7 @@ func (z *Reader) reset(r io.Reader, in In, out Out) {
 	z.d.reset(r, in)
 	z.opts = Options{}
 	z.out, z.err, z.check = out, nil, false
-	z.next, z.at, z.point, z.waiting, z.found = 0, nil, Point{}, false, false
+	z.next, z.from, z.at, z.point, z.waiting, z.found = 0, 0, nil, Point{}, false, false
 }
 
 // Resume returns a reader that continues a gzip stream at p; r delivers the

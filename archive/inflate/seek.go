@@ -15,6 +15,15 @@ const maxOffset = 1 << 56
 // are not zero.
 const enough = 16
 
+// patience is how much output is waited for the start of a block, where a candidate
+// begins and where it ends: to stop inside a block takes time.
+func (z *Reader) patience() Out { return z.opts.Interval / 8 }
+
+// latest returns where the candidate is weighed at the latest.
+func (z *Reader) latest() Out {
+	return max(z.point.Out+WindowSize, min(z.point.Out+WindowSize+z.patience(), z.wanted()))
+}
+
 // untilVisit returns how much output there is before visit has something to do
 // inside a block.
 func (z *Reader) untilVisit() Out {
@@ -22,9 +31,9 @@ func (z *Reader) untilVisit() Out {
 	case z.opts.Interval == 0:
 		return math.MaxInt64
 	case z.waiting:
-		return z.point.Out + WindowSize - z.out
-	case z.out < z.next && z.out < z.wanted():
-		return min(z.next, z.wanted()) - z.out
+		return z.latest() - z.out
+	case z.out < z.from+z.patience() && z.out < z.wanted():
+		return min(z.from+z.patience(), z.wanted()) - z.out
 	}
 	return Out(z.d.matchLen) // a candidate is overdue, only a match is in the way
 }
@@ -45,20 +54,23 @@ func (z *Reader) visit() error {
 	if z.opts.Interval == 0 {
 		return nil
 	}
-	if z.waiting && z.out >= z.point.Out+WindowSize {
+	d := &z.d
+	atBlock := d.place == atHeader
+	if z.waiting && z.out >= z.point.Out+WindowSize && (atBlock || z.out >= z.latest()) {
 		if last := z.weigh(); last || z.out > z.next+z.opts.Interval/2 {
 			if err := z.takeBest(); err != nil {
 				return err
 			}
 		}
 	}
-	d := &z.d
-	if z.waiting || d.matchLen > 0 || z.out < z.next && z.out < z.wanted() {
+	due := z.out >= z.from && (atBlock || z.out >= z.from+z.patience()) || z.out >= z.wanted()
+	if z.waiting || d.matchLen > 0 || !due {
 		return nil
 	}
 	bit := d.in.bitPos()
 	z.point = Point{Out: z.out, In: In(bit >> 3), Bit: uint8(bit & 7), State: d.state()}
 	z.waiting, z.asked = true, false
+	z.from = z.out + WindowSize
 	for len(z.at) > 0 && z.wanted() < z.out+WindowSize {
 		z.at, z.asked = z.at[1:], true // this point serves it
 	}
@@ -98,6 +110,7 @@ func (z *Reader) takeBest() error {
 	p.Window = bytes.Clone(p.Window)
 	z.found = false
 	z.next = p.Out + z.opts.Interval*3/4
+	z.from = z.next
 	return z.opts.OnPoint(p)
 }
 
@@ -123,7 +136,7 @@ func (d *decoder) startMark() {
 // startMark.
 func (d *decoder) finishMark() []byte {
 	d.mark = 0
-	return d.used[d.low:]
+	return d.used[d.low:WindowSize]
 }
 
 // reset makes the decoder start anew, with r at offset in.

@@ -67,8 +67,8 @@ func TestPointsAreInOrder(t *testing.T) {
 			require.NotEmpty(t, x.points, s.name)
 			require.Zero(t, x.points[0].Out, s.name)
 			interval = max(interval, WindowSize)
-			// A match may cover the place where a candidate is due, and the last one may be the best.
-			most := interval*5/4 + 2*WindowSize + 2*maxMatch
+			// The last candidate may be the best, which waits for a block or the end of a match.
+			most := interval*5/4 + interval/4 + 2*WindowSize + 2*maxMatch
 			for i, p := range x.points {
 				require.LessOrEqual(t, p.Bit, uint8(7))
 				require.LessOrEqual(t, len(p.State), MaxState)
@@ -101,9 +101,7 @@ func TestPointsAreCheap(t *testing.T) {
 	require.GreaterOrEqual(t, cheap.Out, Out(from))
 	require.Less(t, cheap.Out, Out(to))
 	require.LessOrEqual(t, wordsUsed(cheap.Window), enough)
-	for _, p := range points[2:] {
-		require.Greater(t, wordsUsed(p.Window), enough, "it is not like this everywhere")
-	}
+	require.True(t, slices.ContainsFunc(points[2:], func(p Point) bool { return wordsUsed(p.Window) > enough }), "it is not like this everywhere")
 }
 
 // TestPointsAt has points close before the offsets that are asked for.
@@ -160,8 +158,12 @@ func TestPointsDoNotDependOnReads(t *testing.T) {
 func TestResume(t *testing.T) {
 	inBlock, atBit, stored, sparse := 0, 0, 0, 0
 	for _, s := range streams(t) {
+		var at []Out // else there are few points inside blocks, and none inside stored ones
+		for off := Out(40_000); off < Out(len(s.data)); off += 77_777 {
+			at = append(at, off)
+		}
 		for _, interval := range []Out{WindowSize, WindowSize + 7777} {
-			for _, p := range buildIndex(t, s, interval, 64<<10).points {
+			for _, p := range buildIndex(t, s, interval, 64<<10, at...).points {
 				z, err := Resume(bytes.NewReader(s.gz[p.In:]), p)
 				require.NoError(t, err, s.name)
 				require.Equal(t, p.Out, z.Out())
