@@ -30,7 +30,7 @@ const (
 // Options configures Build. The zero value means the defaults.
 type Options struct {
 	SpanSize      inflate.Out // uncompressed bytes per span, a multiple of 64; default 256 KiB
-	PointInterval inflate.Out // about the distance of seek points, uncompressed bytes; default 1 MiB
+	PointInterval inflate.Out // about the distance of seek points, uncompressed bytes; default 640 KiB
 	// PointsAt are uncompressed offsets, ascending, close before which there
 	// shall be seek points as well. Only gzip can have them.
 	PointsAt   []inflate.Out

@@ -5,8 +5,8 @@ import "github.com/beam-cloud/containerd-clip/archive/layer"
 // leastRun is how much a run for a reader brings, counted from where its decoding
 // starts, in uncompressed bytes: what is read next lies nearby, more often than
 // not, since what belongs together was unpacked side by side. It is more than the
-// distance of seek points, which decides how much comes with what is read.
-// docs/benchmarks.md has what others would cost.
+// distance of seek points: less of it takes more requests, more of it brings more
+// that nobody reads.
 const leastRun = 1280 << 10
 
 // Where what runs bring along is not read, they bring nothing along.
@@ -48,18 +48,24 @@ func (g *guesses) touch(span int) {
 }
 
 // goOnLocked returns where a run that decodes from the span first on and must go
-// to end should go to: so far that it is worth it, and then to where another run
-// can go on without decoding more than a part of a span twice. The caller holds
-// l.mu.
+// to end should go to: so far that it is worth it, and then to where another one
+// resumes. The caller holds l.mu.
 func (l *Layer) goOnLocked(x *layer.Index, first, end int, far *run) int {
 	if !l.guesses.good() {
 		return end
 	}
 	for least := first + int(leastRun/l.head.SpanSize); end < l.spans && l.missingLocked(end, far); end++ {
-		last, stop := l.spanRange(end - 1)
-		if point, _ := x.DecodeRange(stop); end >= least && point > last {
+		if end >= least && l.resumes(x, end) {
 			break
 		}
 	}
 	return end
+}
+
+// resumes says whether another run can go on behind one that ends before the span
+// end, and decodes no more than a part of a span twice.
+func (l *Layer) resumes(x *layer.Index, end int) bool {
+	last, stop := l.spanRange(end - 1)
+	point, _ := x.DecodeRange(stop)
+	return point > last
 }

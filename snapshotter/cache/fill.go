@@ -159,10 +159,8 @@ func (l *Layer) fillLocked(x *layer.Index, want []Spans, n, near int64) *run {
 	span := l.nextWantedLocked(want, 0)
 	end := span + 1
 	for {
-		last, stop := l.spanRange(end - 1)
-		point, _ := x.DecodeRange(stop)
-		if int64(x.Spans[end-1].InEnd-l.inBefore(x, span)) >= n && point > last {
-			break // another run can go on here, and decodes no more than a part of a span twice
+		if int64(x.Spans[end-1].InEnd-l.inBefore(x, span)) >= n && l.resumes(x, end) {
+			break
 		}
 		next := l.nextWantedLocked(want, end)
 		if next == l.spans || !l.nearLocked(x, end, next, near) {
