@@ -37,9 +37,15 @@ const (
 	// push, may take seconds or minutes; this notices its end after a quarter more.
 	growth = 1.25
 	// quiet is how many failures in a row are nothing to tell: an image is in
-	// the store before its content is whole, and before it is pushed.
+	// the store before its content is whole, and before it is pushed. A bucket
+	// is no part of that: its failure is told at once.
 	quiet = 4
 )
+
+// bucketError is that a bucket did not take an archive.
+type bucketError struct{ error }
+
+func (e bucketError) Unwrap() error { return e.error }
 
 // backoff is how long to wait after so many failures: longer each time, and not
 // the same for all.
@@ -98,7 +104,7 @@ func (w *Watcher) process(ctx context.Context, client *containerd.Client, k key,
 		if !errdefs.IsInvalidArgument(err) && !errdefs.IsDataLoss(err) {
 			next = again{after: backoff(attempt), failed: true}
 			s.retry = time.Now().Add(next.after)
-			if attempt < quiet {
+			if attempt < quiet && !errors.As(err, new(bucketError)) {
 				log.G(ctx).WithError(err).WithField("retry", next.after).Debug("image cannot be indexed yet")
 				return next
 			}
@@ -261,7 +267,7 @@ func (j job) publish(ctx context.Context, path string, manifest digest.Digest) (
 	if j.rule.to != nil {
 		name, err := j.rule.to.Put(ctx, path, j.at.ref, manifest)
 		if err != nil {
-			return nil, err
+			return nil, bucketError{err}
 		}
 		places[labelStored] = j.rule.to.URL(name)
 	}
