@@ -114,6 +114,7 @@ func FuzzResume(f *testing.F) {
 		var points []Point
 		var wantErr error
 		if wantErr = z.Reset(bytes.NewReader(gz), Options{Interval: 2 * WindowSize, At: fuzzAt, OnPoint: func(p Point) error {
+			p.Window = bytes.Clone(p.Window)
 			points = append(points, p)
 			return nil
 		}}); wantErr != nil {

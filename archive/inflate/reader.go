@@ -20,8 +20,8 @@ type Options struct {
 	At []Out
 	// OnPoint receives the seek points in stream order, the first at Out 0,
 	// each when Read has come far enough behind it to know that no other place
-	// there is better, or to the end of the stream. It owns them. An error from
-	// it ends the stream with that error.
+	// there is better, or to the end of the stream. Their windows are valid until
+	// it returns. An error from it ends the stream with that error.
 	OnPoint func(Point) error
 }
 

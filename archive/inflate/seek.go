@@ -15,6 +15,11 @@ const maxOffset = 1 << 56
 // are not zero.
 const enough = 16
 
+// apart is the least distance between the starts of candidates. To note what
+// matches copy slows decoding: of twice as many candidates the best windows would
+// be a twentieth smaller.
+const apart = 2 * WindowSize
+
 // patience is how much output is waited for the start of a block, where a candidate
 // begins and where it ends: to stop inside a block takes time.
 func (z *Reader) patience() Out { return z.opts.Interval / 8 }
@@ -70,7 +75,7 @@ func (z *Reader) visit() error {
 	bit := d.in.bitPos()
 	z.point = Point{Out: z.out, In: In(bit >> 3), Bit: uint8(bit & 7), State: d.state()}
 	z.waiting, z.asked = true, false
-	z.from = z.out + WindowSize
+	z.from = z.out + apart
 	for len(z.at) > 0 && z.wanted() < z.out+WindowSize {
 		z.at, z.asked = z.at[1:], true // this point serves it
 	}
@@ -106,12 +111,10 @@ func wordsUsed(b []byte) (n int) {
 
 // takeBest reports the best of the candidates.
 func (z *Reader) takeBest() error {
-	p := z.best
-	p.Window = bytes.Clone(p.Window)
 	z.found = false
-	z.next = p.Out + z.opts.Interval*3/4
+	z.next = z.best.Out + z.opts.Interval*3/4
 	z.from = z.next
-	return z.opts.OnPoint(p)
+	return z.opts.OnPoint(z.best)
 }
 
 // finishPoints reports what is left to report at the end of the stream.

@@ -24,6 +24,7 @@ func buildIndex(t testing.TB, s stream, interval Out, step int, at ...Out) index
 	t.Helper()
 	x := index{step: step}
 	z, err := NewReader(bytes.NewReader(s.gz), Options{Interval: interval, At: at, OnPoint: func(p Point) error {
+		p.Window = bytes.Clone(p.Window)
 		x.points = append(x.points, p)
 		return nil
 	}})

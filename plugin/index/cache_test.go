@@ -156,7 +156,7 @@ func TestCacheVersion(t *testing.T) {
 	require.NoError(t, err)
 	hash := sha256.New()
 	require.NoError(t, e.Write(hash))
-	require.Equal(t, "3 060093549b7b118c1224ddcb054a3f9058ab9566bc3d0fd992608091e8443f90", fmt.Sprintf("%s %x", cacheVersion, hash.Sum(nil)))
+	require.Equal(t, "4 060093549b7b118c1224ddcb054a3f9058ab9566bc3d0fd992608091e8443f90", fmt.Sprintf("%s %x", cacheVersion, hash.Sum(nil)))
 }
 
 // TestCacheOfAnotherVersion finds what another program may have left.

@@ -144,38 +144,43 @@ func (c *Containerd) Clipctl(ctx context.Context, args ...string) (Result, error
 }
 
 func (c *Containerd) environ(ctx context.Context) []string {
-	ns, ok := namespaces.Namespace(ctx)
-	if !ok {
-		ns = Namespace
-	}
-	env := []string{"CONTAINERD_ADDRESS=" + c.Socket, "CONTAINERD_NAMESPACE=" + ns}
+	env := []string{"CONTAINERD_ADDRESS=" + c.Socket, "CONTAINERD_NAMESPACE=" + namespaceOf(ctx)}
 	if c.daemon != nil {
 		env = append(env, "CLIP_ADDRESS="+c.daemon.Socket)
 	}
 	return env
 }
 
+func namespaceOf(ctx context.Context) string {
+	if ns, ok := namespaces.Namespace(ctx); ok {
+		return ns
+	}
+	return Namespace
+}
+
 // RunContainer runs a command in a new container and removes it: `ctr run --rm`.
 func (c *Containerd) RunContainer(ctx context.Context, snapshotter, ref, id string, command ...string) (Result, error) {
-	return c.Ctr(ctx, append(c.runArgs("--rm", snapshotter, ref, id), command...)...)
+	return c.Ctr(ctx, append(c.runArgs(ctx, "--rm", snapshotter, ref, id), command...)...)
 }
 
 // RunContainerWith is RunContainer with more of ctr's flags.
 func (c *Containerd) RunContainerWith(ctx context.Context, flags []string, snapshotter, ref, id string, command ...string) (Result, error) {
-	args := c.runArgs("--rm", snapshotter, ref, id)
+	args := c.runArgs(ctx, "--rm", snapshotter, ref, id)
 	return c.Ctr(ctx, slices.Concat(args[:1], flags, args[1:], command)...)
 }
 
 // StartContainer leaves a container running: `ctr run --detach`.
 func (c *Containerd) StartContainer(ctx context.Context, snapshotter, ref, id string, command ...string) error {
-	_, err := c.Ctr(ctx, append(c.runArgs("--detach", snapshotter, ref, id), command...)...)
+	_, err := c.Ctr(ctx, append(c.runArgs(ctx, "--detach", snapshotter, ref, id), command...)...)
 	return err
 }
 
 // runArgs keeps in the lab what runc and ctr else keep in places that all containerds of a host share.
-func (c *Containerd) runArgs(mode, snapshotter, ref, id string) []string {
+// A cgroup is one of them: without a name of its own it is shared by all containers with the same ID, and ends for all.
+func (c *Containerd) runArgs(ctx context.Context, mode, snapshotter, ref, id string) []string {
+	cgroup := "/" + strings.Join([]string{filepath.Base(c.lab.Dir), filepath.Base(c.dir), namespaceOf(ctx), id}, "-")
 	return []string{"run", mode, "--runc-root", filepath.Join(c.dir, "runc"), "--fifo-dir", filepath.Join(c.dir, "fifo"),
-		"--snapshotter", snapshotter, ref, id}
+		"--cgroup", cgroup, "--snapshotter", snapshotter, ref, id}
 }
 
 // RemoveContainer ends a container's task and removes both.
