@@ -116,7 +116,7 @@ func processesOf(dir string) []int {
 	for len(todo) > 0 {
 		pid := todo[0]
 		todo = todo[1:]
-		if found[pid] || pid == os.Getpid() {
+		if found[pid] || pid == os.Getpid() || pid <= 1 { // children of init are anybody's
 			continue
 		}
 		found[pid] = true
