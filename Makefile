@@ -57,7 +57,7 @@ stacks: ## random stacks of layers, STACKS (10000) of them from SEED, against co
 	CI=1 CLIP_TEST_STACKS=$(STACKS) CLIP_TEST_SEED=$(SEED) $(GO) test -count=1 -timeout 0 -run '^TestRandomStacks$$' ./archive/tree
 
 e2e: deps parts build ## end-to-end tests on real parts (root)
-	CI=1 $(GO) test -count=1 -timeout 40m -v ./tests/e2e
+	CI=1 $(GO) test -count=1 -timeout 40m -parallel 4 -v ./tests/e2e
 
 soak: deps parts build ## containers read for SOAK (10m) while everything around them is killed, cut or full (root)
 	CI=1 $(GO) test -count=1 -timeout 0 -v -run '^(TestSoak|TestManyContainers)$$' ./tests/e2e -soak $(SOAK)

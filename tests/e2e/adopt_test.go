@@ -17,6 +17,7 @@ import (
 // indexes it, with everything that CLIP's own index has wrong, and what was streamed is not fetched again. Pulled again
 // later, the image is as lazy as any.
 func TestUpstreamArchive(t *testing.T) {
+	t.Parallel()
 	for name, storage := range map[string]string{"its own reference": "", "another storage reference": "registry.example.com/team/app:1"} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
@@ -73,6 +74,7 @@ func TestUpstreamArchive(t *testing.T) {
 // TestUpstreamShared has CLIP's archives of two images with a layer in common. It is streamed once, whichever image comes
 // first, readers of both are served without a request, and so they are by another daemon.
 func TestUpstreamShared(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	require.NoError(t, clip.SetLogLevel("disabled"))
 	for _, name := range []string{images.PauseName, images.DockerName} {
@@ -122,6 +124,7 @@ func (w *world) upstreamArchive(ref, path string) {
 // TestLoadUpstream makes images out of archives that CLIP wrote: what is not in them comes from the registry, each layer
 // once, and the image is the one that was built.
 func TestLoadUpstream(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.publish(images.DockerName)
 	ref, layers, file := w.ref(images.DockerName), w.layers(images.DockerName), w.lab.Path("theirs.clip")
@@ -184,6 +187,7 @@ func TestLoadUpstream(t *testing.T) {
 
 // TestUpstreamArchiveUnusable falls back to unpacking when CLIP's archive cannot be made use of, and says why.
 func TestUpstreamArchiveUnusable(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.publish(images.DockerName)
 	ref := w.ref(images.DockerName)
@@ -226,6 +230,7 @@ func TestUpstreamArchiveUnusable(t *testing.T) {
 // TestEngineCLIP has CLIP's own indexer index an image of the local store, without the registry. What it writes works in
 // CLIP and here.
 func TestEngineCLIP(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.publish(images.DockerName)
 	ref, layers := w.ref(images.DockerName), w.layers(images.DockerName)

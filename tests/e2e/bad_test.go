@@ -28,6 +28,7 @@ import (
 // TestIndexBadInput gives clipctl what it cannot index: it says what is wrong, exits with an error, and leaves nothing
 // where the archive would have been.
 func TestIndexBadInput(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	layer := w.layers(images.SmallName)[0]
 	broken := func(name string, breakIt func(blob string)) string {
@@ -79,6 +80,7 @@ func TestIndexBadInput(t *testing.T) {
 
 // TestIndexMissingBlobInStore is the store's side of it: containerd lost a layer.
 func TestIndexMissingBlobInStore(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	layer := w.layers(images.SmallName)[1]
 	require.NoError(t, os.Remove(w.builder.ContentPath(layer)))
@@ -93,6 +95,7 @@ func TestIndexMissingBlobInStore(t *testing.T) {
 
 // TestIndexKeepsOldArchive fails over an archive that is there: it stays as it was.
 func TestIndexKeepsOldArchive(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	file := filepath.Join(t.TempDir(), "x.clip")
 	_, err := w.builder.Clipctl(w.ctx, "index", w.ref(images.SmallName), "-o", file)
@@ -108,6 +111,7 @@ func TestIndexKeepsOldArchive(t *testing.T) {
 
 // TestNoContainerd has clipctl talk to a socket that nobody listens on.
 func TestNoContainerd(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	socket := w.lab.Path("nobody.sock")
 	began := time.Now()
@@ -120,6 +124,7 @@ func TestNoContainerd(t *testing.T) {
 
 // TestPushRegistryDown pushes to a registry that refuses connections.
 func TestPushRegistryDown(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	require.NoError(t, w.registry.SwitchOff())
 	began := time.Now()
@@ -136,12 +141,14 @@ func TestPushRegistryDown(t *testing.T) {
 
 // TestWithoutArchive pulls what cannot be lazy: it is an ordinary image, and the daemon says why.
 func TestWithoutArchive(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.requireOrdinary("no archive")
 }
 
 // TestBadLocalArchive has archives below the daemon's root that cannot be used.
 func TestBadLocalArchive(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	for name, damage := range map[string]func(file string) error{
 		"empty":     func(file string) error { return os.Truncate(file, 0) },
@@ -159,6 +166,7 @@ func TestBadLocalArchive(t *testing.T) {
 
 // TestBadReferrer has artifacts in the registry that say they are the image's archive and are not.
 func TestBadReferrer(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	good, other := w.lab.Path("good.clip"), w.lab.Path("other.clip")
 	for file, name := range map[string]string{good: images.SmallName, other: images.SiblingName} {
@@ -175,6 +183,7 @@ func TestBadReferrer(t *testing.T) {
 // TestLayerGoneFromRegistry reads from layers that the registry lost or changed: an error in time, never a hang, never
 // other bytes.
 func TestLayerGoneFromRegistry(t *testing.T) {
+	t.Parallel()
 	for name, damage := range map[string]func(t *testing.T, blob string){
 		"missing": func(t *testing.T, blob string) { require.NoError(t, os.Remove(blob)) },
 		"short":   func(t *testing.T, blob string) { require.NoError(t, os.Truncate(blob, sizeOf(t, blob)/2)) },
@@ -209,6 +218,7 @@ func TestLayerGoneFromRegistry(t *testing.T) {
 // TestRegistryDownWhileRunning switches the registry off below a running container: what was read stays readable, what
 // was not is an error in time, and comes back with the registry.
 func TestRegistryDownWhileRunning(t *testing.T) {
+	t.Parallel()
 	w := newWorldWith(t, faultConfig)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)

@@ -26,6 +26,7 @@ func (w *world) workerWith(config string) (*harness.Daemon, *harness.Containerd)
 // TestFilledImageNeedsNoRegistry has an image completed in the background. It
 // works when the registry is gone for good, also after a crash.
 func TestFilledImageNeedsNoRegistry(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
@@ -50,6 +51,7 @@ func TestFilledImageNeedsNoRegistry(t *testing.T) {
 
 // TestSmallCache reads an image through a cache that it does not fit in.
 func TestSmallCache(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)

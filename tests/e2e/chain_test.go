@@ -28,6 +28,7 @@ import (
 
 // TestOrdinaryOnLazy unpacks images that have no archive on top of a lazy base, in each way that containerd unpacks.
 func TestOrdinaryOnLazy(t *testing.T) {
+	t.Parallel()
 	for name, unpack := range map[string]func(w *world, ref string){
 		"pull":         func(w *world, ref string) { w.pull(w.worker, lazy, ref) },
 		"pull --local": func(w *world, ref string) { w.ctr(w.worker, "image", "pull", "--local", "--snapshotter", lazy, ref) },
@@ -55,6 +56,7 @@ func TestOrdinaryOnLazy(t *testing.T) {
 
 // TestLazyOnOrdinary has a base that was unpacked before its archive came, and then an image with one on top of it.
 func TestLazyOnOrdinary(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	base, ref := w.ref(testimages.BaseName), w.ref(testimages.SmallName)
 	require.NotEmpty(t, w.pull(w.worker, lazy, base).Gets(w.layers(testimages.BaseName)...))
@@ -75,6 +77,7 @@ const changes = `echo changed >> /etc/passwd && rm -r /many && rm /data/a && mkd
 // TestCommit makes an image of what a container has changed, with containerd's own differ: the layer holds just the
 // changes, the same as on overlayfs, and runs with either snapshotter.
 func TestCommit(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(testimages.SmallName)
 	w.index(testimages.SmallName)
@@ -166,6 +169,7 @@ func (w *world) listLayer(blob io.Reader) map[string]string {
 // TestBuildkit builds an image from a lazy one, on this snapshotter and on overlayfs: both builds give the same root,
 // and it runs. The build itself stands on a base of its own, which BuildKit downloads and unpacks.
 func TestBuildkit(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	base := w.ref(testimages.SmallName)
 	w.index(testimages.SmallName)
@@ -213,6 +217,7 @@ func TestBuildkit(t *testing.T) {
 // TestParallelUnpack has containerd unpack several layers at once where it can: it cannot with this snapshotter, whose
 // chains stay whole.
 func TestParallelUnpack(t *testing.T) {
+	t.Parallel()
 	for _, archived := range []bool{true, false} {
 		t.Run(fmt.Sprint("archive ", archived), func(t *testing.T) {
 			w := newWorld(t)
@@ -233,6 +238,7 @@ func TestParallelUnpack(t *testing.T) {
 // TestRebaseCapability has an administrator claim for this snapshotter what it cannot do. A chain without parents would
 // come of it, or layers without whiteouts: pulls are refused instead, with the remedy.
 func TestRebaseCapability(t *testing.T) {
+	t.Parallel()
 	for _, archived := range []bool{true, false} {
 		t.Run(fmt.Sprint("archive ", archived), func(t *testing.T) {
 			w := newWorld(t)

@@ -143,6 +143,7 @@ func requireContents(t *testing.T, kind, file, dir string) {
 
 // TestDataArchive shows, mounts and runs an archive of CLIP's first version that holds its data.
 func TestDataArchive(t *testing.T) {
+	t.Parallel()
 	w := &world{T: t, ctx: t.Context(), lab: harness.ForTest(t)}
 	dir, file := sourceDir(t), w.lab.Path("data.clip")
 	require.NoError(t, clip.SetLogLevel("disabled"))
@@ -190,6 +191,7 @@ func TestS3Archive(t *testing.T) {
 
 // TestImageArchives shows archives of images: with layer indexes, and CLIP's own.
 func TestImageArchives(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.publish(images.DockerName)
 	ref, layers := w.ref(images.DockerName), w.layers(images.DockerName)

@@ -138,6 +138,7 @@ func (k *kubelet) runIn(pod string, config *runtime.PodSandboxConfig, name, ref 
 // lazy, and containers read with the credentials of the pull, also after tokens ended and the daemon was killed. They are
 // in no log.
 func TestCRI(t *testing.T) {
+	t.Parallel()
 	k := newKubelet(t, "")
 	ref := k.ref(images.SmallName)
 	registry := &private{user: "robot", password: secret}

@@ -19,6 +19,7 @@ import (
 
 // TestDefaultConfig starts a daemon with the configuration that it prints as its default.
 func TestDefaultConfig(t *testing.T) {
+	t.Parallel()
 	lab := harness.ForTest(t)
 	printed, err := lab.Run(t.Context(), "containerd-clip-grpc", "config", "default")
 	require.NoError(t, err)
@@ -30,6 +31,7 @@ func TestDefaultConfig(t *testing.T) {
 
 // TestBadConfig starts daemons that cannot start: they say why, and end.
 func TestBadConfig(t *testing.T) {
+	t.Parallel()
 	lab := harness.ForTest(t)
 	running, err := lab.StartDaemon(t.Context(), "running", "")
 	require.NoError(t, err)
@@ -65,6 +67,7 @@ func TestBadConfig(t *testing.T) {
 
 // TestTwoDaemons has two workers on one machine.
 func TestTwoDaemons(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
@@ -83,6 +86,7 @@ func TestTwoDaemons(t *testing.T) {
 // TestDaemonRestart stops and starts the daemon, and kills it, between two containers. It comes back without the
 // registry, and with what it had fetched.
 func TestDaemonRestart(t *testing.T) {
+	t.Parallel()
 	for name, end := range map[string]func(*harness.Daemon) error{
 		"stopped": func(d *harness.Daemon) error { return d.Stop() },
 		"killed":  func(d *harness.Daemon) error { d.Kill(); return nil },
@@ -154,6 +158,7 @@ func (w *world) requireSurvivesReboot(ref string) {
 
 // TestNamespaceFlag indexes an image of another namespace than the default one.
 func TestNamespaceFlag(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ctx := namespaces.WithNamespace(w.ctx, "other")
 	w.ctrIn(ctx, w.builder, "image", "import", "--no-unpack", w.lab.Path("small.tar"))
@@ -170,6 +175,7 @@ func TestNamespaceFlag(t *testing.T) {
 
 // TestProgress shows progress on a terminal and lines elsewhere.
 func TestProgress(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	args := []string{"index", "oci:" + w.layout.Dir + ":busybox", "--storage-ref", w.ref(images.SmallName), "-o", w.lab.Path("x.clip")}
 	result, err := w.builder.Clipctl(w.ctx, args...)
@@ -190,6 +196,7 @@ func TestProgress(t *testing.T) {
 
 // TestFullDisk writes an archive where there is no room, and where nothing can be written.
 func TestFullDisk(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	for name, c := range map[string]struct {
 		flags   uintptr

@@ -42,6 +42,7 @@ func (w *world) doctor(c *harness.Containerd, args ...string) map[string]finding
 
 // TestDoctor has a setup in which all is right, and breaks it part by part.
 func TestDoctor(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)

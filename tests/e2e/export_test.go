@@ -40,6 +40,7 @@ func requireLayout(t *testing.T, dir string) {
 // TestExport writes images out of containerd's store into one layout and into tars. Others can use them: containerd
 // imports the tars, BuildKit builds from the layout, and we index both. Nobody asks the registry.
 func TestExport(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	dir, file := w.lab.Path("layout"), w.lab.Path("image.tar")
@@ -84,6 +85,7 @@ func TestExport(t *testing.T) {
 // TestExportToTools has skopeo and crane copy what was exported to a registry: one image of several in a layout, a tar,
 // and an image for two platforms. The digests stay, and the registry, which checks blobs, has all of them.
 func TestExportToTools(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.publish(images.PlatformName)
 	small, both := w.ref(images.SmallName), w.ref(images.PlatformName)
@@ -149,6 +151,7 @@ func (w *world) image(c *harness.Containerd, ref string) containerdimages.Image 
 // TestExportClones exports on a file system that can clone files: what is exported takes no room, and whoever writes to
 // it spoils nothing. With --copy it takes room.
 func TestExportClones(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	dir, image := w.lab.Path("xfs"), w.lab.Path("xfs.img")
 	require.NoError(t, os.Mkdir(dir, 0o755))
@@ -214,6 +217,7 @@ func requireClones(t *testing.T, dir string) {
 
 // TestExportPlatforms exports one of two platforms, with no blob of the other, and both.
 func TestExportPlatforms(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.publish(images.PlatformName)
 	ref := w.ref(images.PlatformName)
@@ -254,6 +258,7 @@ func TestExportPlatforms(t *testing.T) {
 // TestContentEnsure pulls lazily, and then does what needs the layers: it is refused with the remedy, and works after
 // the remedy.
 func TestContentEnsure(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref, layers := w.ref(images.SmallName), w.layers(images.SmallName)
 	w.index(images.SmallName)

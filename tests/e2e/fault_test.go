@@ -224,6 +224,7 @@ func hangUp(http.ResponseWriter, *http.Request, http.Handler) { panic(http.ErrAb
 // TestFaults has a registry that misbehaves below a lazy root: what a process reads is right, or an error in time, and
 // right again when the registry is.
 func TestFaults(t *testing.T) {
+	t.Parallel()
 	w := newFaultWorld(t)
 	for _, c := range []struct {
 		name  string
@@ -285,6 +286,7 @@ func (w *world) openFiles() int {
 
 // TestManyReaders has 64 readers of a span that is not here: it is fetched once.
 func TestManyReaders(t *testing.T) {
+	t.Parallel()
 	w, root := newFaultWorld(t).cold(t)
 	asked := len(w.registry.Requests())
 	w.eventually("what every start reads is here", func() bool {
@@ -351,6 +353,7 @@ func (w *faultWorld) insideSpan(name string) int64 {
 
 // TestMirrorFaults has two hosts with the same content.
 func TestMirrorFaults(t *testing.T) {
+	t.Parallel()
 	w := newFaultWorld(t)
 	mirror, err := w.lab.StartMirror(w.registry)
 	require.NoError(t, err)
@@ -405,6 +408,7 @@ func TestMirrorFaults(t *testing.T) {
 // TestOutages is about a container that runs while the registry is away: for less than a read waits, for longer, and for
 // ever after everything has come.
 func TestOutages(t *testing.T) {
+	t.Parallel()
 	w := newFaultWorld(t)
 	read := func(t *testing.T, w *faultWorld) (string, error) {
 		result, err := w.worker.Ctr(w.ctx, "task", "exec", "--exec-id", fmt.Sprint("e", time.Now().UnixNano()), "stays", "md5sum", "/"+noise)
@@ -457,6 +461,7 @@ func TestOutages(t *testing.T) {
 
 // TestExpiry has tokens, and addresses of the storage, that end while a layer is read.
 func TestExpiry(t *testing.T) {
+	t.Parallel()
 	w := newFaultWorld(t)
 	t.Run("token", func(t *testing.T) {
 		w, root := w.cold(t)

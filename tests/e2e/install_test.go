@@ -17,6 +17,7 @@ import (
 // TestSetup tells a containerd that ran without the snapshotter about it, and takes that back while images that it
 // pulled are there: containerd goes on as if nothing had been.
 func TestSetup(t *testing.T) {
+	t.Parallel()
 	w := workerlessWorld(t, "")
 	w.addSmall()
 	w.index(images.SmallName)
@@ -158,6 +159,7 @@ func (m *machine) requireRefusal(asked func() []string) {
 // TestPackage installs, upgrades, removes and purges the Debian package in a root of its own: containerd's configuration
 // is right when it is there, and what it was when it is gone.
 func TestPackage(t *testing.T) {
+	t.Parallel()
 	installed, err := harness.Installed()
 	require.NoError(t, err)
 	top, err := harness.Top()

@@ -43,6 +43,7 @@ type readers struct {
 	reads   atomic.Int64
 	longest atomic.Int64 // nanoseconds
 	stop    chan struct{}
+	halt    func() // closes stop
 	running sync.WaitGroup
 
 	mu   sync.Mutex // guards bad and slow
@@ -65,6 +66,8 @@ func newReaders(w *world) *readers {
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
 	r := &readers{world: w, ref: ref, sums: map[string]string{}, stop: make(chan struct{})}
+	r.halt = sync.OnceFunc(func() { close(r.stop) })
+	w.Cleanup(r.halt) // of a test that failed: they would read what is gone, as fast as they can
 	stock := w.stock()
 	w.pull(stock, eager, ref)
 	// Runtimes mount over files in /etc; names in /names have line breaks.
@@ -184,7 +187,7 @@ func (w *world) blocked() string {
 // end stops the readers: none read anything wrong, and no container ended.
 func (r *readers) end() {
 	r.Helper()
-	close(r.stop)
+	r.halt()
 	r.running.Wait()
 	require.Empty(r, r.bad)
 	for _, root := range r.roots {

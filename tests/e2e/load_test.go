@@ -16,6 +16,7 @@ import (
 // TestLoad makes an image out of its archive alone. It is the image that was built, nothing was asked of the registry
 // before the first read, and containerd keeps and collects it like one that was pulled.
 func TestLoad(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	file := w.lab.Path("app.clip")
@@ -85,6 +86,7 @@ func TestLoad(t *testing.T) {
 
 // TestLoadRefused loads what is no archive, or not lazy, and where there is no snapshotter.
 func TestLoadRefused(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	window := w.ref(images.WindowName)
 	w.publish(images.WindowName)

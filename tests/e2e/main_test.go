@@ -15,6 +15,7 @@ import (
 // TestDemoImage goes the whole way with a real image: indexed without the registry, pulled without its layers, run with
 // a fraction of its bytes, and the same as an ordinary image in every respect.
 func TestDemoImage(t *testing.T) {
+	t.Parallel()
 	w := newDemoWorld(t)
 	ref, layers, size := w.ref(images.DemoName), w.layers(images.DemoName), w.size(images.DemoName)
 
@@ -57,6 +58,7 @@ func TestDemoImage(t *testing.T) {
 
 // TestSmallImage has one of everything that a layer can say.
 func TestSmallImage(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
@@ -72,6 +74,7 @@ func TestSmallImage(t *testing.T) {
 
 // TestWritableContainer checks that a container can change what is in its image, and that the image stays as it is.
 func TestWritableContainer(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)

@@ -18,6 +18,7 @@ import (
 // sees of itself below snapshots/*/fs has the modes that the image and the container give it; the directories on the way
 // are closed.
 func TestFileModes(t *testing.T) {
+	t.Parallel()
 	old := syscall.Umask(0)
 	restore := func() { syscall.Umask(old) }
 	defer restore()

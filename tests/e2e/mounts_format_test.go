@@ -22,6 +22,7 @@ import (
 // TestIndependentReader reads the metadata image of a root with go-erofs, which shares no code with the writer, and
 // compares it with what the kernel shows.
 func TestIndependentReader(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)

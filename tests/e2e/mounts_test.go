@@ -94,6 +94,7 @@ func (w *world) runWith(c *harness.Containerd, flags []string, snapshotter, ref 
 
 // TestMountModes has one root, the same in each mode.
 func TestMountModes(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref, sparse := w.ref(images.SmallName), w.ref(images.SparseName)
 	w.publish(images.SparseName)
@@ -132,6 +133,7 @@ func requireNothingLeft(w *world, refs ...string) {
 // TestModeChanges has a daemon that dies and comes back with another mode: roots that are mounted go on as they are, what
 // is mounted from then on is mounted in the new mode.
 func TestModeChanges(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
@@ -183,6 +185,7 @@ func mountsOf(t *testing.T, dir string) []string {
 
 // TestDemoImageModes is a real image in the modes that are not the usual one.
 func TestDemoImageModes(t *testing.T) {
+	t.Parallel()
 	w := newDemoWorld(t)
 	ref := w.ref(images.DemoName)
 	w.index(images.DemoName)
@@ -218,6 +221,7 @@ func loopsOf(t *testing.T, dir string) []string {
 
 // TestManyLayers runs an image of 127 layers, all of them lazy.
 func TestManyLayers(t *testing.T) {
+	t.Parallel()
 	w := newMountsWorld(t)
 	ref := w.ref(images.LayersName)
 	require.Len(t, w.layers(images.LayersName), images.ManyLayers)
@@ -235,6 +239,7 @@ func TestManyLayers(t *testing.T) {
 
 // TestReadOnlyContainers cannot write, wherever they try.
 func TestReadOnlyContainers(t *testing.T) {
+	t.Parallel()
 	w := newMountsWorld(t)
 	ref := w.ref(images.OwnersName)
 	w.eachMode(func(w *world) {
@@ -249,6 +254,7 @@ func TestReadOnlyContainers(t *testing.T) {
 
 // TestContainersInContainers mounts an overlay whose lower directory is a container's root, and runs a program in it.
 func TestContainersInContainers(t *testing.T) {
+	t.Parallel()
 	w := newMountsWorld(t)
 	ref := w.ref(images.OwnersName)
 	const script = `set -e

@@ -19,6 +19,7 @@ var usernsFlags = []string{"--uidmap", "0:100000:65536", "--gidmap", "0:200000:6
 // TestUserNamespaces runs containers with user namespaces: with mapped mounts, as CRI has it and ctr with
 // --remap-labels, and with the copy that containerd makes otherwise.
 func TestUserNamespaces(t *testing.T) {
+	t.Parallel()
 	w := newMountsWorld(t)
 	ref := w.ref(images.OwnersName)
 	stock := w.stock()

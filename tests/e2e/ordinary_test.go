@@ -11,6 +11,7 @@ import (
 // TestLayersThatCannotBeLazy indexes images one of whose layers cannot be read lazily. The image runs all the same, and
 // somebody says which layer it was and why.
 func TestLayersThatCannotBeLazy(t *testing.T) {
+	t.Parallel()
 	for name, why := range map[string]string{
 		images.WindowName: "zstd window",
 		images.OddName:    "sparse file with data at 100",
@@ -36,6 +37,7 @@ func TestLayersThatCannotBeLazy(t *testing.T) {
 
 // TestOtherKindsOfLayer has images that are lazy like SmallName, and not made of gzip or not called OCI.
 func TestOtherKindsOfLayer(t *testing.T) {
+	t.Parallel()
 	for _, name := range []string{images.DockerName, images.ZstdName} {
 		t.Run(images.ShortName(name), func(t *testing.T) {
 			w := newWorld(t)
@@ -54,6 +56,7 @@ func TestOtherKindsOfLayer(t *testing.T) {
 // TestOtherSnapshotterIsDefault pulls without --snapshotter on a containerd that has clip: it stays overlayfs, as
 // config.toml.example promises.
 func TestOtherSnapshotterIsDefault(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
@@ -64,6 +67,7 @@ func TestOtherSnapshotterIsDefault(t *testing.T) {
 
 // TestBothSnapshotters has one image in both snapshotters of one containerd.
 func TestBothSnapshotters(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref, layers := w.ref(images.SmallName), w.layers(images.SmallName)
 	w.index(images.SmallName)
@@ -75,6 +79,7 @@ func TestBothSnapshotters(t *testing.T) {
 // TestLayersInStore runs an image with clip whose layers are in containerd's store: it was imported, and the unpacking
 // has no labels. The snapshotter is an ordinary one then.
 func TestLayersInStore(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.ctr(w.worker, "image", "import", "--no-unpack", "--all-platforms", w.lab.Path("small.tar"))
 	w.registry.Reset()

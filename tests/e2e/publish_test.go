@@ -29,6 +29,7 @@ func writes(rs harness.Requests) harness.Requests {
 // TestPublish pushes an archive, and again, and gets it back. What the registry lacks of the image is said before
 // anything is written.
 func TestPublish(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref, file := w.ref(images.SmallName), w.lab.Path("app.clip")
 	_, err := w.builder.Clipctl(w.ctx, "index", ref, "-o", file)
@@ -73,6 +74,7 @@ func TestPublish(t *testing.T) {
 
 // TestKeptArchive has an archive in containerd's store: it stays with its image, moves with it, and goes with it.
 func TestKeptArchive(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
@@ -120,6 +122,7 @@ func TestKeptArchive(t *testing.T) {
 // TestConvert makes an image that names its archive. It is pushed and pulled by ctr alone: with the snapshotter it is
 // lazy, though nobody looks for referrers; without, it is an image like any other and its archive stays where it is.
 func TestConvert(t *testing.T) {
+	t.Parallel()
 	w := newWorldWith(t, "[discover]\nreferrers = false\n")
 	w.publish(images.PlatformName)
 	src, dst := w.ref(images.SmallName), w.registry.Ref("team/converted:1")
@@ -221,6 +224,7 @@ func (w *world) discoverIn(first, second string) {
 // TestBuckets keeps archives in a bucket of a real S3 server and in a directory. The snapshotter finds them there by the
 // same URL, under names made by the same template; the registry is asked for no archive.
 func TestBuckets(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	s3, options := w.startS3()
 	require.NoError(t, s3.MakeBucket("archives"))

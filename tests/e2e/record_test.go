@@ -111,6 +111,7 @@ func (w *world) record(ref string, args ...string) harness.Result {
 // starts the image elsewhere over a link with latency: what was a chain of round
 // trips is requests side by side, for little more than what is read.
 func TestRecordedStart(t *testing.T) {
+	t.Parallel()
 	w := newDemoWorld(t)
 	ref := w.ref(images.DemoName)
 	w.index(images.DemoName)
@@ -162,6 +163,7 @@ func TestListDoesNotDelay(t *testing.T) {
 
 // TestRecordFromDaemon uses what the daemon saw of an ordinary start.
 func TestRecordFromDaemon(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
@@ -186,6 +188,7 @@ func TestRecordFromDaemon(t *testing.T) {
 
 // TestRecordFails leaves no container, no mount and no archive behind.
 func TestRecordFails(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	for _, c := range []struct {

@@ -22,6 +22,7 @@ const secret = "S3CRET"
 // redirects, labels) and a registry that fails in every way in which they could be named: they are in no log, not even
 // at level debug, and in no label.
 func TestSecretsInNoLog(t *testing.T) {
+	t.Parallel()
 	w := newFaultWorldWith(t, "[registry]\nconfig_path = ['LAB/certs.d']\ngive_up = '1s'\n")
 	storage, err := w.lab.StartMirror(w.registry)
 	require.NoError(t, err)

@@ -18,6 +18,7 @@ import (
 // TestSharedLayers has two images with the same lower layers, only one of which has an archive. containerd knows
 // snapshots by chain ID, so what the first pull left is what the second finds.
 func TestSharedLayers(t *testing.T) {
+	t.Parallel()
 	for _, order := range [][]string{
 		{images.SmallName, images.SiblingName},
 		{images.SiblingName, images.SmallName},
@@ -41,6 +42,7 @@ func TestSharedLayers(t *testing.T) {
 
 // TestLowerChainIsAnImage runs an image whose top chain is a chain in the middle of the one that was indexed.
 func TestLowerChainIsAnImage(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.index(images.SmallName)
 	stock := w.stock()
@@ -53,6 +55,7 @@ func TestLowerChainIsAnImage(t *testing.T) {
 // TestNamespaces pulls one image in two namespaces: what the first fetched serves the second, and each can go without
 // the other.
 func TestNamespaces(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
@@ -78,6 +81,7 @@ func TestNamespaces(t *testing.T) {
 
 // TestRemoval checks that an image which is gone left nothing: no snapshot, no mount, no file that the daemon holds.
 func TestRemoval(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.index(images.SmallName)
 	before := w.held()
@@ -98,6 +102,7 @@ func TestRemoval(t *testing.T) {
 
 // TestImageRemovedWhileRunning keeps a container's root while the container runs, whatever becomes of its image.
 func TestImageRemovedWhileRunning(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)

@@ -21,6 +21,7 @@ const artifactType = "application/vnd.beam.clip.index.v2"
 // TestSources indexes one image from everything that an image can be in. What comes out depends on the image and the
 // storage reference alone.
 func TestSources(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.registry.Reset()
 	ref := w.ref(images.SmallName)
@@ -58,6 +59,7 @@ func requireUpstreamReads(t *testing.T, file, ref string) {
 
 // TestStorageReference indexes an image that has no name in a registry, for one that it will have.
 func TestStorageReference(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.registry.Ref("elsewhere/app:2")
 	w.ctr(w.builder, "image", "tag", images.SmallName, ref)
@@ -71,6 +73,7 @@ func TestStorageReference(t *testing.T) {
 
 // TestLocalArchive finds the archive as a file below the daemon's root; the registry has none.
 func TestLocalArchive(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.placeArchive(images.SmallName, "by-hand.clip")
@@ -80,6 +83,7 @@ func TestLocalArchive(t *testing.T) {
 
 // TestPlatforms indexes images of several platforms: one that is named, and all of them.
 func TestPlatforms(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.PlatformName)
 	w.publish(images.PlatformName)
@@ -116,6 +120,7 @@ func TestPlatforms(t *testing.T) {
 
 // TestIndexAgain gives the same archive and no second artifact.
 func TestIndexAgain(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.index(images.SmallName)
 	w.index(images.SmallName)

@@ -51,6 +51,7 @@ func (w *world) status() (st status) {
 // TestStatus has a lazy image, one that shares its layers, one with no layer of its own, one that is not lazy at the
 // top, and a container.
 func TestStatus(t *testing.T) {
+	t.Parallel()
 	w := newWorldWith(t, "[fill]\nmode = 'off'\n[registry]\ngive_up = '2s'\n[metrics]\naddress = 'unix://LAB/metrics'\n[debug]\naddress = 'unix://LAB/debug'\n")
 	for _, name := range []string{images.SmallName, images.BaseName} {
 		w.index(name)
@@ -188,6 +189,7 @@ func (w *world) requireMetrics() {
 
 // TestPullAndPrune goes through the commands that look after images and what was fetched of them.
 func TestPullAndPrune(t *testing.T) {
+	t.Parallel()
 	w := newWorldWith(t, "[fill]\ndelay = '0s'\n")
 	ref, file := w.ref(images.SmallName), w.lab.Path("a.clip")
 	w.index(images.SmallName)

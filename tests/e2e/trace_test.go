@@ -64,6 +64,7 @@ func readTrace(t *testing.T, file string) tracedPage {
 // TestTrace draws a start that is run for it, and an ordinary one that the daemon saw: each request that the registry
 // got is there, and no other.
 func TestTrace(t *testing.T) {
+	t.Parallel()
 	w := newWorldWith(t, "[fill]\nmode = 'off'\n")
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)

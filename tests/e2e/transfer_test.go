@@ -97,6 +97,7 @@ func (e *events) counts() map[string]int {
 // TestTransferInside has a containerd with the plugin export and index by itself: image store to our destination,
 // through the transfer service that everybody uses.
 func TestTransferInside(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := w.custom()
 	inside, err := plugin.Installed(w.ctx, c.Client())
@@ -141,6 +142,7 @@ func TestTransferInside(t *testing.T) {
 
 // TestSnapshotterInside has a containerd that knows the snapshotter by its import alone, also before the daemon is there.
 func TestSnapshotterInside(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
@@ -163,6 +165,7 @@ func TestSnapshotterInside(t *testing.T) {
 // TestTransferRefused has exports that cannot be. Run returns, whatever containerd did to its streams, and containerd
 // goes on.
 func TestTransferRefused(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	custom := w.custom()
 	stock := w.stock()
@@ -213,6 +216,7 @@ func (broken) Write([]byte) (int, error) { return 0, errBroken }
 
 // TestTransferStock exports from a containerd that knows nothing of us: the same object works in this process.
 func TestTransferStock(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := w.stock()
 	w.ctr(c, "image", "import", "--no-unpack", "--all-platforms", w.lab.Path("small.tar"))

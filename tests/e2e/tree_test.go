@@ -15,12 +15,14 @@ import (
 
 // TestSparseImage has sparse files in a layer, in each form that containerd unpacks: read lazily, and the same.
 func TestSparseImage(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.requireSameAsStock(images.SparseName)
 }
 
 // TestHugeHoles has files that nobody unpacks: 8 GiB and 1 TiB of zeros with a little data.
 func TestHugeHoles(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.HugeName)
 	w.publish(images.HugeName)
@@ -54,6 +56,7 @@ func TestHugeHoles(t *testing.T) {
 // TestRefusedImages pulls what containerd refuses to unpack: a sound base and a layer on it. It is refused with clip as
 // without, in the same words, and the layer is not committed; the base may be, until containerd collects it.
 func TestRefusedImages(t *testing.T) {
+	t.Parallel()
 	w := emptyWorld(t, "")
 	layout, refused, err := images.Refused(w.lab.Path("refused"))
 	require.NoError(t, err)
@@ -89,6 +92,7 @@ func cause(text string) string {
 
 // TestStacks runs what people run, lazily, and compares whole roots with containerd's.
 func TestStacks(t *testing.T) {
+	t.Parallel()
 	w := emptyWorld(t, "")
 	top, err := harness.Top()
 	require.NoError(t, err)
@@ -138,6 +142,7 @@ func (w *world) requireSameAsStock(name string) {
 
 // TestByDigest indexes and runs an image that is named by its digest.
 func TestByDigest(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	tag := w.ref(images.SmallName)
 	ref := tag[:strings.LastIndex(tag, ":")] + "@" + w.subject(tag, runtime.GOARCH).Digest.String()
@@ -150,6 +155,7 @@ func TestByDigest(t *testing.T) {
 
 // TestMovedTag has an image's tag moved to another image after it was pulled: what was pulled is still read.
 func TestMovedTag(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)

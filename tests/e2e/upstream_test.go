@@ -93,6 +93,7 @@ func (w *world) archive(ref string, args ...string) string {
 // TestUpstreamMountsOurs mounts an archive of ours with CLIP's own code: everything that CLIP can express is the same,
 // its caches know the layers, and no layer is fetched twice.
 func TestUpstreamMountsOurs(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.publish(images.DockerName) // all of its layers are gzip
 	ref, layers := w.ref(images.DockerName), w.layers(images.DockerName)
@@ -172,6 +173,7 @@ func (c *contentCache) StoreContent(chunks chan []byte, hash string, _ routing) 
 // TestUpstreamContentCache reads through the cache that CLIP's workers share. A layer that CLIP cannot decompress is
 // read from there too.
 func TestUpstreamContentCache(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ref := w.ref(images.SmallName)
 	file := w.archive(ref)
@@ -202,6 +204,7 @@ func TestUpstreamContentCache(t *testing.T) {
 // TestUpstreamReferences stores references with tag, digest and both. Today's CLIP mounts by tag only, and reads what
 // the tag's image has.
 func TestUpstreamReferences(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.publish(images.DockerName)
 	ref := w.ref(images.DockerName)
@@ -257,6 +260,7 @@ func TestUpstreamReferences(t *testing.T) {
 
 // TestUpstreamMetadata compares the image's config in an archive of ours with what CLIP's own indexer stores.
 func TestUpstreamMetadata(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.publish(images.DockerName)
 	ref := w.ref(images.DockerName)

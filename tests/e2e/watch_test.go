@@ -137,6 +137,7 @@ func (w *watched) indexed(ref string) (n int) {
 
 // TestWatchBuildkit builds, and nothing more: the archive is in the registry, and a worker runs the image lazily.
 func TestWatchBuildkit(t *testing.T) {
+	t.Parallel()
 	w := newWatched(t)
 	base := w.ref(images.SmallName)
 	dir := w.dockerfile("FROM " + base + "\nRUN echo built > /app/name\nCOPY Dockerfile /opaque/\n")
@@ -168,6 +169,7 @@ func TestWatchBuildkit(t *testing.T) {
 
 // TestWatchImages has images come in every other way.
 func TestWatchImages(t *testing.T) {
+	t.Parallel()
 	w := newWatched(t)
 	client := w.builder.Client()
 
@@ -272,6 +274,7 @@ func TestWatchImages(t *testing.T) {
 // TestWatchBuckets has archives go to a bucket that is made late, and to a directory beside registry and file. Workers
 // find them by the same URLs, and what became of them is in the status.
 func TestWatchBuckets(t *testing.T) {
+	t.Parallel()
 	w := &watched{world: newWorld(t)}
 	s3, options := w.startS3()
 	inS3, inFiles := "s3://archives/{{.Path}}/{{.Manifest}}.clip"+options, "file://"+w.lab.Path("objects")+"/{{.Path}}-{{.Tag}}.clip"
@@ -388,6 +391,7 @@ to = %q
 
 // TestWatchIncomplete has an image in the store before its layers are, as BuildKit publishes it.
 func TestWatchIncomplete(t *testing.T) {
+	t.Parallel()
 	w := newWatched(t)
 	client := w.builder.Client()
 	ctx, done, err := client.WithLease(w.ctx, leases.WithRandomID())
@@ -410,6 +414,7 @@ func TestWatchIncomplete(t *testing.T) {
 
 // TestWatchInterrupted has registry, watcher and containerd away, by turns. What was missed is made up for.
 func TestWatchInterrupted(t *testing.T) {
+	t.Parallel()
 	w := newWatched(t)
 	first := w.registry.Ref("auto/first:1")
 	w.ctr(w.builder, "image", "tag", images.SmallName, first)
@@ -447,6 +452,7 @@ func TestWatchInterrupted(t *testing.T) {
 // TestWatchProcess has the process that indexes die, and the daemon die: the one is started again, and does not outlive
 // the other.
 func TestWatchProcess(t *testing.T) {
+	t.Parallel()
 	w := newWatched(t)
 	const first, second = "example.com/kept/first:1", "example.com/kept/second:1"
 	w.ctr(w.builder, "image", "tag", images.SmallName, first)

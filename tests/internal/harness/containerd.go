@@ -177,8 +177,9 @@ func (c *Containerd) StartContainer(ctx context.Context, snapshotter, ref, id st
 
 // runArgs keeps in the lab what runc and ctr else keep in places that all containerds of a host share.
 // A cgroup is one of them: without a name of its own it is shared by all containers with the same ID, and ends for all.
+// It stays in the namespace's, for all containers together to have the share of one process.
 func (c *Containerd) runArgs(ctx context.Context, mode, snapshotter, ref, id string) []string {
-	cgroup := "/" + strings.Join([]string{filepath.Base(c.lab.Dir), filepath.Base(c.dir), namespaceOf(ctx), id}, "-")
+	cgroup := "/" + namespaceOf(ctx) + "/" + strings.Join([]string{filepath.Base(c.lab.Dir), filepath.Base(c.dir), id}, "-")
 	return []string{"run", mode, "--runc-root", filepath.Join(c.dir, "runc"), "--fifo-dir", filepath.Join(c.dir, "fifo"),
 		"--cgroup", cgroup, "--snapshotter", snapshotter, ref, id}
 }
