@@ -236,7 +236,7 @@ func (w *world) viewChain(c *harness.Containerd, snapshotter, chainID string) st
 // eventually waits for what happens in the background, such as garbage collection.
 func (w *world) eventually(what string, check func() bool) {
 	w.Helper()
-	require.Eventually(w, check, 30*time.Second, 50*time.Millisecond, what)
+	require.Eventually(w, check, time.Minute, 50*time.Millisecond, what)
 }
 
 // removeImage removes an image, and has containerd collect what nobody needs any more.

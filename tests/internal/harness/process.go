@@ -81,7 +81,7 @@ func (l *Lab) program(name string) string {
 }
 
 func (p *Process) await(ctx context.Context, ready func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for {
 		err := ready(ctx)
