@@ -34,8 +34,8 @@ const (
 	firstRetry = time.Second
 	lastRetry  = 5 * time.Minute
 	// growth of the time between attempts. What is waited for, most often the
-	// push, may take seconds or minutes; this notices its end after a quarter more.
-	growth = 1.25
+	// push, may take seconds or minutes; this notices its end after a tenth more.
+	growth = 1.1
 	// quiet is how many failures in a row are nothing to tell: an image is in
 	// the store before its content is whole, and before it is pushed. A bucket
 	// is no part of that: its failure is told at once.

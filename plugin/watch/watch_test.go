@@ -257,7 +257,7 @@ func TestSettle(t *testing.T) {
 }
 
 func TestBackoff(t *testing.T) {
-	for attempt, most := range map[int]time.Duration{0: 1250 * time.Millisecond, 1: 1563 * time.Millisecond, 10: 11642 * time.Millisecond, 26: 375 * time.Second, 100000: 375 * time.Second} {
+	for attempt, most := range map[int]time.Duration{0: 1250 * time.Millisecond, 1: 1376 * time.Millisecond, 10: 3243 * time.Millisecond, 60: 375 * time.Second, 100000: 375 * time.Second} {
 		for range 100 {
 			d := backoff(attempt)
 			require.LessOrEqual(t, d, most, attempt)
