@@ -1,8 +1,6 @@
 package archive
 
 import (
-	"bytes"
-	"encoding/gob"
 	"errors"
 	"fmt"
 	"io"
@@ -19,10 +17,11 @@ import (
 // Bounds on the part that upstream CLIP reads, checked before it is decoded.
 // The decoder makes about 250 bytes of a node; the shortest that means anything takes 16.
 const (
-	maxClipStorage = 8 << 20
-	maxClipIndex   = 1 << 30
-	maxClipNodes   = 8 << 20
-	minClipNode    = 16
+	maxClipStorage  = 8 << 20
+	maxClipElements = 1 << 20 // of the lists and maps of the storage info; a layer of 1 TB has half as many checkpoints
+	maxClipIndex    = 1 << 30
+	maxClipNodes    = 8 << 20
+	minClipNode     = 16
 )
 
 // Upstream is the part of a .clip file that upstream CLIP reads, in upstream's
@@ -87,18 +86,17 @@ func (u *Upstream) part(off, n int64, most uint64) ([]byte, error) {
 
 func decodeStorage(b []byte) (common.ClipStorageInfo, error) {
 	var w common.StorageInfoWrapper
-	if err := gob.NewDecoder(bytes.NewReader(b)).Decode(&w); err != nil {
+	if err := decodeGob(b, 0, &w); err != nil {
 		return nil, err
 	}
-	dec := gob.NewDecoder(bytes.NewReader(w.Data))
 	switch common.StorageMode(w.Type) {
 	case common.StorageModeOCI:
 		var info common.OCIStorageInfo
-		err := dec.Decode(&info)
+		err := decodeGob(w.Data, maxClipElements, &info)
 		return info, err
 	case common.StorageModeS3:
 		var info common.S3StorageInfo
-		err := dec.Decode(&info)
+		err := decodeGob(w.Data, 0, &info)
 		return info, err
 	}
 	return nil, fmt.Errorf("unknown type %q", w.Type)
@@ -146,15 +144,8 @@ func (u *Upstream) Metadata() (*common.ClipArchiveMetadata, error) {
 	if err != nil {
 		return nil, fmt.Errorf("file index: %w", err)
 	}
-	n, err := gobLength(b)
-	if err != nil {
-		return nil, fmt.Errorf("%w: file index: %w", ErrCorrupt, err)
-	}
-	if n > maxClipNodes || n > uint64(len(b))/minClipNode {
-		return nil, fmt.Errorf("%w: file index: %d nodes in %d bytes", ErrCorrupt, n, len(b))
-	}
 	var nodes []*common.ClipNode
-	if err := gob.NewDecoder(bytes.NewReader(b)).Decode(&nodes); err != nil {
+	if err := decodeGob(b, min(maxClipNodes, uint64(len(b))/minClipNode), &nodes); err != nil {
 		return nil, fmt.Errorf("%w: file index: %w", ErrCorrupt, err)
 	}
 	index := btree.New(func(a, b any) bool { return a.(*common.ClipNode).Path < b.(*common.ClipNode).Path })
@@ -191,58 +182,4 @@ func (u *Upstream) check(n *common.ClipNode) error {
 		return fmt.Errorf("the data of %q is %d bytes at %d", n.Path, length, off)
 	}
 	return nil
-}
-
-// gobLength returns how many elements the slice has that is the one value of a
-// gob stream, without decoding them.
-func gobLength(b []byte) (uint64, error) {
-	r := bytes.NewReader(b)
-	for {
-		size, err := gobUint(r)
-		if err != nil {
-			return 0, err
-		}
-		if size > uint64(r.Len()) {
-			return 0, io.ErrUnexpectedEOF
-		}
-		rest := r.Len() - int(size)
-		id, err := gobUint(r)
-		if err != nil {
-			return 0, err
-		}
-		if id&1 == 0 { // a value; a type definition has a negative number
-			if zero, err := r.ReadByte(); err != nil || zero != 0 {
-				return 0, errors.New("not a list")
-			}
-			return gobUint(r)
-		}
-		if used := r.Len() - rest; used < 0 {
-			return 0, errors.New("malformed message")
-		}
-		if _, err := r.Seek(int64(len(b)-rest), io.SeekStart); err != nil {
-			return 0, err
-		}
-	}
-}
-
-// gobUint reads an unsigned number: one byte below 128, or the negated number
-// of bytes and these bytes, the highest first.
-func gobUint(r io.ByteReader) (uint64, error) {
-	first, err := r.ReadByte()
-	if err != nil || first < 0x80 {
-		return uint64(first), err
-	}
-	n := -int(int8(first))
-	if n > 8 {
-		return 0, errors.New("malformed number")
-	}
-	var v uint64
-	for range n {
-		c, err := r.ReadByte()
-		if err != nil {
-			return 0, io.ErrUnexpectedEOF
-		}
-		v = v<<8 | uint64(c)
-	}
-	return v, nil
 }

@@ -3,10 +3,15 @@ package archive
 import (
 	"bytes"
 	"encoding/binary"
+	"encoding/gob"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"testing"
+	"time"
 
 	"github.com/beam-cloud/clip/pkg/clip"
 	"github.com/beam-cloud/clip/pkg/common"
@@ -188,33 +193,23 @@ func TestUpstreamBomb(t *testing.T) {
 	h, err := readClipHeader(&sections{r: bytes.NewReader(b), size: int64(len(b))})
 	require.NoError(t, err)
 	index := b[h.IndexPos:][:h.IndexLength]
-	n, err := gobLength(index)
+	n, err := gobElements(index)
 	require.NoError(t, err)
 	require.EqualValues(t, 1, n)
 
-	// The last message is the value: replace it by a list of a million empty nodes.
+	// The value becomes a list of a million empty nodes.
 	const million = 1 << 20
-	value := []byte{}
-	for r := bytes.NewReader(index); r.Len() > 0; {
-		at := len(index) - r.Len()
-		size, err := gobUint(r)
-		require.NoError(t, err)
-		value = index[at:]
-		_, err = r.Seek(int64(size), 1)
-		require.NoError(t, err)
-	}
-	id := value[1:3] // type number of the list: two bytes, it is above 63
-	body := append(append(bytes.Clone(id), 0, 0xfd, million>>16, 0, 0), make([]byte, million)...)
-	forged := append(bytes.Clone(index[:len(index)-len(value)]), 0xfd, byte(len(body)>>16), byte(len(body)>>8), byte(len(body)))
-	forged = append(forged, body...)
-	n, err = gobLength(forged)
+	definitions, value := lastMessage(t, index)
+	list := append(append(bytes.Clone(value[:2]), 0, 0xfd, million>>16, 0, 0), make([]byte, million)...) // its type number is above 63: two bytes
+	forged := gobMessage(definitions, list)
+	n, err = gobElements(forged)
 	require.NoError(t, err)
 	require.EqualValues(t, million, n)
 	u := &Upstream{s: &sections{r: bytes.NewReader(forged), size: int64(len(forged))}}
 	u.header.IndexLength = int64(len(forged))
 	_, err = u.Metadata()
 	require.ErrorIs(t, err, ErrCorrupt)
-	require.ErrorContains(t, err, "1048576 nodes")
+	require.ErrorContains(t, err, "1048576 elements")
 
 	u.header.IndexLength = maxClipIndex + 1
 	_, err = u.Metadata()
@@ -223,12 +218,124 @@ func TestUpstreamBomb(t *testing.T) {
 	require.ErrorIs(t, readUpstream(b), ErrCorrupt)
 }
 
+// lastMessage splits a gob stream into the definitions of its types and its value.
+func lastMessage(tb testing.TB, stream []byte) (definitions, value []byte) {
+	tb.Helper()
+	w := &gobWalker{b: stream}
+	for len(w.b) > 0 {
+		definitions = stream[:len(stream)-len(w.b)]
+		var err error
+		value, err = w.bytes()
+		require.NoError(tb, err)
+	}
+	return definitions, value
+}
+
+// gobMessage is definitions with a message behind them.
+func gobMessage(definitions, message []byte) []byte {
+	return slices.Concat(definitions, binary.BigEndian.AppendUint64([]byte{0xf8}, uint64(len(message))), message)
+}
+
+func gobStream(tb testing.TB, v any) []byte {
+	tb.Helper()
+	var b bytes.Buffer
+	require.NoError(tb, gob.NewEncoder(&b).Encode(v))
+	return b.Bytes()
+}
+
+// mapBombs are gob streams whose last map, which is empty, claims 4 billion
+// entries. Where it lies is said by the structs that end behind it.
+func mapBombs(tb testing.TB) map[string][]byte {
+	tb.Helper()
+	bombs := map[string][]byte{}
+	add := func(name string, depth int, v any) {
+		definitions, value := lastMessage(tb, gobStream(tb, v))
+		at := len(value) - depth - 1
+		require.Equal(tb, make([]byte, depth+1), value[at:], "%s: the count and the ends", name)
+		bombs[name] = gobMessage(definitions, append(bytes.Clone(value[:at]), 0xfc, 0xff, 0xff, 0xff, 0xff))
+	}
+	type image = common.ImageMetadata
+	none := map[string]string{}
+	add("GzipIdxByLayer", 1, common.OCIStorageInfo{GzipIdxByLayer: map[string]*common.GzipIndex{}})
+	add("ZstdIdxByLayer", 1, common.OCIStorageInfo{ZstdIdxByLayer: map[string]*common.ZstdIndex{}})
+	add("DecompressedHashByLayer", 1, common.OCIStorageInfo{DecompressedHashByLayer: none})
+	add("Labels", 2, common.OCIStorageInfo{ImageMetadata: &image{Labels: none}})
+	add("ExposedPorts", 2, common.OCIStorageInfo{ImageMetadata: &image{ExposedPorts: map[string]struct{}{}}})
+	add("Volumes", 2, common.OCIStorageInfo{ImageMetadata: &image{Volumes: map[string]struct{}{}}})
+	add("Annotations", 3, common.OCIStorageInfo{ImageMetadata: &image{LayersData: []common.LayerMetadata{{Annotations: none}}}})
+	type nothing struct{ A int }
+	add("skipped", 1, struct {
+		Repository string
+		Unknown    map[nothing]nothing
+	}{"app", map[nothing]nothing{}})
+	return bombs
+}
+
+// storageArchive is an archive with info as its storage info.
+func storageArchive(tb testing.TB, info []byte) []byte {
+	tb.Helper()
+	b := forgeUpstream(tb, &common.OCIStorageInfo{}, &common.ClipNode{Path: "/"})
+	h, err := readClipHeader(&sections{r: bytes.NewReader(b), size: int64(len(b))})
+	require.NoError(tb, err)
+	wrapped := gobStream(tb, common.StorageInfoWrapper{Type: "oci", Data: info})
+	binary.LittleEndian.PutUint64(b[26:], uint64(len(wrapped)))
+	return append(b[:h.StorageInfoPos], wrapped...)
+}
+
+// What a map claims to have must be there before there is room for it.
+func TestUpstreamMapBomb(t *testing.T) {
+	require.NoError(t, readUpstream(storageArchive(t, gobStream(t, common.OCIStorageInfo{ImageMetadata: &common.ImageMetadata{
+		Labels: map[string]string{"a": "b"}, Created: time.Now(), Volumes: map[string]struct{}{"/data": {}}, Env: []string{"A=B"},
+	}}))))
+	for name, bomb := range mapBombs(t) {
+		err := readUpstream(storageArchive(t, bomb))
+		require.ErrorIs(t, err, ErrCorrupt, name)
+		require.ErrorContains(t, err, "4294967295 elements in 0 bytes", name)
+	}
+}
+
+// Streams that CLIP does not write are refused.
+func TestGobTypes(t *testing.T) {
+	type list []list
+	deep := list{}
+	for range maxGobDepth + 1 {
+		deep = list{deep}
+	}
+	var fields []reflect.StructField
+	for n := range maxGobTypes {
+		fields = append(fields, reflect.StructField{Name: fmt.Sprintf("F%d", n), Type: reflect.ArrayOf(n+1, reflect.TypeFor[int]())})
+	}
+	gob.Register(0)
+	definitions, value := lastMessage(t, gobStream(t, common.OCIStorageInfo{}))
+	for name, c := range map[string]struct {
+		stream []byte
+		err    string
+	}{
+		"deep":            {gobStream(t, deep), "nested more than 16 deep"},
+		"interface":       {gobStream(t, struct{ A any }{1}), "type 8 is none"},
+		"undefined":       {gobMessage(nil, value), "is none that CLIP uses"},
+		"types twice":     {bytes.Repeat(definitions, 2), "defined twice"},
+		"many types":      {gobStream(t, reflect.Zero(reflect.StructOf(fields)).Interface()), "more than 64 are"},
+		"field":           {gobMessage(definitions, append(bytes.Clone(value[:len(value)-1]), 100)), "a field that its type does not have"},
+		"no message":      {definitions, "unexpected EOF"},
+		"cut":             {gobMessage(definitions, value[:len(value)-1]), "unexpected EOF"},
+		"longer than all": {[]byte{0xf8, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, "unexpected EOF"},
+		"number":          {[]byte{0x80}, "malformed number"},
+	} {
+		_, err := gobElements(c.stream)
+		require.ErrorContains(t, err, c.err, name)
+	}
+}
+
 func FuzzUpstream(f *testing.F) {
 	f.Add(write(f, &smallImage(f).Image))
 	b, err := os.ReadFile(dataArchive(f))
 	require.NoError(f, err)
 	f.Add(b)
 	f.Add(forgeUpstream(f, &common.S3StorageInfo{Bucket: "b"}, &common.ClipNode{Path: "/", Target: testimage.Content(1, 100)}))
+	for _, bomb := range mapBombs(f) {
+		f.Add(storageArchive(f, bomb))
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if err := readUpstream(b); !known(err) {
 			t.Errorf("unknown error: %v", err)
