@@ -101,7 +101,7 @@ func length(pieces [][]byte) (n int) {
 
 // storageInfo says where the layers are, in upstream's words.
 func storageInfo(img *Image, m ocispec.Manifest) (*common.OCIStorageInfo, error) {
-	ref, err := storageRef(img.StorageRef)
+	ref, _, err := UpstreamRef(img.StorageRef)
 	if err != nil {
 		return nil, err
 	}
@@ -128,29 +128,31 @@ func storageInfo(img *Image, m ocispec.Manifest) (*common.OCIStorageInfo, error)
 	return info, err
 }
 
-// storageRef parses a storage reference for CLIP. Of one that has a tag and a
-// digest CLIP gets the tag, since it can mount by tag only. What it then reads
-// is still named by the layers' digests.
-func storageRef(ref string) (name.Reference, error) {
-	parsed, err := name.ParseReference(ref)
+// UpstreamRef returns the reference that an archive has for CLIP in place of ref,
+// and, unless it is empty, a sentence on what CLIP cannot do with it. Of a
+// reference with a tag and a digest CLIP gets the tag, since it can mount by tag
+// only. What it then reads is still named by the layers' digests.
+func UpstreamRef(ref string) (stored name.Reference, limit string, err error) {
+	stored, err = name.ParseReference(ref)
 	if err != nil {
-		return nil, fmt.Errorf("storage reference %q: %w", ref, err)
+		return nil, "", fmt.Errorf("storage reference %q: %w", ref, err)
 	}
 	named, _, hasDigest := strings.Cut(ref, "@")
-	if tagged, err := name.NewTag(named); hasDigest && err == nil && strings.HasSuffix(named, ":"+tagged.TagStr()) {
-		return tagged, nil
+	if !hasDigest {
+		return stored, "", nil
 	}
-	return parsed, nil
+	if tagged, err := name.NewTag(named); err == nil && strings.HasSuffix(named, ":"+tagged.TagStr()) {
+		return tagged, "", nil
+	}
+	return stored, fmt.Sprintf("CLIP cannot mount by digest: store a reference with a tag instead of %s", ref), nil
 }
 
 // Limits says what upstream CLIP cannot do with the archive of img, a sentence
 // each. The snapshotter has none of these limits.
 func (img *Image) Limits() []string {
 	var limits []string
-	if ref, err := storageRef(img.StorageRef); err == nil {
-		if _, byDigest := ref.(name.Digest); byDigest {
-			limits = append(limits, fmt.Sprintf("CLIP cannot mount by digest: store a reference with a tag instead of %s", img.StorageRef))
-		}
+	if _, limit, err := UpstreamRef(img.StorageRef); err == nil && limit != "" {
+		limits = append(limits, limit)
 	}
 	for i, l := range img.Layers {
 		switch {
@@ -215,6 +217,6 @@ func nonNil[V any](m map[string]V) map[string]V {
 
 // CheckStorageRef says what is wrong with a reference that is to be stored.
 func CheckStorageRef(ref string) error {
-	_, err := storageRef(ref)
+	_, _, err := UpstreamRef(ref)
 	return err
 }

@@ -161,7 +161,13 @@ func TestUpstreamReference(t *testing.T) {
 		info := extract(t, write(t, &img.Image)).StorageInfo.(common.OCIStorageInfo)
 		require.Equal(t, want, [3]string{info.RegistryURL, info.Repository, info.Reference}, ref)
 		require.Equal(t, ref, info.ImageMetadata.Name)
+		stored, limit, err := UpstreamRef(ref)
+		require.NoError(t, err)
+		require.Equal(t, want, [3]string{stored.Context().RegistryStr(), stored.Context().RepositoryStr(), stored.Identifier()}, ref)
+		require.Equal(t, want[2] == hash, limit != "", "%s: CLIP cannot mount by digest", ref)
 	}
+	_, _, err := UpstreamRef("Not A Ref")
+	require.ErrorContains(t, err, `storage reference "Not A Ref"`)
 }
 
 func TestLimits(t *testing.T) {

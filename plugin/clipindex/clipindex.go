@@ -22,11 +22,13 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
+	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/plugin/index"
 )
 
 // WriteFile has CLIP index img, whose content is in p, and writes the archive
-// to path, or leaves path as it was. progress may be nil.
+// to path, or leaves path as it was. The archive has img's storage reference as
+// archive.UpstreamRef says. progress may be nil.
 func WriteFile(ctx context.Context, path string, p content.Provider, img index.Image, progress index.Progress) (err error) {
 	dir, err := os.MkdirTemp(filepath.Dir(path), ".clip-")
 	if err != nil {
@@ -51,6 +53,10 @@ func WriteFile(ctx context.Context, path string, p content.Provider, img index.I
 
 // create runs CLIP's indexer on the image that local names.
 func create(ctx context.Context, path, local string, img index.Image, progress index.Progress) error {
+	stored, _, err := archive.UpstreamRef(img.StorageRef)
+	if err != nil {
+		return err
+	}
 	if err := clip.SetLogLevel("error"); err != nil {
 		return err
 	}
@@ -64,9 +70,9 @@ func create(ctx context.Context, path, local string, img index.Image, progress i
 			}
 		}
 	}()
-	err := clip.CreateFromOCIImage(ctx, clip.CreateFromOCIImageOptions{
+	err = clip.CreateFromOCIImage(ctx, clip.CreateFromOCIImageOptions{
 		ImageRef:        local,
-		StorageImageRef: img.StorageRef,
+		StorageImageRef: stored.Name(),
 		OutputPath:      path,
 		CredProvider:    common.NewPublicOnlyProvider(),
 		ProgressChan:    steps,

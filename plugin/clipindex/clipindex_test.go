@@ -75,6 +75,27 @@ func TestWriteFile(t *testing.T) {
 	require.Len(t, left, 1)
 }
 
+// The archive has the reference that CLIP can mount by, and the image's name is the one that was given.
+func TestWriteFileReference(t *testing.T) {
+	img, what := testImage(t)
+	for given, want := range map[string][]string{
+		"alpine": {"index.docker.io", "library/alpine", "latest"},
+		"registry.example.com/app:1@" + img.Descriptor.Digest.String(): {"registry.example.com", "app", "1"},
+		"registry.example.com/app@" + img.Descriptor.Digest.String():   {"registry.example.com", "app", img.Descriptor.Digest.String()},
+	} {
+		path := filepath.Join(t.TempDir(), "a.clip")
+		what.StorageRef = given
+		require.NoError(t, WriteFile(t.Context(), path, img.Blobs, what, nil))
+		m, err := clip.NewClipArchiver().ExtractMetadata(path)
+		require.NoError(t, err)
+		info := m.StorageInfo.(common.OCIStorageInfo)
+		require.Equal(t, want, []string{info.RegistryURL, info.Repository, info.Reference}, given)
+		require.Equal(t, given, info.ImageMetadata.Name)
+	}
+	what.StorageRef = "Not A Ref"
+	require.ErrorContains(t, WriteFile(t.Context(), filepath.Join(t.TempDir(), "a.clip"), img.Blobs, what, nil), "Not A Ref")
+}
+
 var errBroken = errors.New("the disk is broken")
 
 type broken struct{ testutil.Blobs }

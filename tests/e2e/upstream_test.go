@@ -212,21 +212,23 @@ func TestUpstreamReferences(t *testing.T) {
 	layers := w.manifest(w.builder, ref).Layers
 	repository := ref[:len(ref)-len(":1")]
 	for stored, mounts := range map[string]bool{ref: true, ref + "@" + id: true, repository + "@" + id: false} {
-		file := filepath.Join(t.TempDir(), "image.clip")
-		result, err := w.builder.Clipctl(w.ctx, "index", ref, "-o", file, "--storage-ref", stored)
-		require.NoError(t, err)
-		o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: t.TempDir()}
-		if mounts {
-			require.NotContains(t, result.Stderr, "CLIP cannot")
-			mountUpstream(t, o)
-			name, err := os.ReadFile(filepath.Join(o.MountPoint, "app/name"))
+		for _, engine := range []string{"span", "clip"} {
+			file := filepath.Join(t.TempDir(), "image.clip")
+			result, err := w.builder.Clipctl(w.ctx, "index", ref, "-o", file, "--storage-ref", stored, "--engine", engine)
 			require.NoError(t, err)
-			require.Equal(t, "clip\n", string(name))
-			continue
+			o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: t.TempDir()}
+			if mounts {
+				require.NotContains(t, result.Stderr, "CLIP cannot")
+				mountUpstream(t, o)
+				name, err := os.ReadFile(filepath.Join(o.MountPoint, "app/name"))
+				require.NoError(t, err)
+				require.Equal(t, "clip\n", string(name))
+				continue
+			}
+			require.Contains(t, result.Stderr, "CLIP cannot mount by digest")
+			_, _, _, err = clip.MountArchive(o)
+			require.ErrorContains(t, err, "reference", "CLIP has learned to mount by digest: the warning can go")
 		}
-		require.Contains(t, result.Stderr, "CLIP cannot mount by digest")
-		_, _, _, err = clip.MountArchive(o)
-		require.ErrorContains(t, err, "reference", "CLIP has learned to mount by digest: the warning can go")
 	}
 
 	// The tag moves to an image without the top layer: what is in that can be read from CLIP's caches only.

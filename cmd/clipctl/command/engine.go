@@ -7,6 +7,9 @@ import (
 	"os"
 	"time"
 
+	"github.com/containerd/log"
+
+	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/plugin/clipindex"
 	"github.com/beam-cloud/containerd-clip/plugin/export"
 	"github.com/beam-cloud/containerd-clip/plugin/index"
@@ -33,6 +36,11 @@ func (o indexOptions) checkEngine() error {
 
 // indexWithCLIP is indexOne with upstream CLIP's indexer.
 func indexWithCLIP(ctx context.Context, source *export.Source, m export.Manifest, ref string, o indexOptions, several bool, stdout, stderr io.Writer) error {
+	if _, limit, err := archive.UpstreamRef(ref); err != nil {
+		return err
+	} else if limit != "" {
+		log.G(ctx).WithField("image", source.Name).Warn(limit)
+	}
 	path, cleanup, err := o.path(source.Name, m, several)
 	if err != nil {
 		return err
