@@ -140,9 +140,9 @@ func SameRef(a, b string) bool {
 // Metadata returns all that CLIP knows of the archive, in the form that CLIP's
 // own storage code takes.
 func (u *Upstream) Metadata() (*common.ClipArchiveMetadata, error) {
-	b, err := u.part(u.header.IndexPos, u.header.IndexLength, maxClipIndex)
+	b, err := u.index()
 	if err != nil {
-		return nil, fmt.Errorf("file index: %w", err)
+		return nil, err
 	}
 	var nodes []*common.ClipNode
 	if err := decodeGob(b, min(maxClipNodes, uint64(len(b))/minClipNode), &nodes); err != nil {
@@ -160,6 +160,23 @@ func (u *Upstream) Metadata() (*common.ClipArchiveMetadata, error) {
 		return nil, fmt.Errorf("%w: file index: it has no root", ErrCorrupt)
 	}
 	return m, nil
+}
+
+func (u *Upstream) index() ([]byte, error) {
+	b, err := u.part(u.header.IndexPos, u.header.IndexLength, maxClipIndex)
+	if err != nil {
+		return nil, fmt.Errorf("file index: %w", err)
+	}
+	return b, nil
+}
+
+// IndexDigest names the archive's list of files, with all that it says of them.
+func (u *Upstream) IndexDigest() (digest.Digest, error) {
+	b, err := u.index()
+	if err != nil {
+		return "", err
+	}
+	return digest.FromBytes(b), nil
 }
 
 // check makes sure that n can be served by CLIP's code without surprises.

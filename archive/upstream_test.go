@@ -80,6 +80,11 @@ func TestUpstreamKinds(t *testing.T) {
 		require.Equal(t, want.StorageInfo, got.StorageInfo, name)
 		require.Equal(t, want.Header, got.Header, name)
 		require.Equal(t, nodes(want), nodes(got), name)
+		file, err := os.ReadFile(c.path)
+		require.NoError(t, err)
+		id, err := u.IndexDigest()
+		require.NoError(t, err)
+		require.Equal(t, digest.FromBytes(file[want.Header.IndexPos:][:want.Header.IndexLength]), id, name)
 		image, ok := u.Image()
 		require.Equal(t, name == "oci" || name == "ours", ok, name)
 		if ok {

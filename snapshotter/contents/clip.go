@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/beam-cloud/clip/pkg/clip"
@@ -14,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 )
 
@@ -60,11 +62,11 @@ func (a *Archive) storage(m *common.ClipArchiveMetadata) (storage.ClipStorageInt
 		opts.CachePath = dir
 	case common.S3StorageInfo:
 		if a.opts.CacheDir != "" {
-			dir, err := a.cacheDir()
+			file, err := a.cacheFile(info)
 			if err != nil {
 				return nil, err
 			}
-			opts.CachePath = filepath.Join(dir, filepath.Base("/"+info.Bucket)+"-"+filepath.Base("/"+info.Key)) // a file
+			opts.CachePath = file
 		}
 	}
 	s, err := storage.NewClipStorage(opts)
@@ -72,6 +74,22 @@ func (a *Archive) storage(m *common.ClipArchiveMetadata) (storage.ClipStorageInt
 		return nil, fmt.Errorf("CLIP's %s storage: %w", a.Kind, err)
 	}
 	return s, nil
+}
+
+// cacheFile returns where CLIP's code may keep the object with the archive's
+// data. CLIP takes a file of the object's size for the object, so the name says
+// where that is and what the archive has to be in it.
+func (a *Archive) cacheFile(info common.S3StorageInfo) (string, error) {
+	dir, err := a.cacheDir()
+	if err != nil {
+		return "", err
+	}
+	index, err := a.upstream.IndexDigest()
+	if err != nil {
+		return "", err
+	}
+	object := digest.FromString(strings.Join([]string{info.Endpoint, info.Region, info.Bucket, info.Key, index.String()}, "\x00"))
+	return filepath.Join(dir, object.Encoded()), nil
 }
 
 // copyNode reads a file through CLIP's storage.

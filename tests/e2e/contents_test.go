@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -169,11 +170,7 @@ func TestS3Archive(t *testing.T) {
 	require.NoError(t, s3.MakeBucket("archives"))
 	t.Setenv("AWS_CA_BUNDLE", "") // CLIP's HTTP client cannot take one
 	dir, file := sourceDir(t), w.lab.Path("s3.clip")
-	require.NoError(t, clip.SetLogLevel("disabled"))
-	require.NoError(t, clip.CreateAndUploadArchive(w.ctx, clip.CreateOptions{
-		InputPath: dir, OutputPath: file,
-		Credentials: storage.ClipStorageCredentials{S3: &storage.S3ClipStorageCredentials{AccessKey: harness.S3AccessKey, SecretKey: harness.S3SecretKey}},
-	}, &common.S3StorageInfo{Bucket: "archives", Key: "team/app.clip", Region: harness.S3Region, Endpoint: s3.Endpoint(), ForcePathStyle: true}))
+	w.uploadArchive(s3, dir, file, "team/app.clip")
 	before := s3.Requests().Sent()
 	mustClipctl(t, "ls", file)
 	require.Equal(t, before, s3.Requests().Sent(), "listing asks nobody")
@@ -187,6 +184,74 @@ func TestS3Archive(t *testing.T) {
 	out, err := cmd.CombinedOutput()
 	require.Error(t, err)
 	require.Contains(t, string(out), "cannot access bucket <archives>")
+}
+
+// uploadArchive makes an archive of dir whose data is the object key in the bucket "archives".
+func (w *world) uploadArchive(s3 *harness.S3, dir, file, key string) {
+	w.Helper()
+	require.NoError(w, clip.SetLogLevel("disabled"))
+	require.NoError(w, clip.CreateAndUploadArchive(w.ctx, clip.CreateOptions{
+		InputPath: dir, OutputPath: file,
+		Credentials: storage.ClipStorageCredentials{S3: &storage.S3ClipStorageCredentials{AccessKey: harness.S3AccessKey, SecretKey: harness.S3SecretKey}},
+	}, &common.S3StorageInfo{Bucket: "archives", Key: key, Region: harness.S3Region, Endpoint: s3.Endpoint(), ForcePathStyle: true}))
+}
+
+// TestS3CacheDir mounts archives whose objects have the same size and base name, and one whose object was replaced, with
+// one cache directory: none reads what was kept of another.
+func TestS3CacheDir(t *testing.T) {
+	w := &world{T: t, ctx: t.Context(), lab: harness.ForTest(t)}
+	s3, err := w.lab.StartS3(w.ctx)
+	require.NoError(t, err)
+	require.NoError(t, s3.MakeBucket("archives"))
+	t.Setenv("AWS_CA_BUNDLE", "") // CLIP's HTTP client cannot take one
+	cache, kept := t.TempDir(), map[string]bool{}
+	file := func(i int) string { return w.lab.Path(fmt.Sprintf("s3-%d.clip", i)) }
+	count := func(method, key string) (n int) {
+		for _, r := range s3.Requests() {
+			if r.Method == method && r.Path == "/archives/"+key {
+				n++
+			}
+		}
+		return n
+	}
+	read := func(i int, key string) (content string, gets int) {
+		heads := count("HEAD", key)
+		root := mountContents(t, file(i), "--cache-dir", cache)
+		w.eventually("CLIP asks for the object's size, and trusts a file that has it", func() bool { return count("HEAD", key) > heads })
+		gets = count("GET", key)
+		b, err := os.ReadFile(filepath.Join(root, "name"))
+		require.NoError(t, err)
+		return string(b), count("GET", key) - gets
+	}
+	keys := []string{"a/app.clip", "b/app.clip", "a/app.clip"}
+	for i, key := range keys {
+		dir := t.TempDir()
+		content := fmt.Sprintf("content %d\n", i)
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "name"), []byte(content), 0o600))
+		w.uploadArchive(s3, dir, file(i), key)
+		got, gets := read(i, key)
+		require.Equal(t, content, got)
+		require.NotZero(t, gets)
+
+		object, err := os.ReadFile(filepath.Join(s3.Root, "archives", key))
+		require.NoError(t, err)
+		files, err := os.ReadDir(cache)
+		require.NoError(t, err)
+		require.Len(t, files, i+1, "an archive has a file of its own")
+		for _, f := range files {
+			if !kept[f.Name()] { // CLIP itself fetches the object after half a minute
+				kept[f.Name()] = true
+				require.NoError(t, os.WriteFile(filepath.Join(cache, f.Name()), object, 0o600))
+			}
+		}
+	}
+	for i, key := range keys {
+		w.eventually("what is in the cache is read from there", func() bool {
+			got, gets := read(i, key)
+			require.Equal(t, fmt.Sprintf("content %d\n", i), got)
+			return gets == 0
+		})
+	}
 }
 
 // TestImageArchives shows archives of images: with layer indexes, and CLIP's own.
