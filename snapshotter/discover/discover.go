@@ -266,11 +266,13 @@ func (f *Finder) Look(ctx context.Context, image Image) (a *archive.Archive, ups
 // look looks for the archive of an image in all places, in the order that
 // docs/operating.md lists.
 func (f *Finder) look(ctx context.Context, early Early, image Image) (a *archive.Archive, upstream string, err error) {
+	var passed []error // why archives that there are cannot be used, and places have none
 	if image.Link != "" && image.Ref != "" {
 		a, err := f.findLinked(ctx, early, image)
 		if err == nil {
 			return a, "", nil
 		}
+		passed = append(passed, err)
 		log.G(ctx).WithError(err).WithField("image", image.Ref).Warn("the archive that the image links to cannot be used; looking for another")
 	}
 	local, err := f.findLocal(ctx, image.Ref, image.Manifest)
@@ -286,12 +288,16 @@ func (f *Finder) look(ctx context.Context, early Early, image Image) (a *archive
 			return a, "", nil // made earlier; if it is damaged it is made again
 		}
 	}
+	if local.upstream == "" && local.unusable != nil {
+		passed = append(passed, local.unusable)
+	}
 	err = fmt.Errorf("archive of %s: %w", image.Manifest, errdefs.ErrNotFound)
 	if f.opts.Referrers && image.Ref != "" {
 		if a, err = f.findReferrer(ctx, early, image.Ref, image.Manifest); err == nil {
 			return a, "", nil
 		}
 	}
+	passed = append(passed, err)
 	for _, source := range f.opts.Sources {
 		a, failed := f.findIn(ctx, source, image)
 		if failed == nil {
@@ -300,12 +306,28 @@ func (f *Finder) look(ctx context.Context, early Early, image Image) (a *archive
 		if !errdefs.IsNotFound(failed) {
 			log.G(ctx).WithError(failed).WithField("image", image.Ref).Warn("a source of archives is passed over")
 		}
-		err = fmt.Errorf("%w; %w", err, failed)
+		passed = append(passed, failed)
 	}
-	if local.upstream == "" && local.unusable != nil {
-		err = fmt.Errorf("%w; %w", local.unusable, err)
+	return nil, local.upstream, reasons(passed)
+}
+
+// reasons is all of errs in one. What only a newer program can read comes first:
+// the rest is of no interest then, and the end of a long reason may be cut off.
+func reasons(errs []error) error {
+	slices.SortStableFunc(errs, func(a, b error) int {
+		switch newerA, newerB := errors.Is(a, archive.ErrVersion), errors.Is(b, archive.ErrVersion); {
+		case newerA && !newerB:
+			return -1
+		case newerB && !newerA:
+			return 1
+		}
+		return 0
+	})
+	err := errs[0]
+	for _, e := range errs[1:] {
+		err = fmt.Errorf("%w; %w", err, e)
 	}
-	return nil, local.upstream, err
+	return err
 }
 
 // findIn looks for the image's archive in a source.

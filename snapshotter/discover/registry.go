@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -61,7 +62,9 @@ func (f *Finder) findReferrer(ctx context.Context, early Early, ref string, mani
 		if failed == nil {
 			return opened, nil
 		}
-		err = ignore(ctx, a.Manifest.Digest, failed)
+		if failed = ignore(ctx, a.Manifest.Digest, failed); !errors.Is(err, archive.ErrVersion) {
+			err = failed // unless one that a newer program wrote is the reason already
+		}
 	}
 	return nil, err
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"io"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -11,6 +12,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
+
+	"github.com/beam-cloud/containerd-clip/archive"
 )
 
 // TestLink has images that name an artifact, which is of the image that was converted. It is used whether referrers are
@@ -92,4 +95,44 @@ func TestSources(t *testing.T) {
 	f.Forget(Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
 	find(ctx, t, f, s.ref(), img)
 	require.Empty(t, asked, "what is here comes first")
+}
+
+// TestNewer has archives that only a newer program can read, wherever they are: that is the first reason why there is
+// none, whatever else is wrong.
+func TestNewer(t *testing.T) {
+	img := testImage(t, "one")
+	newer := archiveOf(t, img)
+	newer[len(newer)-64+8]++ // the version in the footer
+	var asked []string
+	put := good(t, img)
+	put.blob = compress(t, newer)
+	damaged := put
+	damaged.blob = []byte("damaged")
+	put.created, damaged.created = "2029-01-01T00:00:00Z", "2028-01-01T00:00:00Z" // the damaged one is tried last
+	for name, place := range map[string]func(*server, *Finder, *Image){
+		"registry": func(s *server, _ *Finder, _ *Image) {
+			s.refer(s.put(t, put))
+			s.refer(s.put(t, damaged))
+		},
+		"bucket": func(_ *server, f *Finder, _ *Image) {
+			f.opts.Sources = append([]Source{source{"newer", nil, newer, &asked}}, f.opts.Sources...)
+		},
+		"link": func(s *server, _ *Finder, image *Image) { image.Link = s.put(t, put).Digest },
+		"file": func(_ *server, f *Finder, _ *Image) {
+			require.NoError(t, os.WriteFile(filepath.Join(f.opts.Dir, "a.clip"), newer, 0o600))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := startServer(t, true)
+			f, image := s.finder(t), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest}
+			f.opts.Sources = []Source{source{"empty", errdefs.ErrNotFound, nil, &asked}, source{"nonsense", nil, []byte("no archive"), &asked}}
+			place(s, f, &image)
+			_, _, err := f.Find(t.Context(), image)
+			require.ErrorIs(t, err, archive.ErrVersion)
+			require.ErrorIs(t, err, errdefs.ErrNotFound)
+			first, _, _ := strings.Cut(err.Error(), "; ")
+			require.Contains(t, first, "upgrade containerd-clip, or index the image again with this version")
+			require.Contains(t, err.Error(), "nonsense", "the others are told, too")
+		})
+	}
 }
