@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"testing"
 
 	"github.com/beam-cloud/clip/pkg/clip"
@@ -258,4 +259,51 @@ func TestEngineCLIP(t *testing.T) {
 	_, err = w.builder.Clipctl(w.ctx, "index", w.ref(images.SmallName), "--engine", "clip", "-o", w.lab.Path("no.clip"))
 	require.ErrorContains(t, err, "reads gzip layers only", "one layer is not compressed")
 	require.NoFileExists(t, w.lab.Path("no.clip"))
+}
+
+// TestEngineCLIPPlatforms has CLIP's own indexer index every platform of an image: an archive each, which works in CLIP
+// and here where the image does.
+func TestEngineCLIPPlatforms(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.publish(images.GzipName)
+	ref := w.ref(images.GzipName)
+	at := filepath.Join(w.daemon.Root, "archives", "theirs")
+	result, err := w.builder.Clipctl(w.ctx, "index", ref, "--engine", "clip", "--all-platforms", "-o", at+".clip")
+	require.NoError(t, err)
+	require.NoFileExists(t, at+".clip")
+	for arch, own := range map[string]string{"amd64": "/app/run.sh", "arm64": "/foreign"} {
+		file := at + "-linux-" + arch + ".clip"
+		require.Contains(t, result.Stdout, file)
+		info := w.upstreamInfo(file)
+		require.Equal(t, w.subject(ref, arch).Digest.String(), info.ImageMetadata.Digest)
+		require.Equal(t, arch, info.ImageMetadata.Architecture)
+		require.Equal(t, ref, info.ImageMetadata.Name)
+		m, err := clip.NewClipArchiver().ExtractMetadata(file)
+		require.NoError(t, err)
+		for _, name := range []string{"/app/run.sh", "/foreign", "/bin/busybox"} {
+			require.Equal(t, name == own || name == "/bin/busybox", m.Get(name) != nil, "%s of %s", name, arch)
+		}
+		if arch == runtime.GOARCH {
+			o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: t.TempDir()}
+			mountUpstream(t, o)
+			_, err := os.ReadFile(filepath.Join(o.MountPoint, own))
+			require.NoError(t, err)
+		}
+	}
+	if runtime.GOARCH == "amd64" {
+		w.pull(w.worker, lazy, ref)
+		require.Contains(t, w.daemon.Log(), "indexed the layers of an archive that CLIP wrote")
+		require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+	}
+
+	// What CLIP cannot index leaves no file.
+	none := w.lab.Path("none")
+	w.publish(images.PlatformName)
+	failed, err := w.builder.Clipctl(w.ctx, "index", w.ref(images.PlatformName), "--engine", "clip", "--all-platforms", "-o", none+".clip")
+	require.Error(t, err)
+	requireClear(t, failed.Stderr, images.PlatformName[len("example.com/"):], "reads gzip layers only")
+	left, err := filepath.Glob(none + "*")
+	require.NoError(t, err)
+	require.Empty(t, left)
 }

@@ -18,6 +18,7 @@ const (
 	BaseName     = "example.com/small/base:1"          // the lower layers alone
 	PauseName    = "example.com/small/pause:1"         // sleeps: a pod's sandbox
 	PlatformName = "example.com/small/multiplatform:1" // an index: amd64 and arm64
+	GzipName     = "example.com/small/gzip:1"          // the same; all layers are gzip
 	DockerName   = "example.com/small/docker:1"        // Docker's media types
 	ZstdName     = "example.com/small/zstd:1"          // layers are zstd
 	WindowName   = "example.com/small/window:1"        // a layer in the middle is zstd with a window too large for us
@@ -67,6 +68,9 @@ func Small(dir string) (*Layout, error) {
 	}
 	if m.err == nil {
 		_, m.err = l.addIndex(PlatformName, config, base, map[string]Layer{"amd64": top, "arm64": foreign})
+	}
+	if m.err == nil {
+		_, m.err = l.addIndex(GzipName, config, base[:1], map[string]Layer{"amd64": top, "arm64": foreign})
 	}
 	if m.err != nil {
 		return nil, m.err
