@@ -22,7 +22,7 @@ var refused = []struct {
 	name, why string
 	write     func(io.Writer) error
 }{
-	{"old-sparse", "unhandled tar header type 83", writeOldSparse},
+	{"old-sparse", "unhandled tar header type 83", WriteOldSparse},
 	{"short-sparse", "sparse file references non-existent data", func(w io.Writer) error {
 		return replaced(w, sparse{"short", "1.0", 8192, []piece{{0, strings.Repeat("x", 1024)}}}, "1\n0\n1024\n", "1\n0\n2048\n")
 	}},
@@ -78,8 +78,8 @@ func entries(fill func(*tarball)) func(io.Writer) error {
 	}
 }
 
-// writeOldSparse is what GNU tar's --sparse --format=gnu writes, as far as containerd gets.
-func writeOldSparse(w io.Writer) error {
+// WriteOldSparse is what GNU tar's --sparse --format=gnu writes, as far as containerd gets.
+func WriteOldSparse(w io.Writer) error {
 	var b bytes.Buffer
 	tw := tar.NewWriter(&b)
 	if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "old", Mode: 0o644, ModTime: Epoch.Truncate(1e9), Format: tar.FormatGNU}); err != nil {

@@ -41,6 +41,12 @@ func writeOddSparse(w io.Writer) error {
 	return sparseLayer(w, sparse{"sparse-odd", "1.0", 100_000, []piece{{100, "odd"}, {5000, "odder"}}})
 }
 
+// WriteHole is a layer with a file of 9 GiB that has nothing but a hole.
+func WriteHole(w io.Writer) error {
+	const size = 9 << 30
+	return sparseLayer(w, sparse{"hole-9G", "1.0", size, []piece{{size, ""}}})
+}
+
 // writeHugeHole has files whose holes nobody unpacks.
 func writeHugeHole(w io.Writer) error {
 	const gib, mib = 1 << 30, 1 << 20
