@@ -3,7 +3,9 @@ package snapshotter
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -14,6 +16,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/snapshotter/control"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 	"github.com/beam-cloud/containerd-clip/snapshotter/fill"
@@ -160,6 +163,31 @@ func (s *Snapshotter) Find(ctx context.Context, image control.Image) (control.Ar
 		return control.Archive{}, err
 	}
 	defer a.Close() // it was only read from
+	return control.ArchiveOf(a), nil
+}
+
+// Save implements control.Service.
+func (s *Snapshotter) Save(ctx context.Context, what control.Save) (control.Archive, error) {
+	if !filepath.IsAbs(what.Path) {
+		return control.Archive{}, fmt.Errorf("path %q is not absolute: %w", what.Path, errdefs.ErrInvalidArgument)
+	}
+	image := discover.Image{Ref: what.Image.Ref, Manifest: what.Image.Manifest, Link: what.Image.Link}
+	a, upstream, err := s.finder.Look(ctx, image)
+	release := func() { a.Close() } // it was only read from
+	if upstream != "" {
+		a, release, err = s.finder.Find(ctx, image) // which makes one of what CLIP wrote
+	}
+	if err != nil {
+		return control.Archive{}, err
+	}
+	defer release()
+	img, err := a.Image()
+	if err != nil {
+		return control.Archive{}, err
+	}
+	if _, err := archive.WriteFile(what.Path, img); err != nil {
+		return control.Archive{}, fmt.Errorf("writing the archive of %s: %w", image.Ref, err)
+	}
 	return control.ArchiveOf(a), nil
 }
 

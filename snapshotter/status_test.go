@@ -53,6 +53,35 @@ func TestFind(t *testing.T) {
 	require.Equal(t, control.Archive{Layers: 2, Lazy: 1, NotLazy: "zstd window"}, found)
 }
 
+// TestSave writes the archive that a pull would use, the same bytes.
+func TestSave(t *testing.T) {
+	dir := t.TempDir()
+	img, ref := lazyImage(t, dir)
+	sn := open(t, dir)
+	what := control.Save{Image: control.Image{Ref: ref, Manifest: img.Descriptor.Digest}, Path: filepath.Join(t.TempDir(), "saved.clip")}
+	saved, err := sn.Save(t.Context(), what)
+	require.NoError(t, err)
+	require.Equal(t, control.Archive{Layers: 2, Lazy: 2}, saved)
+	file := filepath.Join(dir, "archives", "a.clip")
+	want, err := os.ReadFile(file)
+	require.NoError(t, err)
+	got, err := os.ReadFile(what.Path)
+	require.NoError(t, err)
+	require.Equal(t, want, got)
+
+	what.Path = filepath.Join(t.TempDir(), "none", "saved.clip")
+	_, err = sn.Save(t.Context(), what)
+	require.ErrorIs(t, err, os.ErrNotExist)
+	what.Path = "saved.clip"
+	_, err = sn.Save(t.Context(), what)
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+	what.Path = filepath.Join(t.TempDir(), "saved.clip")
+	require.NoError(t, os.Remove(file))
+	_, err = sn.Save(t.Context(), what)
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	require.NoFileExists(t, what.Path)
+}
+
 // TestInFlight has a read wait for the registry: it is counted with its age as long as it does.
 func TestInFlight(t *testing.T) {
 	t.Setenv("DOCKER_CONFIG", t.TempDir())

@@ -129,6 +129,12 @@ type Image struct {
 	Link     digest.Digest `json:"link,omitempty"`
 }
 
+// Save says where to write an image's archive.
+type Save struct {
+	Image Image  `json:"image"`
+	Path  string `json:"path"` // absolute, in a directory of this machine that is there
+}
+
 // Archive is what the daemon would use for an image.
 type Archive struct {
 	Layers int `json:"layers,omitempty"`
@@ -159,6 +165,8 @@ type Service interface {
 	Fetches(ctx context.Context, after time.Time) ([]Fetch, error)
 	// Find looks for an image's archive where a pull would.
 	Find(ctx context.Context, image Image) (Archive, error)
+	// Save writes an image's archive, found where a pull would find it, to a file.
+	Save(ctx context.Context, what Save) (Archive, error)
 }
 
 const serviceName = "containerd.clip.control.v1.Control"
@@ -186,6 +194,13 @@ func Register(server grpc.ServiceRegistrar, s Service) {
 					return nil, fmt.Errorf("image: %w: %w", err, errdefs.ErrInvalidArgument)
 				}
 				return s.Find(ctx, image)
+			}),
+			unary.Method("Save", func(ctx context.Context, s Service, arg string) (any, error) {
+				var what Save
+				if err := json.Unmarshal([]byte(arg), &what); err != nil {
+					return nil, fmt.Errorf("what to save: %w: %w", err, errdefs.ErrInvalidArgument)
+				}
+				return s.Save(ctx, what)
 			}),
 			unary.Method("Prune", func(ctx context.Context, s Service, arg string) (any, error) {
 				var what Prune
@@ -228,6 +243,17 @@ func FindArchive(ctx context.Context, conn grpc.ClientConnInterface, image Image
 	}
 	err = unary.Call(ctx, conn, serviceName, "Find", string(arg), mostAnswer, &found)
 	return found, err
+}
+
+// SaveArchive has a daemon write the archive that it would use for an image to a
+// file. The error is errdefs.ErrNotFound if there is none.
+func SaveArchive(ctx context.Context, conn grpc.ClientConnInterface, what Save) (saved Archive, err error) {
+	arg, err := json.Marshal(what)
+	if err != nil {
+		return saved, err
+	}
+	err = unary.Call(ctx, conn, serviceName, "Save", string(arg), mostAnswer, &saved)
+	return saved, err
 }
 
 // GetFetches asks a daemon for its last requests that began after a time.

@@ -38,6 +38,13 @@ func (s service) Find(_ context.Context, image Image) (Archive, error) {
 	return Archive{Upstream: image.Ref + image.Manifest.String()}, nil
 }
 
+func (s service) Save(_ context.Context, what Save) (Archive, error) {
+	if what.Image.Link == "" {
+		return Archive{}, errdefs.ErrNotFound
+	}
+	return Archive{Upstream: what.Image.Ref + what.Path}, nil
+}
+
 func serve(t *testing.T, s Service) grpc.ClientConnInterface {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "s")
@@ -73,7 +80,13 @@ func TestService(t *testing.T) {
 	_, err = FindArchive(t.Context(), conn, Image{})
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
 
-	for _, method := range []string{"Prune", "Fetches", "Find"} {
+	saved, err := SaveArchive(t.Context(), conn, Save{Image: Image{Ref: "a", Link: "c"}, Path: "/b"})
+	require.NoError(t, err)
+	require.Equal(t, Archive{Upstream: "a/b"}, saved)
+	_, err = SaveArchive(t.Context(), conn, Save{})
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+
+	for _, method := range []string{"Prune", "Fetches", "Find", "Save"} {
 		var answer any
 		err := unary.Call(t.Context(), conn, serviceName, method, "nonsense", mostAnswer, &answer)
 		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, method)

@@ -186,6 +186,37 @@ func TestRecordFromDaemon(t *testing.T) {
 	require.Equal(t, "hello from clip\n", w.run(worker, lazy, ref, "sh", "/app/run.sh"))
 }
 
+// TestRecordFindsArchives records images whose archives are where only the daemon looks: in its bucket, in its directory,
+// and in what it made of an archive that CLIP wrote.
+func TestRecordFindsArchives(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.publish(images.DockerName)
+	s3, options := w.startS3()
+	require.NoError(t, s3.MakeBucket("archives"))
+	bucket := "s3://archives/{{.Manifest}}.clip" + options
+	w.discoverIn(bucket, "file://"+w.lab.Path("none"))
+	_, err := w.builder.Clipctl(w.ctx, "index", w.ref(images.SmallName), "--to", bucket)
+	require.NoError(t, err)
+	w.placeArchive(images.SiblingName, "by-hand.clip")
+	theirs := filepath.Join(w.daemon.Root, "archives", "theirs.clip")
+	_, err = w.builder.Clipctl(w.ctx, "index", w.ref(images.DockerName), "--engine", "clip", "-o", theirs)
+	require.NoError(t, err)
+	for _, name := range []string{images.SmallName, images.SiblingName, images.DockerName} {
+		w.pull(w.worker, lazy, w.ref(name))
+		file := w.lab.Path("recorded.clip")
+		_, err := w.worker.Clipctl(w.ctx, "record", w.ref(name), "-o", file, "--", "cat", "/etc/passwd")
+		require.NoError(t, err, name)
+		a, err := archive.OpenFile(file)
+		require.NoError(t, err)
+		require.Equal(t, w.subject(w.ref(name), "").Digest, a.Info().Descriptor.Digest)
+		list, err := a.Prefetch()
+		require.NoError(t, err)
+		require.NotEmpty(t, list.Spans)
+		require.NoError(t, a.Close())
+	}
+}
+
 // TestRecordFails leaves no container, no mount and no archive behind.
 func TestRecordFails(t *testing.T) {
 	t.Parallel()

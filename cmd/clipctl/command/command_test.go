@@ -134,6 +134,10 @@ func (fakeDaemon) Find(context.Context, control.Image) (control.Archive, error) 
 	return control.Archive{}, errdefs.ErrNotFound
 }
 
+func (fakeDaemon) Save(context.Context, control.Save) (control.Archive, error) {
+	return control.Archive{}, errdefs.ErrNotFound
+}
+
 func (d fakeDaemon) Prune(_ context.Context, what control.Prune) (control.Pruned, error) {
 	*d.pruned = what
 	return control.Pruned{Layers: 3, Bytes: 4_000_000}, nil

@@ -7,13 +7,13 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
-	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/containerd/platforms"
@@ -27,6 +27,7 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/plugin/index"
 	"github.com/beam-cloud/containerd-clip/plugin/publish"
+	"github.com/beam-cloud/containerd-clip/snapshotter/control"
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
 	"github.com/beam-cloud/containerd-clip/snapshotter/record"
 	"github.com/beam-cloud/containerd-clip/snapshotter/remote"
@@ -60,7 +61,7 @@ after --period, which ends the command too.`,
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&o.archive, "archive", "", "archive of the image to add the list to (default: the one that the image's registry has)")
+	f.StringVar(&o.archive, "archive", "", "archive of the image to add the list to (default: the one that the daemon would use)")
 	f.StringVarP(&o.output, "output", "o", "", "archive to write (default: IMAGE's last part + .clip, in the current directory)")
 	f.BoolVar(&o.push, "push", false, "push the archive to the image's repository, as an artifact that refers to the image; without -o no file is kept")
 	f.BoolVar(&o.fromDaemon, "from-daemon", false, "run nothing: take what the daemon recorded of the image's last ordinary start")
@@ -80,7 +81,7 @@ func runRecord(ctx context.Context, g *globals, name string, args []string, o re
 		return err
 	}
 	defer on.close()
-	a, release, err := findArchive(ctx, on.image, o.archive)
+	a, release, err := on.findArchive(ctx, o.archive)
 	if err != nil {
 		return fmt.Errorf("the archive of %s (make one with clipctl index, or name it with --archive): %w", name, err)
 	}
@@ -149,29 +150,15 @@ func (o recordOptions) recording(ctx context.Context, on *stage, chainID digest.
 	return doc, nil
 }
 
-// findArchive opens the archive at path, or the one that the registry has for
+// findArchive opens the archive at path, or the one that the daemon would use for
 // the image. The caller calls release when it has done with it.
-func findArchive(ctx context.Context, image containerd.Image, path string) (a *archive.Archive, release func(), err error) {
-	wanted, err := searched(ctx, image)
+func (s *stage) findArchive(ctx context.Context, path string) (a *archive.Archive, release func(), err error) {
+	wanted, err := searched(ctx, s.image)
 	if err != nil {
 		return nil, nil, err
 	}
 	if path == "" {
-		dir, err := os.MkdirTemp("", "clipctl-")
-		if err != nil {
-			return nil, nil, err
-		}
-		defer os.RemoveAll(dir) // downloads have no name
-		registry := remote.New(remote.Options{ConfigPath: defaultHostsDirs})
-		finder := discover.New(discover.Options{Dir: dir, Referrers: true, Fetcher: func(ctx context.Context, ref string) (remotes.Fetcher, error) {
-			return registry.Fetcher(ctx, ref)
-		}})
-		a, done, err := finder.Find(ctx, wanted)
-		if err != nil {
-			finder.Close()
-			return nil, nil, err
-		}
-		return a, func() { done(); finder.Close() }, nil
+		return s.savedArchive(ctx, wanted)
 	}
 	if a, err = archive.OpenFile(path); err != nil {
 		return nil, nil, err
@@ -179,6 +166,30 @@ func findArchive(ctx context.Context, image containerd.Image, path string) (a *a
 	if got := a.Info().Descriptor.Digest; got != wanted.Manifest {
 		a.Close()
 		return nil, nil, fmt.Errorf("%s is of manifest %s, and the image's is %s: %w", path, got, wanted.Manifest, errdefs.ErrInvalidArgument)
+	}
+	return a, func() { a.Close() }, nil
+}
+
+// savedArchive has the daemon, which may look where only it can, write the
+// image's archive to a file that is gone as soon as it is open.
+func (s *stage) savedArchive(ctx context.Context, image discover.Image) (a *archive.Archive, release func(), err error) {
+	dir, err := os.MkdirTemp("", "clipctl-")
+	if err != nil {
+		return nil, nil, err
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "image.clip")
+	_, err = control.SaveArchive(ctx, s.daemon, control.Save{
+		Image: control.Image{Ref: image.Ref, Manifest: image.Manifest, Link: image.Link}, Path: path,
+	})
+	if errdefs.IsNotImplemented(err) {
+		err = fmt.Errorf("the daemon is of another version: %s: %w", sameRelease, err)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	if a, err = archive.OpenFile(path); err != nil {
+		return nil, nil, err
 	}
 	return a, func() { a.Close() }, nil
 }
