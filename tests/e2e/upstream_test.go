@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"github.com/beam-cloud/clip/pkg/clip"
 	clipcommon "github.com/beam-cloud/clip/pkg/common"
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/google/go-containerregistry/pkg/crane"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
@@ -258,6 +260,41 @@ func TestUpstreamReferences(t *testing.T) {
 	name, err := os.ReadFile(filepath.Join(o.MountPoint, "app/name"))
 	require.NoError(t, err)
 	require.Equal(t, "clip\n", string(name))
+}
+
+// TestUpstreamPlatforms has today's CLIP mount archives of a platform that is not the worker's. It takes the layers of
+// the worker's own from the tag, if there is a choice.
+func TestUpstreamPlatforms(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.publish(images.GzipName)
+	ref := w.ref(images.GzipName)
+	foreign, own := "arm64", "/foreign"
+	if runtime.GOARCH == foreign {
+		foreign, own = "amd64", "/app/run.sh"
+	}
+	read := func(root string, name string) error {
+		_, err := os.ReadFile(filepath.Join(root, name))
+		return err
+	}
+	o := clip.MountOptions{ArchivePath: w.archive(ref, "--platform", "linux/"+foreign), MountPoint: t.TempDir(), CachePath: t.TempDir()}
+	mountUpstream(t, o)
+	require.NoError(t, read(o.MountPoint, "bin/busybox"), "it is in a layer that both have")
+	require.ErrorIs(t, read(o.MountPoint, own), unix.EIO)
+
+	alone := w.registry.Ref("small/alone:1")
+	repository := ref[:len(ref)-len(":1")]
+	require.NoError(t, crane.Copy(repository+"@"+w.subject(ref, foreign).Digest.String(), alone))
+	o = clip.MountOptions{ArchivePath: w.archive(ref, "--platform", "linux/"+foreign, "--storage-ref", alone), MountPoint: t.TempDir(), CachePath: t.TempDir()}
+	mountUpstream(t, o)
+	require.NoError(t, read(o.MountPoint, own))
+
+	none := w.registry.Ref("small/none:1")
+	w.ctr(w.builder, "image", "convert", "--platform", "linux/"+foreign, ref, none)
+	w.ctr(w.builder, "image", "push", none)
+	o = clip.MountOptions{ArchivePath: w.archive(none, "--platform", "linux/"+foreign), MountPoint: t.TempDir(), CachePath: t.TempDir()}
+	_, _, _, err := clip.MountArchive(o)
+	require.ErrorContains(t, err, "no child with platform")
 }
 
 // TestUpstreamMetadata compares the image's config in an archive of ours with what CLIP's own indexer stores.
