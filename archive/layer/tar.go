@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"sort"
 	"strings"
 
@@ -33,28 +34,51 @@ const maxLayerXattrs = DefaultMaxEntries
 func (b *builder) readTar(r *chunkReader) error {
 	defer r.drop()
 	var t totals
+	var entries entryList
 	for {
 		e, stored, err := nextEntry(r)
 		if errors.Is(err, io.EOF) {
+			b.idx.Entries = entries.all()
 			return b.endTar(r)
 		}
 		if err != nil {
 			return err
 		}
 		if e.Type != tar.TypeXGlobalHeader {
-			if len(b.idx.Entries) >= b.opts.MaxEntries {
+			if entries.n >= b.opts.MaxEntries {
 				return fmt.Errorf("more than %d entries: %w", b.opts.MaxEntries, ErrUnsupported)
 			}
 			if err := t.add(&e); err != nil {
 				return fmt.Errorf("entry %q: %w", e.Name, err)
 			}
-			b.idx.Entries = append(b.idx.Entries, e)
+			entries.add(&e)
 		}
 		if err := skipContent(r, stored); err != nil {
 			return fmt.Errorf("tar stream at offset %d: content of %q: %w", r.pos, e.Name, err)
 		}
 	}
 }
+
+// entryList collects entries in pieces: one slice that grows would be copied
+// several times.
+type entryList struct {
+	pieces [][]Entry
+	n      int
+}
+
+// entriesPiece is how many entries a piece has room for.
+const entriesPiece = 512
+
+func (l *entryList) add(e *Entry) {
+	if l.n%entriesPiece == 0 {
+		l.pieces = append(l.pieces, make([]Entry, 0, entriesPiece))
+	}
+	last := &l.pieces[len(l.pieces)-1]
+	*last = append(*last, *e)
+	l.n++
+}
+
+func (l *entryList) all() []Entry { return slices.Concat(l.pieces...) }
 
 // nextEntry reads a header and returns its entry, and how many bytes of
 // content follow in the stream. At the end of the archive it returns io.EOF.
