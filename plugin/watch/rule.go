@@ -25,8 +25,9 @@ type Rule struct {
 	Names []string
 	// Labels are those that the image must have. An empty value is any value.
 	Labels map[string]string
-	// Platforms are what to index, as os/arch[/variant], or "all" for all that
-	// are in the store. None is this machine's.
+	// Platforms are what to index, as os/arch[/variant]: an image waits until all
+	// of them are in the store that its index lists. "all" is all that are in the
+	// store. None is this machine's.
 	Platforms []string
 	// Action is "index": keep the archive in the directory; "push": push it to
 	// the image's registry; or "both".
@@ -110,7 +111,7 @@ func selection(names []string) (export.Selection, error) {
 		}
 		all = append(all, p)
 	}
-	return export.Selection{Name: strings.Join(names, ","), Match: platforms.Any(all...), All: true}, nil
+	return export.Selection{Name: strings.Join(names, ","), Match: platforms.Any(all...), All: true, Whole: true}, nil
 }
 
 // mayMatch says whether a rule is for images of that name.
