@@ -158,16 +158,13 @@ func (r rule) matchesLabels(labels map[string]string) bool {
 	return true
 }
 
-// isPassing says whether an image has no name of its own: CRI's names by
-// config digest, and what nerdctl makes and removes again on the way.
-func isPassing(name string) bool {
-	for _, prefix := range []string{"sha256:", "overlayfs@sha256:", "import-"} {
-		if strings.HasPrefix(name, prefix) {
-			return true
-		}
-	}
-	return strings.HasSuffix(name, "-tmp-reduced-platform") || strings.HasSuffix(name, "-tmp-esgz")
-}
+// passing matches names that are none of the image's own: CRI's by config
+// digest; a word and a digest, which containerd's Import and BuildKit give what
+// has no name, such as overlayfs@, clip@, import@ and moby-dangling@; ctr's for
+// what has a tag alone; and what nerdctl makes and removes again to push.
+var passing = regexp.MustCompile(`^(sha256:|[^./:@]+@|import-\d{4}-\d\d-\d\d:)|-tmp-(reduced-platform|esgz)$`)
+
+func isPassing(name string) bool { return passing.MatchString(name) }
 
 // place is where the layers of an image are, and where its archive goes.
 type place struct {

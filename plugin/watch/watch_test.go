@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/containerd/v2/core/images"
+	ctdarchive "github.com/containerd/containerd/v2/core/images/archive"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
@@ -67,6 +68,7 @@ func compiled(t *testing.T, r Rule) rule {
 }
 
 func TestMatch(t *testing.T) {
+	sha := digest.FromString("")
 	for _, c := range []struct {
 		rule  Rule
 		name  string
@@ -84,10 +86,21 @@ func TestMatch(t *testing.T) {
 		{Rule{Labels: map[string]string{"clip": ""}}, "a:1", map[string]string{"clip": "no"}, true},
 		{Rule{Labels: map[string]string{"clip": ""}}, "a:1", nil, false},
 		{Rule{}, "sha256:" + strings.Repeat("a", 64), nil, false},
-		{Rule{}, "overlayfs@sha256:0123", nil, false},
-		{Rule{}, "import-2026-11-23@sha256:0123", nil, false},
+		{Rule{}, ctdarchive.DigestTranslator("overlayfs")(sha), nil, false},
+		{Rule{}, ctdarchive.DigestTranslator("clip")(sha), nil, false},
+		{Rule{}, ctdarchive.DigestTranslator("import")(sha), nil, false},
+		{Rule{}, ctdarchive.DigestTranslator("import-2026-11-23")(sha), nil, false},
+		{Rule{}, ctdarchive.AddRefPrefix("import-2026-11-23")("1"), nil, false},
+		{Rule{}, "moby-dangling@" + sha.String(), nil, false},
 		{Rule{}, "example.com/app:1-tmp-reduced-platform", nil, false},
 		{Rule{}, "example.com/app:1-tmp-esgz", nil, false},
+		{Rule{}, "example.com/app@" + sha.String(), nil, true},
+		{Rule{}, "localhost/app@" + sha.String(), nil, true},
+		{Rule{}, "example.com:5000/app:1@" + sha.String(), nil, true},
+		{Rule{}, "import-registry.example.com/app:1", nil, true},
+		{Rule{}, "import-2026-11-23/app:1", nil, true},
+		{Rule{}, "sha256/app:1", nil, true},
+		{Rule{}, "app:1-tmp-esgz-2", nil, true},
 	} {
 		w := &Watcher{rules: []rule{compiled(t, c.rule)}}
 		_, ok := w.match(images.Image{Name: c.name, Labels: c.label})
