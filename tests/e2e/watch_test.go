@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -65,9 +66,15 @@ action = "index"
 // startWatcher has a daemon watch the builder by rules.
 func (w *watched) startWatcher(rules string) {
 	w.Helper()
-	w.directory = w.lab.Path("kept")
 	var err error
-	w.watcher, err = w.lab.StartDaemon(w.ctx, "watcher", fmt.Sprintf(`
+	w.watcher, err = w.lab.StartDaemon(w.ctx, "watcher", w.watchConfig()+rules)
+	require.NoError(w, err)
+}
+
+// watchConfig is a daemon's configuration that lacks the rules.
+func (w *watched) watchConfig() string {
+	w.directory = w.lab.Path("kept")
+	return fmt.Sprintf(`
 [metrics]
 address = "unix://%s"
 [watch]
@@ -75,8 +82,7 @@ containerd = %q
 namespaces = ["default", "second"]
 directory = %q
 cache_dir = %q
-`, w.lab.Path("watch-metrics"), w.builder.Socket, w.directory, w.lab.Path("watch-cache"))+rules)
-	require.NoError(w, err)
+`, w.lab.Path("watch-metrics"), w.builder.Socket, w.directory, w.lab.Path("watch-cache"))
 }
 
 // label is a label of a builder's image; empty if there is no such label or image.
@@ -269,6 +275,70 @@ func TestWatchImages(t *testing.T) {
 	for _, name := range []string{`clip_index_duration_seconds_count{outcome="indexed"}`, "clip_index_bytes_total", `clip_index_layers_total{outcome="cached"}`} {
 		require.NotContains(t, []string{"", "0"}, got[name], name)
 	}
+}
+
+// TestWatchAlone has a machine that only builds: neither a daemon nor a containerd that knows of the snapshotter. The
+// status has what became of the images there, and says when it is something else that a daemon is missing for.
+func TestWatchAlone(t *testing.T) {
+	t.Parallel()
+	w := &watched{world: &world{T: t, ctx: t.Context(), lab: harness.ForTest(t)}}
+	var err error
+	w.builder, err = w.lab.StartContainerd(w.ctx, "builder", nil)
+	require.NoError(t, err)
+	w.watcher, err = w.lab.StartWatcher(w.ctx, "watcher", w.watchConfig()+`
+[[watch.rules]]
+names = ["example.com/kept/*"]
+action = "index"
+
+[[watch.rules]]
+names = ["example.com/failing/*"]
+action = "index"
+platforms = ["windows/amd64"]
+`)
+	require.NoError(t, err)
+	type said struct {
+		Daemon, Cache              *struct{}
+		Images, Containers, Layers []struct{}
+		Indexed                    []struct{ Namespace, Image, Indexed, What string }
+	}
+	status := func(address string, flags ...string) string {
+		result, err := w.builder.Clipctl(w.ctx, append([]string{"status", "--clip-address", address}, flags...)...)
+		require.NoError(t, err)
+		require.Empty(t, result.Stderr)
+		return result.Stdout
+	}
+	require.Contains(t, status(w.watcher.Socket), "no daemon", "before there is an image")
+
+	layout, err := images.Small(w.lab.Path("small"))
+	require.NoError(t, err)
+	file := w.lab.Path("small.tar")
+	require.NoError(t, layout.WriteTar(file))
+	w.ctr(w.builder, "image", "import", "--no-unpack", "--all-platforms", file)
+	const kept, failing = "example.com/kept/app:1", "example.com/failing/app:1"
+	w.ctr(w.builder, "image", "tag", images.SmallName, kept)
+	w.ctr(w.builder, "image", "tag", images.SmallName, failing)
+	w.requireKept(kept, kept)
+	w.eventually("the reason", func() bool { return w.label(failing, labelError) != "" })
+	daemon, err := w.lab.StartDaemon(w.ctx, "daemon", "")
+	require.NoError(t, err)
+	for head, address := range map[string]string{"no daemon": w.watcher.Socket, "daemon [0-9]+ since": daemon.Socket} {
+		text := status(address)
+		require.Regexp(t, "^"+head, text)
+		require.Regexp(t, `default +`+kept+` +yes +linux/`+runtime.GOARCH+` `+w.label(kept, labelFile), text)
+		require.Regexp(t, `default +`+failing+` +retry .*no manifest for platform windows/amd64`, text)
+		var v said
+		require.NoError(t, json.Unmarshal([]byte(status(address, "--json")), &v))
+		require.Equal(t, address == daemon.Socket, v.Daemon != nil && v.Cache != nil)
+		require.Len(t, v.Indexed, 2)
+		require.Empty(t, append(append(v.Images, v.Containers...), v.Layers...))
+	}
+
+	worker, err := w.lab.StartContainerd(w.ctx, "worker", daemon)
+	require.NoError(t, err)
+	require.NoError(t, daemon.Stop())
+	result, err := worker.Clipctl(w.ctx, "status")
+	require.Error(t, err, "a worker needs its daemon")
+	require.Contains(t, result.Stderr, daemon.Socket)
 }
 
 // TestWatchBuckets has archives go to a bucket that is made late, and to a directory beside registry and file. Workers
