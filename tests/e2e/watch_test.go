@@ -16,8 +16,12 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
 	containerdimages "github.com/containerd/containerd/v2/core/images"
+	ctdarchive "github.com/containerd/containerd/v2/core/images/archive"
 	"github.com/containerd/containerd/v2/core/leases"
+	transferarchive "github.com/containerd/containerd/v2/core/transfer/archive"
+	transferimage "github.com/containerd/containerd/v2/core/transfer/image"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -156,21 +160,39 @@ func TestWatchBuildkit(t *testing.T) {
 	w.requireLazy(built)
 	require.Equal(t, "hello from built\n", w.run(w.worker, lazy, built, "sh", "/app/run.sh"))
 
-	// The OCI worker's images are in no containerd. nerdctl has it write a tar, imports that, and unpacks.
+	// The OCI worker's images are in no containerd. nerdctl has it write a tar and loads that.
 	oci, err := w.lab.StartBuildkitOCI(w.ctx, "buildkit-oci", w.registry)
 	require.NoError(t, err)
-	const name = "example.com/kept/oci:1"
-	file := w.lab.Path("built.tar")
-	_, err = oci.BuildWith(w.ctx, dir, "type=docker,name="+name+",dest="+file)
-	require.NoError(t, err)
-	f, err := os.Open(file)
-	require.NoError(t, err)
-	defer f.Close()
-	imported, err := w.builder.Client().Import(w.ctx, f)
-	require.NoError(t, err)
-	require.Len(t, imported, 1)
-	require.NoError(t, containerd.NewImage(w.builder.Client(), imported[0]).Unpack(w.ctx, eager))
-	w.requireKept(name, w.registry.Ref("kept/oci:1"))
+	for path, load := range map[string]func(*os.File){"kept/imported:1": w.importAsNerdctl, "kept/transferred:1": w.transferAsNerdctl} {
+		name, file := "example.com/"+path, w.lab.Path("built.tar")
+		_, err = oci.BuildWith(w.ctx, dir, "type=docker,name="+name+",dest="+file)
+		require.NoError(t, err)
+		f, err := os.Open(file)
+		require.NoError(t, err)
+		defer f.Close()
+		load(f)
+		w.requireKept(name, w.registry.Ref(path))
+	}
+}
+
+// importAsNerdctl loads a tar as "nerdctl load" and "nerdctl build" have long done: through the client.
+func (w *watched) importAsNerdctl(f *os.File) {
+	w.Helper()
+	client, platform := w.builder.Client(), platforms.DefaultStrict()
+	imported, err := client.Import(w.ctx, f, containerd.WithDigestRef(ctdarchive.DigestTranslator(eager)),
+		containerd.WithSkipDigestRef(func(name string) bool { return name != "" }), containerd.WithImportPlatform(platform))
+	require.NoError(w, err)
+	require.Len(w, imported, 1)
+	require.NoError(w, containerd.NewImageWithPlatform(client, imported[0], platform).Unpack(w.ctx, eager))
+}
+
+// transferAsNerdctl loads a tar as they do of late: through containerd's transfer service.
+func (w *watched) transferAsNerdctl(f *os.File) {
+	w.Helper()
+	platform := platforms.DefaultSpec()
+	store := transferimage.NewStore("", transferimage.WithPlatforms(platform), transferimage.WithUnpack(platform, eager),
+		transferimage.WithDigestRef("import", true, true), transferimage.WithNamedPrefix("import-"+time.Now().Format(time.DateOnly), true))
+	require.NoError(w, w.builder.Client().Transfer(w.ctx, transferarchive.NewImageImportStream(f, ""), store))
 }
 
 // TestWatchImages has images come in every other way.
