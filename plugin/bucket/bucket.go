@@ -183,8 +183,8 @@ func (l *Location) Open(ctx context.Context, ref string, manifest digest.Digest)
 }
 
 // Put stores the file at path as the archive of an image manifest. What was
-// there is replaced at once, when all of the file has arrived. It returns the
-// name of the object.
+// there is replaced at once, when all of the file has arrived, and stays if that
+// does not happen. It returns the name of the object.
 func (l *Location) Put(ctx context.Context, path, ref string, manifest digest.Digest) (name string, err error) {
 	if name, err = l.Name(ref, manifest); err != nil {
 		return "", err
@@ -203,10 +203,34 @@ func (l *Location) Put(ctx context.Context, path, ref string, manifest digest.Di
 		return "", err
 	}
 	defer f.Close()
-	if err := b.Upload(ctx, name, f, &blob.WriterOptions{ContentType: "application/octet-stream"}); err != nil {
+	if err := upload(ctx, b, name, f); err != nil {
 		return "", fmt.Errorf("storing %s in %s: %w", name, l, classified(err))
 	}
 	return name, nil
+}
+
+// upload stores what r has as an object, or leaves what was there.
+func upload(ctx context.Context, b *blob.Bucket, name string, r io.Reader) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	return b.Upload(ctx, name, source{r, cancel}, &blob.WriterOptions{ContentType: "application/octet-stream"})
+}
+
+// source is what is uploaded. Drivers that do not read it themselves are written
+// to, and then closed, which makes an object of what was written even if that is
+// not all: unless the context has ended.
+type source struct {
+	io.Reader
+	cancel context.CancelFunc
+}
+
+// WriteTo implements io.WriterTo.
+func (s source) WriteTo(w io.Writer) (int64, error) {
+	n, err := io.Copy(w, s.Reader)
+	if err != nil {
+		s.cancel()
+	}
+	return n, err
 }
 
 // open opens the bucket, once.

@@ -111,7 +111,7 @@ func TestDirectory(t *testing.T) {
 	require.Equal(t, "3", read(t, l))
 }
 
-// TestProviders sees what the drivers for which there is no server here ask for. S3 has its tests against a real one,
+// TestProviders sees what drivers ask for that have no server here, when they read. S3 has its tests against a real one,
 // in tests/e2e.
 func TestProviders(t *testing.T) {
 	var asked string

@@ -39,7 +39,7 @@ func (s *Source) writeBlob(ctx context.Context, dir string, p *plan, desc ocispe
 	if err := desc.Digest.Validate(); err != nil {
 		return 0, fmt.Errorf("digest %q: %w", desc.Digest, errors.Join(err, errdefs.ErrInvalidArgument))
 	}
-	path := filepath.Join(dir, ocispec.ImageBlobsDir, desc.Digest.Algorithm().String(), desc.Digest.Encoded())
+	path := blobPath(dir, desc.Digest)
 	if st, err := os.Stat(path); err == nil && st.Mode().IsRegular() && st.Size() == desc.Size {
 		return had, nil // blobs get their names when they are whole
 	}
@@ -63,6 +63,11 @@ func (s *Source) writeBlob(ctx context.Context, dir string, p *plan, desc ocispe
 	return how, os.Rename(f.Name(), path)
 }
 
+// blobPath is where a layout has a blob.
+func blobPath(dir string, d digest.Digest) string {
+	return filepath.Join(dir, ocispec.ImageBlobsDir, d.Algorithm().String(), d.Encoded())
+}
+
 // openBlob opens a blob of p.
 func (s *Source) openBlob(ctx context.Context, p *plan, desc ocispec.Descriptor) (content.ReaderAt, error) {
 	if b, ok := p.documents[desc.Digest]; ok {
@@ -78,7 +83,7 @@ func (document) Close() error { return nil }
 
 // fill gives the new file f the content of r, whose digest is d: as a clone of
 // r's file, else as another name of it, else as a copy. Of these only the copy
-// has to be brought to the disk.
+// has to be on the disk before it gets its name.
 func fill(f *os.File, r content.ReaderAt, d digest.Digest, forceCopy bool) (placement, error) {
 	if src := fileOf(r); src != nil && !forceCopy {
 		if unix.IoctlFileClone(int(f.Fd()), int(src.Fd())) == nil {

@@ -257,6 +257,8 @@ func TestPlatforms(t *testing.T) {
 		"by config":        {sel: only(arm64), want: []digest.Digest{b.Descriptor.Digest}},
 		"all":              {sel: any1, want: []digest.Digest{a.Descriptor.Digest, b.Descriptor.Digest}},
 		"one of all":       {sel: Selection{Name: "any", Match: platforms.Ordered(arm64, amd64)}, want: []digest.Digest{b.Descriptor.Digest}},
+		"all named":        {sel: Selection{Name: "two", Match: platforms.Any(amd64, arm64), All: true, Whole: true}, want: []digest.Digest{a.Descriptor.Digest, b.Descriptor.Digest}},
+		"one not pulled":   {sel: Selection{Name: "two", Match: platforms.Any(amd64, riscv64), All: true, Whole: true}, err: absent.Descriptor.Digest.String()},
 		"not pulled":       {sel: only(riscv64), err: "no manifest for platform linux/riscv64; it has: linux/amd64, linux/arm64"},
 		"not in the index": {sel: only(ocispec.Platform{OS: "windows", Architecture: "amd64"}), err: "no manifest for platform windows/amd64"},
 	} {

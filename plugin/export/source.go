@@ -65,6 +65,9 @@ type Selection struct {
 	Name  string // for messages
 	Match platforms.MatchComparer
 	All   bool // all that match, not only the best match
+	// Whole has content be missing where an index lists a manifest that matches
+	// and that is not at hand. Else such a manifest is passed over.
+	Whole bool
 }
 
 // AllPlatforms selects every platform that is at hand.
@@ -77,6 +80,8 @@ var ThisPlatform = Selection{Name: platforms.DefaultString(), Match: platforms.D
 func OnePlatform(p ocispec.Platform) Selection {
 	return Selection{Name: platforms.Format(p), Match: platforms.Only(p)}
 }
+
+func (s Selection) needs(p ocispec.Platform) bool { return s.Whole && s.Match.Match(p) }
 
 // Manifests returns the manifests of the source that are selected, in the
 // order of the index. It fails with errdefs.ErrNotFound if there is none or if
@@ -98,7 +103,7 @@ func (s *Source) Manifests(ctx context.Context, sel Selection) ([]Manifest, erro
 func (s *Source) Selected(ctx context.Context, sel Selection) ([]Manifest, error) {
 	var found []Manifest
 	var seen []string
-	err := s.walk(ctx, s.Target, func(desc ocispec.Descriptor) error {
+	err := s.walk(ctx, s.Target, sel, func(desc ocispec.Descriptor) error {
 		if desc.Platform != nil && !sel.Match.Match(*desc.Platform) {
 			seen = append(seen, platforms.Format(*desc.Platform))
 			return nil
@@ -134,13 +139,14 @@ func (s *Source) Selected(ctx context.Context, sel Selection) ([]Manifest, error
 }
 
 // walk calls fn for every image manifest below desc. Manifests that an index
-// lists for no platform (attestations) or that are absent are passed over.
-func (s *Source) walk(ctx context.Context, desc ocispec.Descriptor, fn func(ocispec.Descriptor) error) error {
+// lists for no platform (attestations) are passed over, and those that are
+// absent and that sel can do without.
+func (s *Source) walk(ctx context.Context, desc ocispec.Descriptor, sel Selection, fn func(ocispec.Descriptor) error) error {
 	left := maxManifests
-	return s.walkBelow(ctx, desc, 0, &left, fn)
+	return s.walkBelow(ctx, desc, sel, 0, &left, fn)
 }
 
-func (s *Source) walkBelow(ctx context.Context, desc ocispec.Descriptor, depth int, left *int, fn func(ocispec.Descriptor) error) error {
+func (s *Source) walkBelow(ctx context.Context, desc ocispec.Descriptor, sel Selection, depth int, left *int, fn func(ocispec.Descriptor) error) error {
 	if *left--; *left < 0 {
 		return fmt.Errorf("image %s: more than %d manifests: %w", s.Name, maxManifests, errdefs.ErrInvalidArgument)
 	}
@@ -165,8 +171,8 @@ func (s *Source) walkBelow(ctx context.Context, desc ocispec.Descriptor, depth i
 		if isAttestation(child) {
 			continue
 		}
-		if err := s.walkBelow(ctx, child, depth+1, left, fn); err != nil {
-			if errdefs.IsNotFound(err) && child.Platform != nil {
+		if err := s.walkBelow(ctx, child, sel, depth+1, left, fn); err != nil {
+			if errdefs.IsNotFound(err) && child.Platform != nil && !sel.needs(*child.Platform) {
 				continue // of a platform that was not pulled
 			}
 			return err

@@ -111,8 +111,7 @@ func openBlob(root string, desc ocispec.Descriptor) (content.ReaderAt, error) {
 	if err := desc.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("digest %q: %w", desc.Digest, errdefs.ErrInvalidArgument)
 	}
-	path := filepath.Join(root, "blobs", desc.Digest.Algorithm().String(), desc.Digest.Encoded())
-	f, err := os.Open(path)
+	f, err := os.Open(blobPath(root, desc.Digest))
 	if os.IsNotExist(err) {
 		return nil, fmt.Errorf("blob %s: %w", desc.Digest, errdefs.ErrNotFound)
 	}

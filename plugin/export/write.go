@@ -13,7 +13,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -42,7 +41,8 @@ const layoutMarker = `{"imageLayoutVersion":"` + ocispec.ImageLayoutVersion + `"
 
 // WriteLayout adds the image to the OCI layout in dir, which is made if it is
 // not there. An image of the same name is replaced; others stay. Readers see
-// the image whole or not at all, also after a power cut.
+// the image whole or not at all, also after a power cut, and whole if that comes
+// after WriteLayout has returned.
 //
 // A blob that is a file of the same file system is not copied but cloned, or
 // linked where files cannot be cloned: it is then the source's own file, and
@@ -57,7 +57,7 @@ func WriteLayout(ctx context.Context, s *Source, dir string, o WriteOptions) (Wr
 	if err := checkTarget(dir); err != nil {
 		return Written{}, err
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := makeDir(dir); err != nil {
 		return Written{}, err
 	}
 	w := Written{Target: p.root, Blobs: len(p.blobs)}
@@ -83,28 +83,50 @@ func WriteLayout(ctx context.Context, s *Source, dir string, o WriteOptions) (Wr
 	return w, addToIndex(dir, p.root)
 }
 
-// syncBlobs has the names of blobs last. What is in them does.
+// syncBlobs has blobs and their names last. Whoever wrote those that are shared
+// or were there may not have seen to it.
 func syncBlobs(dir string, blobs []ocispec.Descriptor) error {
-	synced := map[digest.Algorithm]bool{}
+	paths := []string{filepath.Join(dir, ocispec.ImageBlobsDir)}
 	for _, desc := range blobs {
-		algorithm := desc.Digest.Algorithm()
-		if synced[algorithm] {
-			continue
+		path := blobPath(dir, desc.Digest)
+		if err := syncPath(path); err != nil {
+			return err
 		}
-		synced[algorithm] = true
-		if err := syncDir(filepath.Join(dir, ocispec.ImageBlobsDir, algorithm.String())); err != nil {
+		if parent := filepath.Dir(path); !slices.Contains(paths, parent) {
+			paths = append(paths, parent)
+		}
+	}
+	for _, path := range paths {
+		if err := syncPath(path); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
+// syncPath brings a file, or the names in a directory, to the disk.
+func syncPath(path string) error {
+	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	return errors.Join(f.Sync(), f.Close())
+}
+
+// makeDir makes a directory, and those above it that are not there, and has
+// their names last.
+func makeDir(dir string) error {
+	if st, err := os.Stat(dir); err == nil && st.IsDir() {
+		return nil
+	}
+	parent := filepath.Dir(dir)
+	if err := makeDir(parent); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return syncPath(parent)
 }
 
 // checkTarget refuses a directory that is something else than a layout.
@@ -173,10 +195,19 @@ func addToIndex(dir string, desc ocispec.Descriptor) error {
 	if err != nil {
 		return err
 	}
-	if err := replaceFile(dir, ocispec.ImageLayoutFile, []byte(layoutMarker)); err != nil {
-		return err
+	// What the index names is on the disk before it is.
+	for _, file := range []struct {
+		name string
+		b    []byte
+	}{{ocispec.ImageLayoutFile, []byte(layoutMarker)}, {ocispec.ImageIndexFile, raw}} {
+		if err := replaceFile(dir, file.name, file.b); err != nil {
+			return err
+		}
+		if err := syncPath(dir); err != nil {
+			return err
+		}
 	}
-	return replaceFile(dir, ocispec.ImageIndexFile, raw)
+	return nil
 }
 
 // distinct is desc with its full name in place of its tag if one of the others

@@ -3,6 +3,9 @@ package export
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -158,22 +161,72 @@ func TestOtherFileSystem(t *testing.T) {
 	requireValid(t, dir)
 }
 
-// TestAtOnce adds many images to one layout at the same time.
+// TestAtOnce adds many images to one layout at the same time, some of them under one name, beside somebody who reads all
+// of it again and again.
 func TestAtOnce(t *testing.T) {
+	const writers, exports, shared = 8, 4, "example.com/app:moves"
 	dir := t.TempDir()
-	img := simple(t, "one")
-	var wg sync.WaitGroup
-	errs := make([]error, 16)
-	for i := range errs {
-		wg.Go(func() {
-			_, errs[i] = WriteLayout(context.Background(), named(img, "example.com/app:"+string(rune('a'+i))), dir, WriteOptions{Platforms: ThisPlatform})
+	write := func(img *testutil.Image, name string) error {
+		_, err := WriteLayout(context.Background(), named(img, name), dir, WriteOptions{Platforms: ThisPlatform})
+		return err
+	}
+	require.NoError(t, write(simple(t, "first"), shared))
+	var images []*testutil.Image // each for two writers
+	for i := range writers / 2 {
+		noise := make([]byte, 256<<10) // is not written at once
+		_, _ = rand.NewChaCha8([32]byte{byte(i)}).Read(noise)
+		img := testutil.NewImage(t, testutil.Tar(t, testutil.File{Name: "noise", Data: string(noise)}))
+		images = append(images, img, img)
+	}
+	var writing sync.WaitGroup
+	errs := make([]error, writers)
+	for i, img := range images {
+		writing.Go(func() {
+			for n := range exports {
+				errs[i] = errors.Join(errs[i], write(img, shared), write(img, fmt.Sprintf("example.com/app:%d-%d", i, n)))
+			}
 		})
 	}
-	wg.Wait()
-	for _, err := range errs {
+	t.Cleanup(writing.Wait)
+	done := make(chan struct{})
+	go func() { defer close(done); writing.Wait() }()
+	looks, before := 0, 0
+	for reading := true; reading; looks++ {
+		select {
+		case <-done:
+			reading = false
+		default:
+		}
+		n, err := readAll(dir)
+		require.NoError(t, err)
+		require.GreaterOrEqual(t, n, before, "no image goes away")
+		before = n
+		s, err := FromLayout(dir, shared)
+		require.NoError(t, err)
+		_, err = s.Manifests(t.Context(), ThisPlatform)
 		require.NoError(t, err)
 	}
-	require.Len(t, requireValid(t, dir), len(errs))
+	require.NoError(t, errors.Join(errs...))
+	require.Greater(t, looks, 2)
+	require.Len(t, requireValid(t, dir), 1+writers*exports)
+}
+
+// readAll has go-containerregistry read all of a layout and compute every digest anew. It returns how many images
+// there are.
+func readAll(dir string) (int, error) {
+	p, err := layout.FromPath(dir)
+	if err != nil {
+		return 0, err
+	}
+	x, err := p.ImageIndex()
+	if err != nil {
+		return 0, err
+	}
+	m, err := x.IndexManifest()
+	if err != nil {
+		return 0, err
+	}
+	return len(m.Manifests), validate.Index(x)
 }
 
 func TestWritePlatforms(t *testing.T) {

@@ -25,8 +25,9 @@ type Rule struct {
 	Names []string
 	// Labels are those that the image must have. An empty value is any value.
 	Labels map[string]string
-	// Platforms are what to index, as os/arch[/variant], or "all" for all that
-	// are in the store. None is this machine's.
+	// Platforms are what to index, as os/arch[/variant]: an image waits until all
+	// of them are in the store that its index lists. "all" is all that are in the
+	// store. None is this machine's.
 	Platforms []string
 	// Action is "index": keep the archive in the directory; "push": push it to
 	// the image's registry; or "both".
@@ -110,7 +111,7 @@ func selection(names []string) (export.Selection, error) {
 		}
 		all = append(all, p)
 	}
-	return export.Selection{Name: strings.Join(names, ","), Match: platforms.Any(all...), All: true}, nil
+	return export.Selection{Name: strings.Join(names, ","), Match: platforms.Any(all...), All: true, Whole: true}, nil
 }
 
 // mayMatch says whether a rule is for images of that name.
@@ -157,16 +158,13 @@ func (r rule) matchesLabels(labels map[string]string) bool {
 	return true
 }
 
-// isPassing says whether an image has no name of its own: CRI's names by
-// config digest, and what nerdctl makes and removes again on the way.
-func isPassing(name string) bool {
-	for _, prefix := range []string{"sha256:", "overlayfs@sha256:", "import-"} {
-		if strings.HasPrefix(name, prefix) {
-			return true
-		}
-	}
-	return strings.HasSuffix(name, "-tmp-reduced-platform") || strings.HasSuffix(name, "-tmp-esgz")
-}
+// passing matches names that are none of the image's own: CRI's by config
+// digest; a word and a digest, which containerd's Import and BuildKit give what
+// has no name, such as overlayfs@, clip@, import@ and moby-dangling@; ctr's for
+// what has a tag alone; and what nerdctl makes and removes again to push.
+var passing = regexp.MustCompile(`^(sha256:|[^./:@]+@|import-\d{4}-\d\d-\d\d:)|-tmp-(reduced-platform|esgz)$`)
+
+func isPassing(name string) bool { return passing.MatchString(name) }
 
 // place is where the layers of an image are, and where its archive goes.
 type place struct {

@@ -1,6 +1,7 @@
 package watch
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -11,12 +12,16 @@ import (
 	"time"
 
 	eventsapi "github.com/containerd/containerd/api/events"
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/containerd/v2/core/images"
+	ctdarchive "github.com/containerd/containerd/v2/core/images/archive"
+	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
 
@@ -63,6 +68,7 @@ func compiled(t *testing.T, r Rule) rule {
 }
 
 func TestMatch(t *testing.T) {
+	sha := digest.FromString("")
 	for _, c := range []struct {
 		rule  Rule
 		name  string
@@ -80,10 +86,21 @@ func TestMatch(t *testing.T) {
 		{Rule{Labels: map[string]string{"clip": ""}}, "a:1", map[string]string{"clip": "no"}, true},
 		{Rule{Labels: map[string]string{"clip": ""}}, "a:1", nil, false},
 		{Rule{}, "sha256:" + strings.Repeat("a", 64), nil, false},
-		{Rule{}, "overlayfs@sha256:0123", nil, false},
-		{Rule{}, "import-2026-11-23@sha256:0123", nil, false},
+		{Rule{}, ctdarchive.DigestTranslator("overlayfs")(sha), nil, false},
+		{Rule{}, ctdarchive.DigestTranslator("clip")(sha), nil, false},
+		{Rule{}, ctdarchive.DigestTranslator("import")(sha), nil, false},
+		{Rule{}, ctdarchive.DigestTranslator("import-2026-11-23")(sha), nil, false},
+		{Rule{}, ctdarchive.AddRefPrefix("import-2026-11-23")("1"), nil, false},
+		{Rule{}, "moby-dangling@" + sha.String(), nil, false},
 		{Rule{}, "example.com/app:1-tmp-reduced-platform", nil, false},
 		{Rule{}, "example.com/app:1-tmp-esgz", nil, false},
+		{Rule{}, "example.com/app@" + sha.String(), nil, true},
+		{Rule{}, "localhost/app@" + sha.String(), nil, true},
+		{Rule{}, "example.com:5000/app:1@" + sha.String(), nil, true},
+		{Rule{}, "import-registry.example.com/app:1", nil, true},
+		{Rule{}, "import-2026-11-23/app:1", nil, true},
+		{Rule{}, "sha256/app:1", nil, true},
+		{Rule{}, "app:1-tmp-esgz-2", nil, true},
 	} {
 		w := &Watcher{rules: []rule{compiled(t, c.rule)}}
 		_, ok := w.match(images.Image{Name: c.name, Labels: c.label})
@@ -170,12 +187,61 @@ func TestSelection(t *testing.T) {
 	amd64, arm64 := platforms.MustParse("linux/amd64"), platforms.MustParse("linux/arm64")
 	s, err := selection([]string{"linux/amd64", "linux/arm64"})
 	require.NoError(t, err)
-	require.True(t, s.All && s.Match.Match(amd64) && s.Match.Match(arm64))
+	require.True(t, s.All && s.Whole && s.Match.Match(amd64) && s.Match.Match(arm64))
 	require.False(t, s.Match.Match(platforms.MustParse("linux/riscv64")))
 	s, err = selection(nil)
 	require.NoError(t, err)
-	require.False(t, s.All)
+	require.False(t, s.All || s.Whole)
 	require.Equal(t, platforms.DefaultString(), s.Name)
+}
+
+// TestPlatformsArrive has the content of two platforms arrive blob by blob, the one before the other.
+func TestPlatformsArrive(t *testing.T) {
+	amd64, arm64, riscv64 := platforms.MustParse("linux/amd64"), platforms.MustParse("linux/arm64"), platforms.MustParse("linux/riscv64")
+	image := func(p ocispec.Platform) *testutil.Image {
+		return testutil.NewPlatformImage(t, p, testutil.Tar(t, testutil.File{Name: "a", Data: p.Architecture}))
+	}
+	first, second, unnamed := image(amd64), image(arm64), image(riscv64)
+	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
+	for _, img := range []*testutil.Image{first, second, unnamed} {
+		desc := img.Descriptor
+		desc.Platform = &img.Platform
+		index.Manifests = append(index.Manifests, desc)
+	}
+	parsed := func(names ...string) export.Selection {
+		s, err := selection(names)
+		require.NoError(t, err)
+		return s
+	}
+	for name, order := range map[string][]*testutil.Image{"amd64 first": {first, second}, "arm64 first": {second, first}} {
+		t.Run(name, func(t *testing.T) {
+			store, err := local.NewStore(t.TempDir())
+			require.NoError(t, err)
+			arrive := func(desc ocispec.Descriptor, b []byte) {
+				require.NoError(t, content.WriteBlob(t.Context(), store, desc.Digest.String(), bytes.NewReader(b), desc))
+			}
+			source := &export.Source{Name: "app:1", Provider: store}
+			source.Target = testutil.Blobs{}.Add(index.MediaType, testutil.JSON(t, index))
+			named, here := parsed("linux/amd64", "linux/arm64"), parsed("all")
+			arrive(source.Target, testutil.JSON(t, index))
+			for i, img := range order {
+				blobs := append([]ocispec.Descriptor{img.Descriptor, {Digest: digest.FromBytes(img.Config), Size: int64(len(img.Config))}}, img.Layers...)
+				for _, desc := range blobs {
+					_, err := source.Manifests(t.Context(), named)
+					require.ErrorIs(t, err, errdefs.ErrNotFound, "which has it tried again")
+					arrive(desc, img.Blobs[desc.Digest])
+				}
+				found, err := source.Manifests(t.Context(), here)
+				require.NoError(t, err)
+				require.Len(t, found, i+1, "no platform is named: what is here will do")
+			}
+			found, err := source.Manifests(t.Context(), named)
+			require.NoError(t, err)
+			require.Len(t, found, 2)
+			_, err = source.Manifests(t.Context(), parsed("linux/amd64", "linux/s390x"))
+			require.NoError(t, err, "what the image does not list will never be there")
+		})
+	}
 }
 
 func TestQueue(t *testing.T) {

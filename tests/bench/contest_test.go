@@ -60,7 +60,7 @@ func compare(b *testing.B, title string, n int64, contestants ...contestant) {
 	}
 	b.ReportMetric(0, "ns/op") // of a whole round: it says nothing
 	t := report.Table{
-		Title:  fmt.Sprintf("%s (%d rounds)", title, len(costs[0])),
+		Title:  report.Rounds(title, len(costs[0])),
 		Header: []string{"", "wall s", "CPU s", "MB/s of CPU", "wall ÷ ours", "CPU ÷ ours", "wanted"},
 	}
 	wall := func(c cost) float64 { return c.wall.Seconds() }

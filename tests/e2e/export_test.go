@@ -270,6 +270,14 @@ func TestContentEnsure(t *testing.T) {
 	require.NoDirExists(t, dir)
 	_, err = w.worker.Ctr(w.ctx, "image", "export", file, ref)
 	require.Error(t, err)
+	// A registry that has the layers would take them from another repository of its own.
+	empty, err := w.lab.StartAnotherRegistry(w.ctx, "empty")
+	require.NoError(t, err)
+	elsewhere := empty.Ref("elsewhere/copy:1")
+	w.ctr(w.worker, "image", "tag", ref, elsewhere)
+	_, err = w.worker.Ctr(w.ctx, "image", "push", elsewhere)
+	require.Error(t, err)
+	require.NoFileExists(t, empty.BlobPath(layers[0]))
 
 	// The tag moves on: what is fetched is the image that was pulled.
 	w.ctr(w.builder, "image", "tag", "--force", images.BaseName, ref)
@@ -289,9 +297,10 @@ func TestContentEnsure(t *testing.T) {
 	require.NoError(t, err)
 	requireLayout(t, dir)
 	w.ctr(w.worker, "image", "export", file, ref)
-	elsewhere := w.registry.Ref("elsewhere/copy:1")
-	w.ctr(w.worker, "image", "tag", ref, elsewhere)
 	w.ctr(w.worker, "image", "push", elsewhere)
+	for _, l := range layers {
+		require.FileExists(t, empty.BlobPath(l))
+	}
 	stock := w.stock()
 	w.pull(stock, eager, elsewhere)
 	require.Equal(t, "hello from clip\n", w.run(stock, eager, elsewhere, "sh", "/app/run.sh"))
@@ -321,9 +330,9 @@ func TestContentEnsure(t *testing.T) {
 	require.Len(t, w.registry.Requests().Gets(needed...), len(needed))
 	require.Empty(t, w.registry.Requests().Gets(other.Layers[len(other.Layers)-1].Digest.String()))
 	w.ctr(w.worker, "image", "export", file, both)
-	pushed := w.registry.Ref("elsewhere/platform:1")
+	pushed := empty.Ref("elsewhere/platform:1")
 	w.ctr(w.worker, "image", "tag", both, pushed)
-	w.ctr(w.worker, "image", "push", pushed)
+	w.ctr(w.worker, "image", "push", "--local", "--platform", "linux/"+runtime.GOARCH, pushed) // alone: a registry refuses an index that it has not all of
 	w.ctr(stock, "image", "import", file)
 	require.Equal(t, "hello from clip\n", w.run(stock, eager, both, "sh", "/app/run.sh"))
 	w.pull(stock, eager, pushed)

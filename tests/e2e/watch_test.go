@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -15,8 +16,12 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
 	containerdimages "github.com/containerd/containerd/v2/core/images"
+	ctdarchive "github.com/containerd/containerd/v2/core/images/archive"
 	"github.com/containerd/containerd/v2/core/leases"
+	transferarchive "github.com/containerd/containerd/v2/core/transfer/archive"
+	transferimage "github.com/containerd/containerd/v2/core/transfer/image"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -65,9 +70,15 @@ action = "index"
 // startWatcher has a daemon watch the builder by rules.
 func (w *watched) startWatcher(rules string) {
 	w.Helper()
-	w.directory = w.lab.Path("kept")
 	var err error
-	w.watcher, err = w.lab.StartDaemon(w.ctx, "watcher", fmt.Sprintf(`
+	w.watcher, err = w.lab.StartDaemon(w.ctx, "watcher", w.watchConfig()+rules)
+	require.NoError(w, err)
+}
+
+// watchConfig is a daemon's configuration that lacks the rules.
+func (w *watched) watchConfig() string {
+	w.directory = w.lab.Path("kept")
+	return fmt.Sprintf(`
 [metrics]
 address = "unix://%s"
 [watch]
@@ -75,8 +86,7 @@ containerd = %q
 namespaces = ["default", "second"]
 directory = %q
 cache_dir = %q
-`, w.lab.Path("watch-metrics"), w.builder.Socket, w.directory, w.lab.Path("watch-cache"))+rules)
-	require.NoError(w, err)
+`, w.lab.Path("watch-metrics"), w.builder.Socket, w.directory, w.lab.Path("watch-cache"))
 }
 
 // label is a label of a builder's image; empty if there is no such label or image.
@@ -150,21 +160,39 @@ func TestWatchBuildkit(t *testing.T) {
 	w.requireLazy(built)
 	require.Equal(t, "hello from built\n", w.run(w.worker, lazy, built, "sh", "/app/run.sh"))
 
-	// The OCI worker's images are in no containerd. nerdctl has it write a tar, imports that, and unpacks.
+	// The OCI worker's images are in no containerd. nerdctl has it write a tar and loads that.
 	oci, err := w.lab.StartBuildkitOCI(w.ctx, "buildkit-oci", w.registry)
 	require.NoError(t, err)
-	const name = "example.com/kept/oci:1"
-	file := w.lab.Path("built.tar")
-	_, err = oci.BuildWith(w.ctx, dir, "type=docker,name="+name+",dest="+file)
-	require.NoError(t, err)
-	f, err := os.Open(file)
-	require.NoError(t, err)
-	defer f.Close()
-	imported, err := w.builder.Client().Import(w.ctx, f)
-	require.NoError(t, err)
-	require.Len(t, imported, 1)
-	require.NoError(t, containerd.NewImage(w.builder.Client(), imported[0]).Unpack(w.ctx, eager))
-	w.requireKept(name, w.registry.Ref("kept/oci:1"))
+	for path, load := range map[string]func(*os.File){"kept/imported:1": w.importAsNerdctl, "kept/transferred:1": w.transferAsNerdctl} {
+		name, file := "example.com/"+path, w.lab.Path("built.tar")
+		_, err = oci.BuildWith(w.ctx, dir, "type=docker,name="+name+",dest="+file)
+		require.NoError(t, err)
+		f, err := os.Open(file)
+		require.NoError(t, err)
+		defer f.Close()
+		load(f)
+		w.requireKept(name, w.registry.Ref(path))
+	}
+}
+
+// importAsNerdctl loads a tar as "nerdctl load" and "nerdctl build" have long done: through the client.
+func (w *watched) importAsNerdctl(f *os.File) {
+	w.Helper()
+	client, platform := w.builder.Client(), platforms.DefaultStrict()
+	imported, err := client.Import(w.ctx, f, containerd.WithDigestRef(ctdarchive.DigestTranslator(eager)),
+		containerd.WithSkipDigestRef(func(name string) bool { return name != "" }), containerd.WithImportPlatform(platform))
+	require.NoError(w, err)
+	require.Len(w, imported, 1)
+	require.NoError(w, containerd.NewImageWithPlatform(client, imported[0], platform).Unpack(w.ctx, eager))
+}
+
+// transferAsNerdctl loads a tar as they do of late: through containerd's transfer service.
+func (w *watched) transferAsNerdctl(f *os.File) {
+	w.Helper()
+	platform := platforms.DefaultSpec()
+	store := transferimage.NewStore("", transferimage.WithPlatforms(platform), transferimage.WithUnpack(platform, eager),
+		transferimage.WithDigestRef("import", true, true), transferimage.WithNamedPrefix("import-"+time.Now().Format(time.DateOnly), true))
+	require.NoError(w, w.builder.Client().Transfer(w.ctx, transferarchive.NewImageImportStream(f, ""), store))
 }
 
 // TestWatchImages has images come in every other way.
@@ -269,6 +297,70 @@ func TestWatchImages(t *testing.T) {
 	for _, name := range []string{`clip_index_duration_seconds_count{outcome="indexed"}`, "clip_index_bytes_total", `clip_index_layers_total{outcome="cached"}`} {
 		require.NotContains(t, []string{"", "0"}, got[name], name)
 	}
+}
+
+// TestWatchAlone has a machine that only builds: neither a daemon nor a containerd that knows of the snapshotter. The
+// status has what became of the images there, and says when it is something else that a daemon is missing for.
+func TestWatchAlone(t *testing.T) {
+	t.Parallel()
+	w := &watched{world: &world{T: t, ctx: t.Context(), lab: harness.ForTest(t)}}
+	var err error
+	w.builder, err = w.lab.StartContainerd(w.ctx, "builder", nil)
+	require.NoError(t, err)
+	w.watcher, err = w.lab.StartWatcher(w.ctx, "watcher", w.watchConfig()+`
+[[watch.rules]]
+names = ["example.com/kept/*"]
+action = "index"
+
+[[watch.rules]]
+names = ["example.com/failing/*"]
+action = "index"
+platforms = ["windows/amd64"]
+`)
+	require.NoError(t, err)
+	type said struct {
+		Daemon, Cache              *struct{}
+		Images, Containers, Layers []struct{}
+		Indexed                    []struct{ Namespace, Image, Indexed, What string }
+	}
+	status := func(address string, flags ...string) string {
+		result, err := w.builder.Clipctl(w.ctx, append([]string{"status", "--clip-address", address}, flags...)...)
+		require.NoError(t, err)
+		require.Empty(t, result.Stderr)
+		return result.Stdout
+	}
+	require.Contains(t, status(w.watcher.Socket), "no daemon", "before there is an image")
+
+	layout, err := images.Small(w.lab.Path("small"))
+	require.NoError(t, err)
+	file := w.lab.Path("small.tar")
+	require.NoError(t, layout.WriteTar(file))
+	w.ctr(w.builder, "image", "import", "--no-unpack", "--all-platforms", file)
+	const kept, failing = "example.com/kept/app:1", "example.com/failing/app:1"
+	w.ctr(w.builder, "image", "tag", images.SmallName, kept)
+	w.ctr(w.builder, "image", "tag", images.SmallName, failing)
+	w.requireKept(kept, kept)
+	w.eventually("the reason", func() bool { return w.label(failing, labelError) != "" })
+	daemon, err := w.lab.StartDaemon(w.ctx, "daemon", "")
+	require.NoError(t, err)
+	for head, address := range map[string]string{"no daemon": w.watcher.Socket, "daemon [0-9]+ since": daemon.Socket} {
+		text := status(address)
+		require.Regexp(t, "^"+head, text)
+		require.Regexp(t, `default +`+kept+` +yes +linux/`+runtime.GOARCH+` `+w.label(kept, labelFile), text)
+		require.Regexp(t, `default +`+failing+` +retry .*no manifest for platform windows/amd64`, text)
+		var v said
+		require.NoError(t, json.Unmarshal([]byte(status(address, "--json")), &v))
+		require.Equal(t, address == daemon.Socket, v.Daemon != nil && v.Cache != nil)
+		require.Len(t, v.Indexed, 2)
+		require.Empty(t, append(append(v.Images, v.Containers...), v.Layers...))
+	}
+
+	worker, err := w.lab.StartContainerd(w.ctx, "worker", daemon)
+	require.NoError(t, err)
+	require.NoError(t, daemon.Stop())
+	result, err := worker.Clipctl(w.ctx, "status")
+	require.Error(t, err, "a worker needs its daemon")
+	require.Contains(t, result.Stderr, daemon.Socket)
 }
 
 // TestWatchBuckets has archives go to a bucket that is made late, and to a directory beside registry and file. Workers

@@ -90,6 +90,7 @@ func runBoth(t *testing.T, args ...string) (stdout, stderr string, err error) {
 
 func TestWithoutDaemons(t *testing.T) {
 	missing := filepath.Join(t.TempDir(), "s")
+	t.Setenv("CONTAINERD_ADDRESS", missing)
 	_, err := run(t, "status", "--clip-address", missing)
 	require.ErrorIs(t, err, os.ErrNotExist)
 	require.ErrorContains(t, err, "is containerd-clip-grpc running?")

@@ -68,16 +68,16 @@ func (d *doctor) containerd(ctx context.Context, st *control.Status) {
 	if err != nil {
 		d.add(unknown, "configuration", fmt.Sprintf("containerd's cannot be read: %v", err), "run clipctl doctor as root, on the machine that containerd runs on")
 	}
-	plugins, err := client.IntrospectionService().Plugins(ctx, "type==io.containerd.snapshotter.v1,id=="+snapshotterName)
+	registered, err := registration(ctx, client)
 	if err != nil {
 		d.add(failure, "plugin", fmt.Sprintf("containerd does not list its plugins: %v", err), restartContainerd)
 		return
 	}
-	if len(plugins.Plugins) == 0 {
+	if len(registered) == 0 {
 		d.missingPlugin(config, file)
 		return
 	}
-	d.plugin(plugins.Plugins[0], config, st)
+	d.plugin(registered[0], config, st)
 	if config != nil {
 		d.transfer(config)
 		d.kubernetes(config)

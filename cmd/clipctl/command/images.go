@@ -7,9 +7,11 @@ import (
 	"slices"
 	"strings"
 
+	introspectionapi "github.com/containerd/containerd/api/services/introspection/v1"
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -22,6 +24,7 @@ import (
 // the clip snapshotter, in all namespaces.
 type inContainerd struct {
 	asked      bool // there is a containerd
+	registered bool // it has the snapshotter
 	images     []knownImage
 	containers map[string]knownContainer // by namespace/key
 	indexed    []indexedView
@@ -55,17 +58,31 @@ func askContainerd(ctx context.Context, g *globals) (known inContainerd, err err
 			err = fmt.Errorf("asking containerd at %s: %w", g.address, err)
 		}
 	}()
+	registered, err := registration(ctx, client)
+	if err != nil {
+		return known, err
+	}
+	known.asked, known.registered = true, len(registered) > 0
 	spaces, err := client.NamespaceService().List(ctx)
 	if err != nil {
 		return known, err
 	}
-	known.asked = true
 	for _, ns := range spaces {
 		if err := known.addNamespace(namespaces.WithNamespace(ctx, ns), client, ns); err != nil {
 			return known, err
 		}
 	}
 	return known, nil
+}
+
+// registration is what containerd says of the clip snapshotter; nothing if it
+// does not have it.
+func registration(ctx context.Context, client *containerd.Client) ([]*introspectionapi.Plugin, error) {
+	found, err := client.IntrospectionService().Plugins(ctx, fmt.Sprintf("type==%s,id==%s", plugins.SnapshotPlugin, snapshotterName))
+	if err != nil {
+		return nil, fmt.Errorf("containerd's plugins: %w", err)
+	}
+	return found.Plugins, nil
 }
 
 func (k *inContainerd) addNamespace(ctx context.Context, client *containerd.Client, ns string) error {
@@ -78,6 +95,9 @@ func (k *inContainerd) addNamespace(ctx context.Context, client *containerd.Clie
 		if image.Labels[watch.LabelTarget] != "" {
 			indexed, what := indexedAs(image)
 			k.indexed = append(k.indexed, indexedView{ns, image.Name, indexed, what})
+		}
+		if !k.registered {
+			continue
 		}
 		chainID, err := unpacked(ctx, client, image)
 		if errdefs.IsNotFound(err) {

@@ -3,10 +3,13 @@ package command
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter/control"
@@ -25,7 +28,8 @@ func newStatusCommand(g *globals) *cobra.Command {
 		Long: `Show the daemon, the images and containers that use the clip snapshotter, and
 their layers: which are lazy, why others are not, how roots are mounted, how much
 of each layer is here, who delivers it, and what last went wrong. Of a builder it
-shows what became of the images that were indexed by themselves.
+shows what became of the images that were indexed by themselves; that needs no
+daemon.
 
 Images and containers are containerd's, of all namespaces. Without containerd they
 are called what they were pulled by, as far as the daemon knows that.`,
@@ -46,24 +50,15 @@ are called what they were pulled by, as far as the daemon knows that.`,
 const watchPeriod = time.Second
 
 func runStatus(ctx context.Context, g *globals, o statusOptions, stdout io.Writer) error {
-	conn, err := g.connectDaemon()
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
 	for {
-		st, err := control.GetStatus(ctx, conn)
-		if err != nil {
-			return fmt.Errorf("asking the daemon at %s: %w", g.clipAddress, err)
-		}
-		known, err := askContainerd(ctx, g)
+		v, err := look(ctx, g)
 		if err != nil {
 			return err
 		}
 		if o.watch && !o.json && isTerminal(stdout) {
 			fmt.Fprint(stdout, "\x1b[H\x1b[2J") // home, and clear
 		}
-		if err := showStatus(stdout, newView(st, known), o); err != nil || !o.watch {
+		if err := showStatus(stdout, v, o); err != nil || !o.watch {
 			return err
 		}
 		select {
@@ -72,6 +67,28 @@ func runStatus(ctx context.Context, g *globals, o statusOptions, stdout io.Write
 		case <-time.After(watchPeriod):
 		}
 	}
+}
+
+// look asks the daemon and containerd. A machine that only builds has a
+// containerd without the snapshotter and, with the watcher alone, no daemon.
+func look(ctx context.Context, g *globals) (view, error) {
+	var st control.Status
+	none := withStatus(ctx, g, func(s control.Status) error { st = s; return nil })
+	if none != nil && !errors.Is(none, fs.ErrNotExist) && !errdefs.IsUnavailable(none) {
+		return view{}, none
+	}
+	known, err := askContainerd(ctx, g)
+	if none != nil && (!known.asked || known.registered) {
+		return view{}, none
+	}
+	if err != nil {
+		return view{}, err
+	}
+	v := newView(st, known)
+	if none != nil {
+		v.Daemon, v.Cache = nil, nil
+	}
+	return v, nil
 }
 
 func showStatus(w io.Writer, v view, o statusOptions) error {

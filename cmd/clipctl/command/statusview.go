@@ -17,8 +17,8 @@ import (
 
 // view is what clipctl status shows.
 type view struct {
-	Daemon     control.Daemon  `json:"daemon"`
-	Cache      control.Cache   `json:"cache"`
+	Daemon     *control.Daemon `json:"daemon"` // null, as is the cache, where only a watcher runs
+	Cache      *control.Cache  `json:"cache"`
 	Images     []imageView     `json:"images"`
 	Containers []containerView `json:"containers"`
 	Layers     []layerView     `json:"layers"`
@@ -73,7 +73,7 @@ func newView(st control.Status, known inContainerd) view {
 	for _, l := range st.Layers {
 		b.layers[l.DiffID] = l
 	}
-	v := view{Daemon: st.Daemon, Cache: st.Cache, Layers: b.layerViews(), Images: []imageView{}, Indexed: known.indexed}
+	v := view{Daemon: &st.Daemon, Cache: &st.Cache, Layers: b.layerViews(), Images: []imageView{}, Indexed: known.indexed}
 	for _, image := range known.images {
 		if s, ok := b.snapshotOf(image.namespace, image.chainID); ok {
 			v.Images = append(v.Images, b.image(image.namespace, image.name, s))
@@ -216,6 +216,10 @@ func (v view) write(w io.Writer) error {
 }
 
 func (v view) writeDaemon(w io.Writer) {
+	if v.Daemon == nil {
+		fmt.Fprintln(w, "no daemon, and containerd does not have the snapshotter: images are only indexed here, not run lazily")
+		return
+	}
 	how := "roots are mounted in mode " + v.Daemon.Mode
 	if v.Daemon.NotLazy != "" {
 		how = "no image is lazy: " + v.Daemon.NotLazy

@@ -60,7 +60,7 @@ const (
 func table(title string, p *prepared, results [][]outcome) report.Table {
 	image := results[0][0].image
 	t := report.Table{
-		Title:  fmt.Sprintf("%s (%d rounds)", title, len(results[0])),
+		Title:  report.Rounds(title, len(results[0])),
 		Header: []string{"", "seconds", "build and push", "after that", "fetched MB", "sent MB", "time saved by ours, %", "network saved by ours, MB"},
 		Notes:  fmt.Sprintf("The image has %.2f GB in the registry, %.2f GB of them in layers of its base.", float64(image)/1e9, float64(p.base)/1e9),
 	}

@@ -73,7 +73,7 @@ func startRows(works []testbed.Work) (rows []row[testbed.Start]) {
 }
 
 func (c *contest) startTable() report.Table {
-	t := compare(fmt.Sprintf("Cold: pull and run (%d rounds)", c.Rounds), "until", "s / MB", c.full(), secondsAndMoved, startRows(testbed.Works)...)
+	t := compare(report.Rounds("Cold: pull and run", c.Rounds), "until", "s / MB", c.full(), secondsAndMoved, startRows(testbed.Works)...)
 	t.Notes = "Every file is until all have been read, the others until the first output. Where another one is sooner than ours, its ratio is bold."
 	return t
 }

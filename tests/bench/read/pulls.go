@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 
 	"github.com/beam-cloud/containerd-clip/tests/bench/report"
 	"github.com/beam-cloud/containerd-clip/tests/bench/testbed"
@@ -11,7 +10,7 @@ import (
 // pulls measures what a pull costs that downloads no layer, with one layer and with many.
 func (w *world) pulls(ctx context.Context) ([]report.Table, error) {
 	t := report.Table{
-		Title:  fmt.Sprintf("Pull (%d rounds)", w.Rounds+2),
+		Title:  report.Rounds("Pull", w.Rounds+2),
 		Header: []string{"link", "1 layer: s", "40 layers: s", "wanted, each", "40 ÷ 1", "wanted"},
 	}
 	for _, l := range []testbed.Link{testbed.Unshaped, testbed.Fast} {

@@ -22,7 +22,7 @@ func (w *world) recorded(ctx context.Context) ([]report.Table, error) {
 		return nil, fmt.Errorf("recording a start: %w", err)
 	}
 	t := report.Table{
-		Title:  fmt.Sprintf("Cold, with a recorded list of the heavy import (%d rounds)", w.Rounds),
+		Title:  report.Rounds("Cold, with a recorded list of the heavy import", w.Rounds),
 		Header: []string{"link", "until", "s", "of it the pull", "requests", "MB", "wanted"},
 	}
 	for _, l := range []testbed.Link{testbed.Unshaped, testbed.Fast, testbed.Slow} {

@@ -31,7 +31,7 @@ func (w *world) starts(ctx context.Context) ([]report.Table, error) {
 		return nil, fmt.Errorf("pages touched: %w", err)
 	}
 	t := report.Table{
-		Title:  fmt.Sprintf("Cold: pull and run (%d rounds)", w.Rounds),
+		Title:  report.Rounds("Cold: pull and run", w.Rounds),
 		Header: []string{"link", "until", "ours: s", "of it the pull", "requests", "MB", "overlayfs: s", "overlayfs ÷ ours", "wanted"},
 	}
 	needed := report.Table{

@@ -65,7 +65,7 @@ func (w *world) warm(ctx context.Context) (_ []report.Table, err error) {
 		return nil, err
 	}
 	t := report.Table{
-		Title:  fmt.Sprintf("Warm: the same in one container (%d rounds)", rounds),
+		Title:  report.Rounds("Warm: the same in one container", rounds),
 		Header: []string{"", "ours: s", "overlayfs: s", "ours ÷ overlayfs", "wanted"},
 	}
 	for _, row := range warmRows {

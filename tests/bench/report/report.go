@@ -63,6 +63,14 @@ func (r Report) Write(file string) error {
 	return os.WriteFile(file, []byte(head+begin+"\n"+text.String()+end+tail), 0o644)
 }
 
+// Rounds is the title of a table of what took so many rounds.
+func Rounds(title string, n int) string {
+	if n == 1 {
+		return title + " (1 round)"
+	}
+	return fmt.Sprintf("%s (%d rounds)", title, n)
+}
+
 // Decimals writes a number with two decimals.
 func Decimals(x float64) string { return fmt.Sprintf("%.2f", x) }
 

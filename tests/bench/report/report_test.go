@@ -34,3 +34,11 @@ func TestWrite(t *testing.T) {
 		t.Error("a document without the lines is accepted")
 	}
 }
+
+func TestRounds(t *testing.T) {
+	for n, want := range map[int]string{1: "Cold (1 round)", 3: "Cold (3 rounds)"} {
+		if got := Rounds("Cold", n); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}

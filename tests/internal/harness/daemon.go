@@ -2,8 +2,10 @@ package harness
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 // Where the daemon works when nobody says otherwise, as config.toml.example has it.
@@ -43,6 +45,24 @@ func (l *Lab) newDaemon(name, config string) (*Daemon, error) {
 		return nil, err
 	}
 	return d, os.WriteFile(d.Config, []byte(config), 0o600)
+}
+
+// StartWatcher starts a daemon that only watches, and so has no socket.
+func (l *Lab) StartWatcher(ctx context.Context, name, config string) (*Daemon, error) {
+	d, err := l.newDaemon(name, config)
+	if err != nil {
+		return nil, err
+	}
+	d.Process, err = l.launch(name, 0, d.Program, append([]string{"watch"}, d.args()...)...)
+	if err != nil {
+		return nil, err
+	}
+	return d, d.await(ctx, func(context.Context) error {
+		if !strings.Contains(d.Log(), "watching for images to index") {
+			return errors.New("it does not say that it watches")
+		}
+		return nil
+	})
 }
 
 func (d *Daemon) args() []string {

@@ -36,9 +36,14 @@ http:
 
 // StartRegistry starts a registry. It listens on a Unix socket; only the proxy has a port.
 func (l *Lab) StartRegistry(ctx context.Context) (*Registry, error) {
-	r := &Registry{Root: l.Path("registry", "root"), socket: l.Path("registry", "registry.sock")}
+	return l.StartAnotherRegistry(ctx, "registry")
+}
+
+// StartAnotherRegistry starts a registry beside others, with content of its own. name is unique in the lab.
+func (l *Lab) StartAnotherRegistry(ctx context.Context, name string) (*Registry, error) {
+	r := &Registry{Root: l.Path(name, "root"), socket: l.Path(name, "registry.sock")}
 	var err error
-	if r.Process, err = l.serveRegistry(ctx, r.Root, "unix", r.socket); err != nil {
+	if r.Process, err = l.serveRegistry(ctx, name, "unix", r.socket); err != nil {
 		return nil, err
 	}
 	if r.proxy, err = newProxy(r.socket); err != nil {
@@ -69,19 +74,20 @@ func (l *Lab) StartBareRegistry(ctx context.Context) (host string, err error) {
 	if err := port.Close(); err != nil {
 		return "", err
 	}
-	_, err = l.serveRegistry(ctx, l.Path("registry", "root"), "tcp", host)
+	_, err = l.serveRegistry(ctx, "registry", "tcp", host)
 	return host, err
 }
 
-func (l *Lab) serveRegistry(ctx context.Context, root, network, address string) (*Process, error) {
+func (l *Lab) serveRegistry(ctx context.Context, name, network, address string) (*Process, error) {
+	root := l.Path(name, "root")
 	if err := os.MkdirAll(root, 0o700); err != nil {
 		return nil, err
 	}
-	config := l.Path("registry", "config.yml")
+	config := l.Path(name, "config.yml")
 	if err := os.WriteFile(config, fmt.Appendf(nil, registryConfig, root, network, address), 0o600); err != nil {
 		return nil, err
 	}
-	return l.start(ctx, "registry", accepts(network, address), "registry", "serve", config)
+	return l.start(ctx, name, accepts(network, address), "registry", "serve", config)
 }
 
 // dialable is ready when a Unix socket accepts.
