@@ -1,15 +1,25 @@
 package e2e
 
 import (
+	"net/http"
+	"net/http/httptest"
 	"os"
+	"path"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
+	"sync/atomic"
 	"testing"
 
+	"cuelabs.dev/go/oci/ociregistry/ocimem"
+	"cuelabs.dev/go/oci/ociregistry/ociserver"
 	"github.com/beam-cloud/clip/pkg/clip"
 	clipcommon "github.com/beam-cloud/clip/pkg/common"
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/stretchr/testify/require"
 
 	"github.com/beam-cloud/containerd-clip/tests/internal/images"
@@ -69,6 +79,39 @@ func TestStorageReference(t *testing.T) {
 	require.NoError(t, err)
 	require.Empty(t, w.pull(w.worker, lazy, ref).Gets(w.layers(images.SmallName)...))
 	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+}
+
+// TestReferrersAPI has the archive in a registry that knows what refers to an image, so that no tag need say it.
+func TestReferrersAPI(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	layers := w.layers(images.SmallName)
+	var whole atomic.Int32
+	registry := ociserver.New(ocimem.New(), nil)
+	server := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodGet && r.Header.Get("Range") == "" && slices.Contains(layers, path.Base(r.URL.Path)) {
+			whole.Add(1)
+		}
+		registry.ServeHTTP(rw, r)
+	}))
+	t.Cleanup(server.Close)
+	repository, err := name.NewRepository(strings.TrimPrefix(server.URL, "http://") + "/team/app")
+	require.NoError(t, err)
+	ref := repository.Tag("1").Name()
+	w.ctr(w.builder, "image", "tag", images.SmallName, ref)
+	w.ctr(w.builder, "image", "push", ref)
+	for range 2 {
+		_, err := w.builder.Clipctl(w.ctx, "index", ref, "--push")
+		require.NoError(t, err)
+		require.Len(t, w.referrers(ref, runtime.GOARCH), 1)
+	}
+	tags, err := remote.List(repository)
+	require.NoError(t, err)
+	require.Equal(t, []string{"1"}, tags)
+
+	w.ctr(w.worker, "image", "pull", "--snapshotter", lazy, ref)
+	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+	require.Zero(t, whole.Load(), "layers that were fetched whole")
 }
 
 // TestLocalArchive finds the archive as a file below the daemon's root; the registry has none.
