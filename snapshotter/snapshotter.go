@@ -15,7 +15,7 @@
 //
 // On disk, below the root directory:
 //
-//	metadata.db             containerd's storage.MetaStore
+//	metadata.db             containerd's storage.MetaStore, and metadata.db.copy
 //	snapshots/<id>/fs,work  an ordinary snapshot
 //	snapshots/<id>/chain    a lazy snapshot: its layers, JSON
 //	roots/<id>/             its root: image and mount point
@@ -155,7 +155,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 			err = errors.Join(err, s.Close())
 		}
 	}()
-	if s.meta, err = openMetadata(s.dir); err != nil {
+	if s.meta, err = openMetadata(ctx, s.dir); err != nil {
 		return nil, err
 	}
 	client := remote.New(opts.Registry)
