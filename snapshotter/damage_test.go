@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
 	"github.com/sirupsen/logrus"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -260,6 +261,20 @@ func TestChainLost(t *testing.T) {
 	mounts, err := sn.Prepare(ctx, "container", pull(t, sn, img, ref))
 	require.NoError(t, err)
 	requireRead(t, mounts)
+}
+
+// TestLayersCountedOnce has a snapshot's layers told anew: who used them before does not use them twice.
+func TestLayersCountedOnce(t *testing.T) {
+	low, high := digest.FromString("low"), digest.FromString("high")
+	var r refs
+	r.add("1", nil)
+	r.add("1", []digest.Digest{low})
+	r.add("2", []digest.Digest{low, high})
+	r.add("2", []digest.Digest{low, high})
+	require.Equal(t, []digest.Digest{high}, r.drop("2"))
+	require.True(t, r.used(low))
+	require.Equal(t, []digest.Digest{low}, r.drop("1"))
+	require.False(t, r.used(low))
 }
 
 // metadataDamage is what a disk may do to a store of snapshots.

@@ -532,3 +532,33 @@ func TestAlteredSpans(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, x.Spans, old.Spans)
 }
+
+// TestFilesWithoutSpans has the entries of a layer serve whose spans are damaged.
+func TestFilesWithoutSpans(t *testing.T) {
+	dir := t.TempDir()
+	x := build(t, gzipped(t, testTar(t, 5)))
+	s, _ := open(t, dir, away{}, x)
+	require.NoError(t, s.Close())
+	file := func(name string) string { return filepath.Join(dir, x.DiffID.Encoded(), name) }
+	for _, damage := range []func(string) error{
+		func(path string) error { return os.Truncate(path, 10) }, os.Remove,
+	} {
+		require.NoError(t, damage(file(spansFile)))
+		s, err := Open(t.Context(), Options{Dir: dir, Fetch: away{}})
+		require.NoError(t, err)
+		_, err = s.Entries(x.DiffID)
+		require.ErrorIs(t, err, errdefs.ErrDataLoss)
+		found, err := s.Files(x.DiffID)
+		require.NoError(t, err)
+		require.Equal(t, x.Entries, found.Entries)
+		_, err = s.Files(digest.FromString("another"))
+		require.ErrorIs(t, err, errdefs.ErrNotFound)
+		require.NoError(t, s.Close())
+	}
+	require.NoError(t, os.Truncate(file(entriesFile), 10))
+	s, err := Open(t.Context(), Options{Dir: dir, Fetch: away{}})
+	require.NoError(t, err)
+	defer s.Close()
+	_, err = s.Files(x.DiffID)
+	require.ErrorIs(t, err, errdefs.ErrDataLoss)
+}

@@ -1,13 +1,16 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/beam-cloud/containerd-clip/tests/internal/images"
 )
@@ -43,4 +46,116 @@ func TestDamagedStore(t *testing.T) {
 	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, w.ref(images.SmallName), "sh", "/app/run.sh"))
 	r.end()
 	w.requireCleanEnd(r.ref)
+}
+
+// damage is what may happen below the daemon's root to what a mounted root needs.
+type damage struct {
+	name, files string // patterns
+	do          func(t *testing.T, path string)
+}
+
+var (
+	indexDamages = []damage{
+		{"spans cut", "layers/*/spans", cutHalf},
+		{"spans altered", "layers/*/spans", flipBits},
+		{"entries altered", "layers/*/entries", flipBits},
+		{"all of an index", "layers/*/spans layers/*/entries", remove},
+		{"chains and layers", "snapshots/*/chain layers/*", remove},
+	}
+	imageDamages = []damage{
+		{"image cut", "roots/*/image", cutHalf},
+		{"image altered", "roots/*/image", flipBits},
+		{"image and index", "roots/*/image layers/*/entries", flipBits},
+	}
+)
+
+func cutHalf(t *testing.T, path string)  { require.NoError(t, os.Truncate(path, sizeOf(t, path)/2)) }
+func flipBits(t *testing.T, path string) { flipEvery(t, path, 97) }
+func remove(t *testing.T, path string)   { require.NoError(t, os.RemoveAll(path)) }
+
+// TestDamageBelowContainers damages what a mounted root needs while there is no daemon: containers go on with the next
+// one.
+func TestDamageBelowContainers(t *testing.T) {
+	for _, mode := range modes {
+		t.Run(mode, func(t *testing.T) {
+			w := newWorldWith(t, "[mount]\nmode = '"+mode+"'\n[fill]\nmode = 'off'\n[registry]\ngive_up = '2s'\n")
+			r := newReaders(w)
+			w.pull(w.worker, lazy, r.ref)
+			require.NoError(t, w.worker.StartContainer(w.ctx, lazy, r.ref, "container", "sleep", "1000"))
+			root := fmt.Sprintf("/proc/%d/root", w.pid("container"))
+			if mode != "loop" { // which is as file
+				r.start(1)
+				r.requireUndamaged(root, indexDamages)
+				r.end() // it would see what the kernel reads of damaged images
+				r.requireServedInPart(root)
+			}
+			if mode != "fuse" { // which has no images
+				r.requireUndamaged(root, imageDamages)
+			}
+			require.NoError(t, w.worker.RemoveContainer(w.ctx, "container"))
+			w.requireCleanEnd(r.ref)
+		})
+	}
+}
+
+// requireUndamaged has a container read everything after each damage. What is not in the kernel's memory is fetched.
+func (r *readers) requireUndamaged(root string, all []damage) {
+	r.Helper()
+	for _, d := range all {
+		r.Log(d.name)
+		_, err := r.worker.Clipctl(r.ctx, "cache", "prune", "--all")
+		require.NoError(r, err)
+		r.daemon.Kill()
+		r.damage(d)
+		require.NoError(r, r.lab.RestartDaemon(r.ctx, r.daemon), d.name)
+		require.Empty(r, r.unread(root), d.name)
+	}
+}
+
+// requireServedInPart damages one layer's spans while the registry is away: the others are read, and that one when the
+// registry is back.
+func (r *readers) requireServedInPart(root string) {
+	r.Helper()
+	image, err := r.worker.Client().GetImage(r.ctx, r.ref)
+	require.NoError(r, err)
+	diffIDs, err := image.RootFS(r.ctx)
+	require.NoError(r, err)
+	require.NoError(r, r.daemon.Stop()) // what was read is recorded
+	require.NoError(r, r.registry.SwitchOff())
+	r.damage(damage{"a layer's spans", "layers/" + diffIDs[0].Encoded() + "/spans", flipBits})
+	require.NoError(r, r.lab.RestartDaemon(r.ctx, r.daemon))
+	unread := r.unread(root)
+	require.Contains(r, unread, "/bin/busybox")
+	require.Less(r, len(unread), len(r.sums))
+	require.NoError(r, r.registry.SwitchOn())
+	r.eventually("the layer is repaired", func() bool { return len(r.unread(root)) == 0 })
+}
+
+// damage damages files of the daemon.
+func (w *world) damage(d damage) {
+	w.Helper()
+	for pattern := range strings.FieldsSeq(d.files) {
+		files, err := filepath.Glob(filepath.Join(w.daemon.Root, pattern))
+		require.NoError(w, err)
+		require.NotEmpty(w, files, pattern)
+		for _, file := range files {
+			d.do(w.T, file)
+		}
+	}
+}
+
+// unread lists the files that cannot be read below root. Nothing but an input/output error is allowed.
+func (r *readers) unread(root string) (files []string) {
+	r.Helper()
+	require.NoError(r, os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0o200)) // what was learned of names, too
+	for path, want := range r.sums {
+		got, err := sumOf(filepath.Join(root, path))
+		if errors.Is(err, unix.EIO) {
+			files = append(files, path)
+			continue
+		}
+		require.NoError(r, err, path)
+		require.Equal(r, want, got, path)
+	}
+	return files
 }
