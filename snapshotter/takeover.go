@@ -37,7 +37,8 @@ type found struct {
 	chain  chain
 	mode   root.Mode
 	target string
-	err    error // why its chain is not known
+	err    error                 // why its chain is not known
+	know   func(root.Root) error // has a root of mode FUSE served that was not known; may be nil
 }
 
 // takeOver goes on with the roots of an earlier process, and returns those that
@@ -63,7 +64,7 @@ func (s *Snapshotter) takeOver(ctx context.Context) (damaged []found, err error)
 		errs  []error
 	)
 	for _, f := range slices.Backward(all) { // newest first
-		err := s.adopt(repairing, f)
+		err := s.adopt(repairing, &f)
 		if err == nil {
 			log.G(ctx).WithField("image", f.chain.Image).WithField("id", f.id).Info("going on with a mounted root")
 			taken = append(taken, f)
@@ -151,12 +152,10 @@ func (s *Snapshotter) resumeFiles(ctx context.Context, all []found) (*layerfs.FS
 }
 
 // adopt makes a root of an earlier process one of this process. If that damaged
-// its chain, the kernel still has its metadata, and what it is told of layers are
-// errors until mend.
-func (s *Snapshotter) adopt(ctx context.Context, f found) error {
-	inKernel := f.mode != root.FUSE && s.files != nil
+// its chain, nobody knows its layers: what is read of them are errors until mend.
+func (s *Snapshotter) adopt(ctx context.Context, f *found) error {
 	switch {
-	case f.err != nil && !(inKernel && errdefs.IsDataLoss(f.err)):
+	case f.err != nil && !errdefs.IsDataLoss(f.err):
 		return f.err
 	case f.err == nil && len(f.chain.Layers) == 0:
 		return errors.New("it belongs to no snapshot")
@@ -164,7 +163,7 @@ func (s *Snapshotter) adopt(ctx context.Context, f found) error {
 		if err := s.resumeTree(ctx, f); err != nil {
 			return err
 		}
-	case !inKernel:
+	case s.files == nil:
 		return errors.New("nobody kept the connection to its layers")
 	}
 	st := s.roots.get(f.id) // nobody else knows the root yet
@@ -174,28 +173,43 @@ func (s *Snapshotter) adopt(ctx context.Context, f found) error {
 }
 
 // resumeTree goes on with a root of mode FUSE, if need be without some of its
-// layers' spans.
-func (s *Snapshotter) resumeTree(ctx context.Context, f found) error {
+// layers' spans, or without knowing what is in it.
+func (s *Snapshotter) resumeTree(ctx context.Context, f *found) error {
+	life := context.WithoutCancel(ctx)
+	r, err := root.Root{}, f.err
+	if err == nil {
+		r, err = s.treeRoot(ctx, f.id, f.chain)
+	}
+	if err == nil {
+		return r.Resume(life)
+	}
+	log.G(ctx).WithError(err).WithField("path", f.target).Error("nothing of a mounted root can be read; it is tried again to repair it")
+	f.know, err = s.root(f.id, f.chain).ResumeUnknown(life)
+	return err
+}
+
+// treeRoot describes a root of mode FUSE that is mounted.
+func (s *Snapshotter) treeRoot(ctx context.Context, id string, c chain) (root.Root, error) {
+	r := s.root(id, c)
 	var indexes []*layer.Index
-	err := s.repaired(ctx, f.chain, func() (err error) {
-		indexes, err = indexesOf(f.chain, s.layers.Entries)
+	err := s.repaired(ctx, c, func() (err error) {
+		indexes, err = indexesOf(c, s.layers.Entries)
 		return err
 	})
 	if err != nil {
-		if indexes, err = indexesOf(f.chain, s.layers.Files); err != nil {
-			return err
+		if indexes, err = indexesOf(c, s.layers.Files); err != nil {
+			return r, err
 		}
 	}
-	r := s.root(f.id, f.chain)
 	r.Indexes = func() ([]*layer.Index, error) { return indexes, nil }
-	for _, diffID := range f.chain.Layers {
+	for _, diffID := range c.Layers {
 		if l, err := s.layers.Layer(diffID); err == nil {
 			r.Layers = append(r.Layers, root.Layer{Stream: l})
 		} else {
 			r.Layers = append(r.Layers, root.Layer{Stream: lateLayer{s.layers, diffID}})
 		}
 	}
-	return r.Resume(context.WithoutCancel(ctx))
+	return r, nil
 }
 
 // lateLayer is a layer that is damaged on disk, until it is repaired.
@@ -214,7 +228,7 @@ func (l lateLayer) ReadAt(ctx context.Context, p []byte, off int64) (int, error)
 
 // mendLater repairs roots that are mounted, and tries again until it has.
 func (s *Snapshotter) mendLater(ctx context.Context, damaged []found) {
-	const first, most = 2 * time.Second, 5 * time.Minute
+	const first, most = 4 * time.Second, 5 * time.Minute // for 3 seconds the finder remembers that it found nothing
 	for pause := first; len(damaged) > 0; pause = min(2*pause, most) {
 		select {
 		case <-time.After(pause):
@@ -250,7 +264,15 @@ func (s *Snapshotter) mend(ctx context.Context, f found) error {
 		return do()
 	}
 	_ = whileMounted(func() error { s.mounted.add(f.id, c.Layers); return nil })
-	if err := s.repairMounted(ctx, c); err != nil || f.mode == root.FUSE {
+	err = s.repairMounted(ctx, c)
+	if f.know != nil {
+		r, terr := s.treeRoot(ctx, f.id, c)
+		if terr == nil {
+			terr = f.know(r)
+		}
+		err = errors.Join(err, terr)
+	}
+	if err != nil || f.mode == root.FUSE {
 		return err
 	}
 	err = s.repaired(ctx, c, func() error {
