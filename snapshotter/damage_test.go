@@ -445,11 +445,39 @@ func TestMetadataLarge(t *testing.T) {
 	}))
 	addSnapshots(t, m, 2000)
 	require.NoFileExists(t, copyOf(m.path))
-	require.Eventually(t, func() bool { return checkMetadata(copyOf(m.path)) == nil }, time.Minute, 50*time.Millisecond)
+	require.Eventually(t, func() bool { _, err := checkMetadata(copyOf(m.path)); return err == nil }, time.Minute, 50*time.Millisecond)
 	require.NoError(t, m.WithTransaction(t.Context(), true, changeMetadata))
 	require.NoFileExists(t, copyOf(m.path))
 	require.NoError(t, m.Close())
-	require.NoError(t, checkMetadata(copyOf(m.path)))
+	store, err := checkMetadata(m.path)
+	require.NoError(t, err)
+	copied, err := checkMetadata(copyOf(m.path))
+	require.NoError(t, err)
+	require.Equal(t, store, copied)
+}
+
+// TestMetadataNotCopied has no copy made of what has not changed since the last one, but of what has.
+func TestMetadataNotCopied(t *testing.T) {
+	dir := t.TempDir()
+	precious(t, dir)
+	copied := filepath.Join(dir, "metadata.db.copy")
+	before, err := os.Stat(copied)
+	require.NoError(t, err)
+	old, err := os.ReadFile(copied)
+	require.NoError(t, err)
+	require.NoError(t, open(t, dir).Close())
+	after, err := os.Stat(copied)
+	require.NoError(t, err)
+	require.True(t, os.SameFile(before, after))
+
+	sn := open(t, dir)
+	require.NoError(t, sn.Remove(t.Context(), "container"))
+	require.NoError(t, sn.Close())
+	require.NoError(t, os.WriteFile(copied, old, 0o600)) // as after a power cut
+	require.NoError(t, open(t, dir).Close())
+	require.NoError(t, os.Remove(filepath.Join(dir, "metadata.db")))
+	_, err = open(t, dir).Stat(t.Context(), "container")
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
 }
 
 // BenchmarkMetadata is a change of a store with so many snapshots, and how much of that is its copy.

@@ -43,11 +43,14 @@ func openMetadata(ctx context.Context, dir string) (*metadata, error) {
 	m := &metadata{MetaStore: store, path: path}
 	m.later = time.AfterFunc(copyAfter, func() { m.copy(context.WithoutCancel(ctx)) })
 	m.later.Stop()
-	err = checkMetadata(path)
+	last, err := checkMetadata(path)
 	if errors.Is(err, fs.ErrNotExist) && !anySnapshot(dir) {
 		return m, nil
 	}
 	if err == nil {
+		if copied, err := checkMetadata(copyOf(path)); err == nil && copied == last {
+			m.copied = last
+		}
 		m.copy(ctx) // there may be none, or one from before a power cut
 		return m, nil
 	}
@@ -68,7 +71,7 @@ func damagedOf(path string) string { return path + ".damaged" }
 
 // replace puts the copy into the place of the store, which is kept.
 func (m *metadata) replace() error {
-	if err := checkMetadata(copyOf(m.path)); err != nil {
+	if _, err := checkMetadata(copyOf(m.path)); err != nil {
 		return err
 	}
 	if err := os.Rename(m.path, damagedOf(m.path)); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -181,13 +184,13 @@ func anySnapshot(dir string) bool {
 }
 
 // checkMetadata reads all of a bolt database. Bolt itself believes what it finds
-// there, and ends the process if it is wrong. It returns fs.ErrNotExist if
-// there is none.
-func checkMetadata(path string) (err error) {
+// there, and ends the process if it is wrong. It returns the number of the last
+// transaction, and fs.ErrNotExist if there is no database.
+func checkMetadata(path string) (last int, err error) {
 	if st, err := os.Stat(path); err != nil {
-		return err
+		return 0, err
 	} else if st.Size() == 0 {
-		return fmt.Errorf("it is empty: %w", fs.ErrNotExist)
+		return 0, fmt.Errorf("it is empty: %w", fs.ErrNotExist)
 	}
 	// Behind the end of the file there is no memory.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
@@ -206,12 +209,14 @@ func checkMetadata(path string) (err error) {
 		},
 	})
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer func() { err = errors.Join(err, db.Close()) }()
-	return db.View(func(tx *bolt.Tx) error {
+	err = db.View(func(tx *bolt.Tx) error {
+		last = tx.ID()
 		return tx.ForEach(func(_ []byte, b *bolt.Bucket) error { return readBucket(b) })
 	})
+	return last, err
 }
 
 func readBucket(b *bolt.Bucket) error {
