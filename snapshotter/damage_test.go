@@ -3,6 +3,7 @@ package snapshotter
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,9 +12,13 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
 	"github.com/sirupsen/logrus"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/beam-cloud/containerd-clip/snapshotter/discover"
@@ -258,47 +263,134 @@ func TestChainLost(t *testing.T) {
 	requireRead(t, mounts)
 }
 
-// TestMetadataDamaged has no snapshot be made or removed when nobody knows which there are; nothing is taken for
-// garbage.
+// TestLayersCountedOnce has a snapshot's layers told anew: who used them before does not use them twice.
+func TestLayersCountedOnce(t *testing.T) {
+	low, high := digest.FromString("low"), digest.FromString("high")
+	var r refs
+	r.add("1", nil)
+	r.add("1", []digest.Digest{low})
+	r.add("2", []digest.Digest{low, high})
+	r.add("2", []digest.Digest{low, high})
+	require.Equal(t, []digest.Digest{high}, r.drop("2"))
+	require.True(t, r.used(low))
+	require.Equal(t, []digest.Digest{low}, r.drop("1"))
+	require.False(t, r.used(low))
+}
+
+// metadataDamage is what a disk may do to a store of snapshots.
+var metadataDamage = map[string]func(path string) error{
+	"removed": os.Remove,
+	"empty":   func(path string) error { return os.Truncate(path, 0) },
+	"half": func(path string) error {
+		st, err := os.Stat(path)
+		if err != nil {
+			return err
+		}
+		return os.Truncate(path, st.Size()/2)
+	},
+	"a page": func(path string) error { return os.Truncate(path, 4096) },
+	"two":    func(path string) error { return os.Truncate(path, 8192) },
+	"garbage": func(path string) error {
+		return os.WriteFile(path, bytes.Repeat([]byte("clip"), 8192), 0o600)
+	},
+	"pages": func(path string) error {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		for i := 8192; i < len(b); i++ {
+			b[i] ^= 0x5a
+		}
+		return os.WriteFile(path, b, 0o600)
+	},
+}
+
+// precious makes a container with a file of its own, and returns its image.
+func precious(t *testing.T, dir string) (image string) {
+	t.Helper()
+	img, ref := lazyImage(t, dir)
+	sn := open(t, dir)
+	image = pull(t, sn, img, ref)
+	mounts, err := sn.Prepare(t.Context(), "container", image)
+	require.NoError(t, err)
+	require.NoError(t, mount.WithTempMount(t.Context(), mounts, func(root string) error {
+		return os.WriteFile(filepath.Join(root, "precious"), nil, 0o600)
+	}))
+	require.NoError(t, sn.Close())
+	return image
+}
+
+// TestMetadataDamaged has the copy of the store of snapshots take its place: every snapshot is there.
 func TestMetadataDamaged(t *testing.T) {
-	for name, damage := range map[string]func(path string, size int64) error{
-		"removed": func(path string, _ int64) error { return os.Remove(path) },
-		"empty":   func(path string, _ int64) error { return os.Truncate(path, 0) },
-		"half":    func(path string, size int64) error { return os.Truncate(path, size/2) },
-		"a page":  func(path string, _ int64) error { return os.Truncate(path, 4096) },
-		"two":     func(path string, _ int64) error { return os.Truncate(path, 8192) },
-		"garbage": func(path string, size int64) error {
-			return os.WriteFile(path, bytes.Repeat([]byte("clip"), int(size/4)), 0o600)
-		},
-		"pages": func(path string, size int64) error {
-			b, err := os.ReadFile(path)
-			if err != nil {
-				return err
-			}
-			for i := 8192; i < len(b); i++ {
-				b[i] ^= 0x5a
-			}
-			return os.WriteFile(path, b, 0o600)
-		},
-	} {
+	for name, damage := range metadataDamage {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
-			img, ref := lazyImage(t, dir)
-			sn := open(t, dir)
-			top := pull(t, sn, img, ref)
-			mounts, err := sn.Prepare(t.Context(), "container", top)
-			require.NoError(t, err)
-			require.NoError(t, mount.WithTempMount(t.Context(), mounts, func(root string) error {
-				return os.WriteFile(filepath.Join(root, "precious"), nil, 0o600)
-			}))
-			require.NoError(t, sn.Close())
+			top := precious(t, dir)
+			for range 2 { // and there is a copy of the copy
+				require.NoError(t, damage(filepath.Join(dir, "metadata.db")))
+				ctx, sn, book := openLogged(t, dir)
+				require.Contains(t, book.String(), "its copy has taken its place")
+				require.NotContains(t, book.String(), "level=error")
+				if name != "removed" {
+					require.FileExists(t, filepath.Join(dir, "metadata.db.damaged"))
+				}
+				var keys []string
+				require.NoError(t, sn.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+					keys = append(keys, info.Name)
+					return nil
+				}))
+				require.Len(t, keys, 3)
+				require.Subset(t, keys, []string{top, "container"})
+				mounts, err := sn.Mounts(ctx, "container")
+				require.NoError(t, err)
+				requireRead(t, mounts)
+				require.FileExists(t, filepath.Join(dir, "snapshots/3/fs/precious"))
+				require.NoError(t, sn.Close())
+			}
+			ctx, sn, book := openLogged(t, dir)
+			require.NotContains(t, book.String(), "damaged")
+			require.NoError(t, sn.Remove(ctx, "container"))
+		})
+	}
+}
+
+// TestMetadataCopied has changes made side by side by a process that is killed: all of them are in the copy.
+func TestMetadataCopied(t *testing.T) {
+	dir := t.TempDir()
+	sn := open(t, dir)
+	var all sync.WaitGroup
+	for i := range 20 {
+		all.Go(func() {
+			_, err := sn.Prepare(t.Context(), fmt.Sprint("container", i), "")
+			assert.NoError(t, err)
+		})
+	}
+	all.Wait()
+	crashed := t.TempDir()
+	require.NoError(t, os.CopyFS(crashed, os.DirFS(dir)))
+	require.NoError(t, os.Remove(filepath.Join(crashed, "metadata.db")))
+	again := open(t, crashed)
+	for i := range 20 {
+		_, err := again.Stat(t.Context(), fmt.Sprint("container", i))
+		require.NoError(t, err)
+	}
+}
+
+// TestMetadataLost has no snapshot be made or removed when nobody knows which there are; nothing is taken for
+// garbage.
+func TestMetadataLost(t *testing.T) {
+	for name, damage := range metadataDamage {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			top := precious(t, dir)
 			db := filepath.Join(dir, "metadata.db")
 			pristine, err := os.ReadFile(db)
 			require.NoError(t, err)
-			require.NoError(t, damage(db, int64(len(pristine))))
+			require.NoError(t, damage(db))
+			require.NoError(t, damage(db+".copy"))
 
 			_, sn, book := openLogged(t, dir)
-			require.Contains(t, book.String(), "metadata.db is damaged")
+			require.Contains(t, book.String(), "metadata.db is damaged, and its copy cannot take its place")
 			require.Contains(t, book.String(), "put a copy")
 			_, err = sn.Prepare(t.Context(), "another", top)
 			require.ErrorIs(t, err, errdefs.ErrDataLoss)
@@ -311,9 +403,99 @@ func TestMetadataDamaged(t *testing.T) {
 
 			require.NoError(t, os.WriteFile(db, pristine, 0o600))
 			sn = open(t, dir)
-			mounts, err = sn.Mounts(t.Context(), "container")
+			mounts, err := sn.Mounts(t.Context(), "container")
 			require.NoError(t, err)
 			requireRead(t, mounts)
+		})
+	}
+}
+
+// addSnapshots makes n snapshots at once.
+func addSnapshots(t testing.TB, m *metadata, n int) {
+	t.Helper()
+	require.NoError(t, m.WithTransaction(t.Context(), true, func(ctx context.Context) error {
+		for i := range n {
+			_, err := storage.CreateSnapshot(ctx, snapshots.KindActive, fmt.Sprint(i), "", snapshots.WithLabels(map[string]string{"label": strings.Repeat("x", 200)}))
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}))
+}
+
+// changeMetadata makes a change that leaves everything as it is.
+func changeMetadata(ctx context.Context) error {
+	if _, err := storage.CreateSnapshot(ctx, snapshots.KindActive, "another", ""); err != nil {
+		return err
+	}
+	_, _, err := storage.Remove(ctx, "another")
+	return err
+}
+
+// TestMetadataLarge has changes not wait for the copy of a large store: there is none, until there is one.
+func TestMetadataLarge(t *testing.T) {
+	m, err := openMetadata(t.Context(), t.TempDir())
+	require.NoError(t, err)
+	addSnapshots(t, m, 1)
+	require.FileExists(t, copyOf(m.path))
+	require.NoError(t, m.WithTransaction(t.Context(), true, func(ctx context.Context) error {
+		_, _, err := storage.Remove(ctx, "0")
+		return err
+	}))
+	addSnapshots(t, m, 2000)
+	require.NoFileExists(t, copyOf(m.path))
+	require.Eventually(t, func() bool { _, err := checkMetadata(copyOf(m.path)); return err == nil }, time.Minute, 50*time.Millisecond)
+	require.NoError(t, m.WithTransaction(t.Context(), true, changeMetadata))
+	require.NoFileExists(t, copyOf(m.path))
+	require.NoError(t, m.Close())
+	store, err := checkMetadata(m.path)
+	require.NoError(t, err)
+	copied, err := checkMetadata(copyOf(m.path))
+	require.NoError(t, err)
+	require.Equal(t, store, copied)
+}
+
+// TestMetadataNotCopied has no copy made of what has not changed since the last one, but of what has.
+func TestMetadataNotCopied(t *testing.T) {
+	dir := t.TempDir()
+	precious(t, dir)
+	copied := filepath.Join(dir, "metadata.db.copy")
+	before, err := os.Stat(copied)
+	require.NoError(t, err)
+	old, err := os.ReadFile(copied)
+	require.NoError(t, err)
+	require.NoError(t, open(t, dir).Close())
+	after, err := os.Stat(copied)
+	require.NoError(t, err)
+	require.True(t, os.SameFile(before, after))
+
+	sn := open(t, dir)
+	require.NoError(t, sn.Remove(t.Context(), "container"))
+	require.NoError(t, sn.Close())
+	require.NoError(t, os.WriteFile(copied, old, 0o600)) // as after a power cut
+	require.NoError(t, open(t, dir).Close())
+	require.NoError(t, os.Remove(filepath.Join(dir, "metadata.db")))
+	_, err = open(t, dir).Stat(t.Context(), "container")
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+}
+
+// BenchmarkMetadata is a change of a store with so many snapshots, and how much of that is its copy.
+func BenchmarkMetadata(b *testing.B) {
+	for _, n := range []int{10, 500, 1000, 3000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			m, err := openMetadata(b.Context(), b.TempDir())
+			require.NoError(b, err)
+			defer m.Close()
+			addSnapshots(b, m, n)
+			var copying time.Duration
+			for b.Loop() {
+				require.NoError(b, m.MetaStore.WithTransaction(b.Context(), true, changeMetadata))
+				began := time.Now()
+				m.changed(b.Context())
+				copying += time.Since(began)
+			}
+			b.ReportMetric(float64(copying.Nanoseconds())/float64(b.N), "copy-ns/op")
 		})
 	}
 }

@@ -386,23 +386,28 @@ type refs struct {
 	count  map[digest.Digest]int
 }
 
-// add records that the snapshot id uses layers.
+// add records that the snapshot id uses layers, and no others.
 func (r *refs) add(id string, layers []digest.Digest) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.count == nil {
 		r.layers, r.count = map[string][]digest.Digest{}, map[digest.Digest]int{}
 	}
-	r.layers[id] = layers
 	for _, d := range layers {
 		r.count[d]++
 	}
+	r.dropLocked(id)
+	r.layers[id] = layers
 }
 
 // drop forgets the snapshot id and returns the layers that nobody uses any more.
 func (r *refs) drop(id string) (unused []digest.Digest) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	return r.dropLocked(id)
+}
+
+func (r *refs) dropLocked(id string) (unused []digest.Digest) {
 	for _, d := range r.layers[id] {
 		if r.count[d]--; r.count[d] == 0 {
 			delete(r.count, d)

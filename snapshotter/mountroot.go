@@ -46,15 +46,20 @@ func (r roots) get(id string) *rootState {
 // root describes the root of the lazy snapshot id.
 func (s *Snapshotter) root(id string, c chain) root.Root {
 	return root.Root{Dir: filepath.Join(s.dir, "roots", id), Session: s.session, Helper: s.helper, Indexes: func() ([]*layer.Index, error) {
-		layers := make([]*layer.Index, len(c.Layers))
-		for i, diffID := range c.Layers {
-			var err error
-			if layers[i], err = s.layers.Entries(diffID); err != nil {
-				return nil, err
-			}
-		}
-		return layers, nil
+		return indexesOf(c, s.layers.Entries)
 	}}
+}
+
+// indexesOf reads the indexes of a chain's layers.
+func indexesOf(c chain, read func(digest.Digest) (*layer.Index, error)) ([]*layer.Index, error) {
+	layers := make([]*layer.Index, len(c.Layers))
+	for i, diffID := range c.Layers {
+		var err error
+		if layers[i], err = read(diffID); err != nil {
+			return nil, err
+		}
+	}
+	return layers, nil
 }
 
 // mountRoot makes sure that the root of the lazy snapshot id is mounted and

@@ -57,7 +57,7 @@ func (s *Snapshotter) repaired(ctx context.Context, c chain, do func() error) er
 }
 
 // repairMounted has containers go on that run on layers which are damaged.
-func (s *Snapshotter) repairMounted(ctx context.Context, c chain) {
+func (s *Snapshotter) repairMounted(ctx context.Context, c chain) error {
 	err := s.repaired(ctx, c, func() error {
 		for _, diffID := range c.Layers {
 			l, err := s.layers.Layer(diffID)
@@ -76,4 +76,5 @@ func (s *Snapshotter) repairMounted(ctx context.Context, c chain) {
 	if err != nil {
 		log.G(ctx).WithError(err).WithField("image", c.Image).Error("containers of an image cannot read all of it")
 	}
+	return err
 }

@@ -15,7 +15,7 @@
 //
 // On disk, below the root directory:
 //
-//	metadata.db             containerd's storage.MetaStore
+//	metadata.db             containerd's storage.MetaStore, and metadata.db.copy
 //	snapshots/<id>/fs,work  an ordinary snapshot
 //	snapshots/<id>/chain    a lazy snapshot: its layers, JSON
 //	roots/<id>/             its root: image and mount point
@@ -132,7 +132,8 @@ type Snapshotter struct {
 }
 
 // New opens the snapshotter in opts.Root and removes what an earlier process
-// left half-done. It needs neither network nor containerd.
+// left half-done. It needs neither network nor containerd, but asks for what
+// mounted roots miss.
 func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	s := &Snapshotter{started: time.Now(), dir: opts.Root, helper: opts.Helper, prefetch: opts.Prefetch, roots: newRoots(), refused: map[digest.Digest]error{}, early: map[*archive.Archive]*merging{}}
 	s.tidy = time.AfterFunc(tidyAfter, debug.FreeOSMemory)
@@ -155,7 +156,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 			err = errors.Join(err, s.Close())
 		}
 	}()
-	if s.meta, err = openMetadata(s.dir); err != nil {
+	if s.meta, err = openMetadata(ctx, s.dir); err != nil {
 		return nil, err
 	}
 	client := remote.New(opts.Registry)
@@ -167,28 +168,30 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if err := s.mendChains(ctx); err != nil {
 		return nil, err
 	}
+	s.finder = discover.New(discover.Options{
+		Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher, Sources: opts.Sources,
+		Receive: func() discover.Stream { return s.layers.Receive() }, Known: s.layers.Entries,
+	})
 	// Readers wait for this; nothing may look into a root before it.
-	if err := s.takeOver(ctx); err != nil {
+	damaged, err := s.takeOver(ctx)
+	if err != nil {
 		return nil, err
 	}
 	if s.recorder, err = record.Open(ctx, filepath.Join(s.dir, "recordings")); err != nil {
 		return nil, err
 	}
 	s.filler = fill.New(ctx, opts.Fill)
-	s.finder = discover.New(discover.Options{
-		Dir: filepath.Join(s.dir, "archives"), Referrers: opts.Referrers, Fetcher: client.Fetcher, Sources: opts.Sources,
-		Receive: func() discover.Stream { return s.layers.Receive() }, Known: s.layers.Entries,
-	})
 	if s.files == nil {
 		s.files, s.noFiles = layerfs.New(ctx, s.session)
 	}
 	s.able.try = func(ctx context.Context) (root.Ability, error) { return s.probe(ctx, cmp.Or(opts.Mount, root.Auto)) }
 	s.able.find(ctx)
-	return s, s.restore(ctx)
+	return s, s.restore(ctx, damaged)
 }
 
-// restore learns which layers are in use and removes what is not.
-func (s *Snapshotter) restore(ctx context.Context) error {
+// restore learns which layers are in use and removes what is not. damaged are
+// mounted roots that are to be repaired.
+func (s *Snapshotter) restore(ctx context.Context, damaged []found) error {
 	if s.meta.damage != nil {
 		log.G(ctx).WithError(s.meta.damage).Error("the snapshotter works in part")
 		return nil // nothing is garbage that nobody can tell from what is not
@@ -208,9 +211,10 @@ func (s *Snapshotter) restore(ctx context.Context) error {
 	}
 	repairing, stop := context.WithCancel(ctx)
 	s.stop = stop
+	s.background.Go(func() { s.mendLater(repairing, damaged) })
 	s.background.Go(func() {
 		for _, c := range chains {
-			s.repairMounted(repairing, c)
+			_ = s.repairMounted(repairing, c) // the log says so
 		}
 		s.fillAll(ctx, chains)
 		if err := s.finder.Sweep(ctx); err != nil {

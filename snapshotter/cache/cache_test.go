@@ -366,22 +366,17 @@ func TestIndexIsReadAside(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, os.Remove(spans))
 	require.NoError(t, unix.Mkfifo(spans, 0o600))
-	fifo, err := os.OpenFile(spans, os.O_RDWR, 0) // whoever reads it waits
-	require.NoError(t, err)
-	defer fifo.Close()
-
 	missed := make(chan error, 1)
 	go func() {
 		_, err := l.ReadAt(context.Background(), make([]byte, 10), l.Size()-10)
 		missed <- err
 	}()
+	var fifo *os.File // whoever reads it waits until it is closed
 	require.Eventually(t, func() bool {
-		if l.indexing.TryLock() {
-			l.indexing.Unlock()
-			return false
-		}
-		return true
-	}, 10*time.Second, time.Millisecond)
+		fifo, err = os.OpenFile(spans, os.O_WRONLY|unix.O_NONBLOCK, 0) // which fails without a reader
+		return err == nil
+	}, time.Minute, time.Millisecond)
+	defer fifo.Close()
 	here := make(chan error, 1)
 	go func() {
 		_, err := l.ReadAt(context.Background(), p, 0)

@@ -453,6 +453,7 @@ func TestMendedWithOtherSpans(t *testing.T) {
 	s, l := open(t, dir, src, x)
 	_, err = l.ReadAt(t.Context(), make([]byte, 1), 0)
 	require.NoError(t, err)
+	require.NoError(t, os.Truncate(filepath.Join(dir, x.DiffID.Encoded(), spansFile), 100))
 	require.NoError(t, s.Mend(y, "example.com/a:1"))
 	l.mu.Lock()
 	l.index = nil // as after a while without fetches
@@ -463,4 +464,101 @@ func TestMendedWithOtherSpans(t *testing.T) {
 
 	_, l = open(t, dir, src, y)
 	requireStream(t, l, stream)
+}
+
+// TestMendKeepsGoodParts has an archive with other spans mend a layer of which only the entries are damaged.
+func TestMendKeepsGoodParts(t *testing.T) {
+	dir, stream := t.TempDir(), testTar(t, crashFiles)
+	src := &blobs{blob: gzipped(t, stream)}
+	x := build(t, src.blob)
+	desc := ocispec.Descriptor{Digest: x.Digest, Size: int64(x.Size)}
+	y, err := layer.Build(t.Context(), bytes.NewReader(src.blob), desc, layer.Options{SpanSize: x.SpanSize / 4})
+	require.NoError(t, err)
+	s, l := open(t, dir, src, x)
+	requireStream(t, l, stream)
+	require.NoError(t, s.Close())
+	spans, entries := filepath.Join(dir, x.DiffID.Encoded(), spansFile), filepath.Join(dir, x.DiffID.Encoded(), entriesFile)
+	good, err := os.ReadFile(spans)
+	require.NoError(t, err)
+	for name, damage := range map[string]func(string) error{
+		"cut": func(path string) error { return os.Truncate(path, 20) },
+		"altered": func(path string) error {
+			raw, err := os.ReadFile(path)
+			raw[len(raw)/2] ^= 1
+			return errors.Join(err, os.WriteFile(path, raw, 0o600))
+		},
+		"removed": os.Remove,
+	} {
+		require.NoError(t, damage(entries), name)
+		s, err := Open(t.Context(), Options{Dir: dir, Fetch: away{}})
+		require.NoError(t, err)
+		_, err = s.Entries(x.DiffID)
+		require.ErrorIs(t, err, errdefs.ErrDataLoss, name)
+		require.NoError(t, s.Mend(y, "example.com/a:1"))
+		again, err := s.Entries(x.DiffID)
+		require.NoError(t, err, name)
+		require.Equal(t, y.Entries, again.Entries)
+		l, err := s.Layer(x.DiffID)
+		require.NoError(t, err)
+		requireStream(t, l, stream) // and nothing is fetched
+		require.NoError(t, s.Close())
+		now, err := os.ReadFile(spans)
+		require.NoError(t, err)
+		require.Equal(t, good, now, name)
+	}
+}
+
+// TestAlteredSpans has no altered bit of an index go unnoticed. An index that an earlier version wrote has no checksum.
+func TestAlteredSpans(t *testing.T) {
+	dir := t.TempDir()
+	x := build(t, gzipped(t, testTar(t, 5)))
+	s, _ := open(t, dir, away{}, x)
+	require.NoError(t, s.Close())
+	at, err := os.OpenRoot(filepath.Join(dir, x.DiffID.Encoded()))
+	require.NoError(t, err)
+	defer at.Close()
+	good, err := at.ReadFile(spansFile)
+	require.NoError(t, err)
+	step := max(1, len(good)/2000)
+	for i := 0; i < len(good); i += 1 + rand.IntN(step) {
+		raw := slices.Clone(good)
+		raw[i] ^= 1 << (i % 8)
+		require.NoError(t, at.WriteFile(spansFile, raw, 0o600))
+		_, err := readIndex(at, x.DiffID)
+		require.ErrorIs(t, err, errdefs.ErrDataLoss, "byte %d of %d", i, len(good))
+	}
+	require.NoError(t, at.WriteFile(spansFile, x.AppendSpans(nil), 0o600))
+	old, err := readIndex(at, x.DiffID)
+	require.NoError(t, err)
+	require.Equal(t, x.Spans, old.Spans)
+}
+
+// TestFilesWithoutSpans has the entries of a layer serve whose spans are damaged.
+func TestFilesWithoutSpans(t *testing.T) {
+	dir := t.TempDir()
+	x := build(t, gzipped(t, testTar(t, 5)))
+	s, _ := open(t, dir, away{}, x)
+	require.NoError(t, s.Close())
+	file := func(name string) string { return filepath.Join(dir, x.DiffID.Encoded(), name) }
+	for _, damage := range []func(string) error{
+		func(path string) error { return os.Truncate(path, 10) }, os.Remove,
+	} {
+		require.NoError(t, damage(file(spansFile)))
+		s, err := Open(t.Context(), Options{Dir: dir, Fetch: away{}})
+		require.NoError(t, err)
+		_, err = s.Entries(x.DiffID)
+		require.ErrorIs(t, err, errdefs.ErrDataLoss)
+		found, err := s.Files(x.DiffID)
+		require.NoError(t, err)
+		require.Equal(t, x.Entries, found.Entries)
+		_, err = s.Files(digest.FromString("another"))
+		require.ErrorIs(t, err, errdefs.ErrNotFound)
+		require.NoError(t, s.Close())
+	}
+	require.NoError(t, os.Truncate(file(entriesFile), 10))
+	s, err := Open(t.Context(), Options{Dir: dir, Fetch: away{}})
+	require.NoError(t, err)
+	defer s.Close()
+	_, err = s.Files(x.DiffID)
+	require.ErrorIs(t, err, errdefs.ErrDataLoss)
 }

@@ -2,9 +2,11 @@ package cache
 
 import (
 	"crypto/rand"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io/fs"
 	"os"
 	"slices"
@@ -39,6 +41,32 @@ func writeFile(dir *os.Root, name string, b []byte) (err error) {
 		return err
 	}
 	return syncDir(dir)
+}
+
+// Behind the spans in their file are checksumMagic and the CRC-32C of the spans,
+// little-endian. Where they are not, an earlier version wrote the file; nothing
+// may stand behind spans otherwise.
+const checksumMagic = "\xffclipcrc"
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// appendChecksum appends the checksum of b.
+func appendChecksum(b []byte) []byte {
+	sum := crc32.Checksum(b, castagnoli)
+	return binary.LittleEndian.AppendUint32(append(b, checksumMagic...), sum)
+}
+
+// cutChecksum returns what stands before the checksum, if that is right or there
+// is none. The error is errdefs.ErrDataLoss.
+func cutChecksum(b []byte) ([]byte, error) {
+	at := len(b) - 4 - len(checksumMagic)
+	if at < 0 || string(b[at:at+len(checksumMagic)]) != checksumMagic {
+		return b, nil
+	}
+	if binary.LittleEndian.Uint32(b[at+len(checksumMagic):]) != crc32.Checksum(b[:at], castagnoli) {
+		return nil, fmt.Errorf("its checksum is wrong: %w", errdefs.ErrDataLoss)
+	}
+	return b[:at], nil
 }
 
 // newFile writes a new file of dir. It is durable once dir is.

@@ -2,7 +2,7 @@
 //
 // There is one directory per diff ID, shared by all images and namespaces:
 //
-//	<dir>/<hex of diff ID>/spans     the span part of the layer's index
+//	<dir>/<hex of diff ID>/spans     the span part of the layer's index, and a checksum
 //	                       entries   the entry part, zstd'ed
 //	                       sources   repositories that hold the blob, JSON
 //	                       data      the uncompressed stream, sparse
@@ -49,6 +49,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -384,12 +385,12 @@ func writeLayer(dir string, x Encoded, source string) error {
 		g.Go(func() error { return root.WriteFile(sourcesFile, raw, 0o600) })
 	}
 	g.Go(func() error { return root.WriteFile(entriesFile, x.Entries, 0o600) })
-	err = root.WriteFile(spansFile, x.AppendSpans(nil), 0o600)
+	err = root.WriteFile(spansFile, appendChecksum(x.AppendSpans(nil)), 0o600)
 	return errors.Join(err, g.Wait())
 }
 
-// Mend is Add for a layer whose index on disk may be damaged: it is written
-// anew. What was fetched stays.
+// Mend is Add for a layer whose index on disk may be damaged: the parts that are
+// damaged are written anew. What was fetched stays.
 func (s *Store) Mend(x *layer.Index, source string) error {
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
 	if err != nil {
@@ -425,8 +426,17 @@ func (s *Store) mend(x Encoded) error {
 			}
 		}
 	}
-	if err := writeFile(dir, spansFile, x.AppendSpans(nil)); err != nil {
-		return err
+	// Another archive of the image may have other spans: good ones stay, since what
+	// was fetched is counted in them.
+	here, err := readIndex(dir, x.DiffID)
+	if err != nil {
+		here = x.Index
+		if err := writeFile(dir, spansFile, appendChecksum(x.AppendSpans(nil))); err != nil {
+			return err
+		}
+	}
+	if readEntries(dir, here) == nil {
+		return nil
 	}
 	return writeFile(dir, entriesFile, x.Entries)
 }
@@ -494,6 +504,9 @@ func readIndex(dir *os.Root, diffID digest.Digest) (*layer.Index, error) {
 	if err != nil {
 		return nil, err
 	}
+	if raw, err = cutChecksum(raw); err != nil {
+		return nil, fmt.Errorf("index on disk: %w", err)
+	}
 	x, err := layer.DecodeSpans(raw)
 	if err != nil {
 		return nil, fmt.Errorf("index on disk: %w", errors.Join(err, errdefs.ErrDataLoss))
@@ -518,25 +531,52 @@ func (s *Store) Entries(diffID digest.Digest) (*layer.Index, error) {
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", diffID, err)
 	}
-	raw, err := l.dir.ReadFile(entriesFile)
+	if err := readEntries(l.dir, x); err != nil {
+		return nil, fmt.Errorf("entries of layer %s on disk: %w", diffID, err)
+	}
+	return x, nil
+}
+
+// Files returns the entries of a layer whose spans may be damaged or missing.
+// Nothing says then that what they refer to lies within the layer.
+func (s *Store) Files(diffID digest.Digest) (*layer.Index, error) {
+	x, err := s.Entries(diffID)
+	if !errdefs.IsDataLoss(err) {
+		return x, err
+	}
+	dir, derr := os.OpenRoot(filepath.Join(s.dir, diffID.Encoded()))
+	if derr != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	x = &layer.Index{DiffID: diffID, OutSize: math.MaxInt64}
+	if ferr := readEntries(dir, x); ferr != nil {
+		return nil, fmt.Errorf("entries of layer %s on disk: %w", diffID, ferr)
+	}
+	return x, nil
+}
+
+// readEntries reads the entry part of a layer's index into x.
+func readEntries(dir *os.Root, x *layer.Index) error {
+	raw, err := dir.ReadFile(entriesFile)
 	if os.IsNotExist(err) {
 		err = errors.Join(err, errdefs.ErrDataLoss)
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
 	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxEntries))
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer dec.Close()
 	if raw, err = dec.DecodeAll(raw, nil); err == nil {
 		err = x.DecodeEntries(raw)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("entries of layer %s on disk: %w: %w", diffID, err, errdefs.ErrDataLoss)
+		return fmt.Errorf("%w: %w", err, errdefs.ErrDataLoss)
 	}
-	return x, nil
+	return nil
 }
 
 // DiffIDs lists the layers on disk.

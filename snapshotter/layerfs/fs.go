@@ -66,6 +66,10 @@ func (t *table) get(id uint64) (File, bool) {
 	return f, ok
 }
 
+// gone is what is answered about a file that the kernel knows and the table does
+// not: its layer is damaged on disk, or removed. It may be there again.
+const gone = fuse.EIO
+
 func (t *table) attr(id uint64, out *fuse.Attr) fuse.Status {
 	if id == fuse.FUSE_ROOT_ID {
 		*out = fuse.Attr{Ino: id, Mode: unix.S_IFDIR | 0o500, Nlink: 2}
@@ -73,7 +77,7 @@ func (t *table) attr(id uint64, out *fuse.Attr) fuse.Status {
 	}
 	f, ok := t.get(id)
 	if !ok {
-		return fuse.ENOENT
+		return gone
 	}
 	size := uint64(paddedSize(f))
 	*out = fuse.Attr{Ino: id, Mode: unix.S_IFREG | 0o400, Nlink: 1, Size: size, Blocks: (size + 511) / 512, Blksize: 4096}
@@ -85,9 +89,12 @@ func (t *table) Lookup(_ <-chan struct{}, parent *fuse.InHeader, name string, ou
 	if err != nil || parent.NodeId != fuse.FUSE_ROOT_ID {
 		return fuse.ENOENT
 	}
+	if status := t.attr(id, &out.Attr); status != fuse.OK {
+		return fuse.ENOENT
+	}
 	out.NodeId = id
 	out.EntryValid, out.AttrValid = fuseconn.Forever, fuseconn.Forever
-	return t.attr(id, &out.Attr)
+	return fuse.OK
 }
 
 func (t *table) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
@@ -97,7 +104,7 @@ func (t *table) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut
 
 func (t *table) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
 	if _, ok := t.get(in.NodeId); !ok {
-		return fuse.ENOENT
+		return gone
 	}
 	if in.Flags&unix.O_ACCMODE != unix.O_RDONLY {
 		return fuse.EROFS
@@ -116,7 +123,7 @@ func (t *table) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.
 func (t *table) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
 	f, ok := t.get(in.NodeId)
 	if !ok {
-		return nil, fuse.ENOENT
+		return nil, gone
 	}
 	off := int64(in.Offset)
 	want := min(int64(in.Size), int64(len(buf)), paddedSize(f)-off)

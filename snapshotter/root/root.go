@@ -156,6 +156,20 @@ func (r Root) Resume(ctx context.Context) error {
 	return treefs.Resume(ctx, merged, streams, r.keep())
 }
 
+// ResumeUnknown is Resume while nobody knows what is in r. Everything there is an
+// input/output error until know has been called, without an error, for the root
+// that it is.
+func (r Root) ResumeUnknown(ctx context.Context) (know func(Root) error, err error) {
+	serve, err := treefs.ResumeUnknown(ctx, r.keep())
+	return func(r Root) error {
+		merged, streams, err := r.tree()
+		if err != nil {
+			return err
+		}
+		return serve(merged, streams)
+	}, err
+}
+
 // tree returns what mode FUSE serves.
 func (r Root) tree() (*tree.Node, []treefs.Layer, error) {
 	_, merged, err := r.merge()

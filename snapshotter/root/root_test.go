@@ -2,6 +2,7 @@ package root
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -264,6 +265,61 @@ func TestDamage(t *testing.T) {
 		require.NoError(t, Unmount(target))
 	}
 	require.Empty(t, loops(t), "those of failed mounts are gone, too")
+}
+
+// TestMend damages the metadata image of a root that is mounted.
+func TestMend(t *testing.T) {
+	flip := func(path string) error {
+		raw, err := os.ReadFile(path)
+		for i := 1024 + 128; i < len(raw); i++ {
+			raw[i] ^= 0x5a
+		}
+		return errors.Join(err, os.WriteFile(path, raw, 0o600))
+	}
+	for name, c := range map[string]struct {
+		file   string
+		damage func(path string) error
+		err    string
+	}{
+		"nothing":        {"image", func(string) error { return nil }, ""},
+		"cut":            {"image", func(path string) error { return os.Truncate(path, 1024) }, ""},
+		"emptied":        {"image", func(path string) error { return os.Truncate(path, 0) }, ""},
+		"altered":        {"image", flip, ""},
+		"digest altered": {"image.sha256", func(path string) error { return os.WriteFile(path, []byte("digest"), 0o600) }, ""},
+		"both": {"image", func(path string) error {
+			return errors.Join(flip(path), os.WriteFile(proofOf(path), []byte("digest"), 0o600))
+		}, "is another"},
+	} {
+		for _, m := range []Mode{File, Loop} {
+			t.Run(name+" "+string(m), func(t *testing.T) {
+				files, dir := newFS(t), t.TempDir()
+				r := testRoot(dir, files, testLayer(t, files, "low", "of the lower layer"), testLayer(t, files, "high", "of the upper layer"))
+				require.NoError(t, r.Mount(t.Context(), m))
+				t.Cleanup(func() { require.NoError(t, r.Unmount()) })
+				pristine, err := os.ReadFile(r.Image())
+				require.NoError(t, err)
+				require.NoError(t, c.damage(filepath.Join(r.Dir, c.file)))
+				_, _ = testutil.ReadFile(filepath.Join(r.Path(), "low")) // who reads it now misreads it
+
+				err = r.Mend(t.Context())
+				if c.err != "" {
+					require.ErrorContains(t, err, c.err)
+					return
+				}
+				require.NoError(t, err)
+				now, err := os.ReadFile(r.Image())
+				require.NoError(t, err)
+				require.Equal(t, pristine, now)
+				require.NoError(t, proven(r.Image()))
+				for name, want := range map[string]string{"low": "of the lower layer", "high": "of the upper layer"} {
+					require.Equal(t, want, read(t, filepath.Join(r.Path(), name)))
+				}
+				left, err := os.ReadDir(r.Dir)
+				require.NoError(t, err)
+				require.Len(t, left, 3, "image, digest and mount point: %v", left)
+			})
+		}
+	}
 }
 
 // TestKernelSays uses an option that no kernel knows.

@@ -62,8 +62,11 @@ func (s *server) readLayer(i int, p []byte, off int64) error {
 
 // Read ignores interrupts: what it fetches serves the next reader.
 func (s *server) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
-	n, ok := s.inode(in.NodeId)
-	if !ok || n.Mode&unix.S_IFMT != unix.S_IFREG {
+	n, status := s.inode(in.NodeId)
+	if status != fuse.OK {
+		return nil, status
+	}
+	if n.Mode&unix.S_IFMT != unix.S_IFREG {
 		return nil, fuse.EINVAL
 	}
 	off := int64(in.Offset)

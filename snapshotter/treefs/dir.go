@@ -42,8 +42,11 @@ func (s *server) ReadDirPlus(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEn
 
 // readDir adds entries from the offset on until the reply is full.
 func (s *server) readDir(in *fuse.ReadIn, add func(fuse.DirEntry, inode) bool) fuse.Status {
-	dir, ok := s.inode(in.NodeId)
-	if !ok || dir.Mode&unix.S_IFMT != unix.S_IFDIR {
+	dir, status := s.inode(in.NodeId)
+	if status != fuse.OK {
+		return status
+	}
+	if dir.Mode&unix.S_IFMT != unix.S_IFDIR {
 		return fuse.ENOTDIR
 	}
 	for i := in.Offset; ; i++ {

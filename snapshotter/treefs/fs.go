@@ -18,6 +18,7 @@ import (
 	"context"
 	"fmt"
 	"sort"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -32,9 +33,11 @@ import (
 type server struct {
 	fuse.RawFileSystem // everything it does not implement is ENOSYS
 	ctx                context.Context
-	layers             []Layer
-	inodes             []inode // by node number, which starts at 1
-	size               uint64  // of all files, in bytes
+
+	known  atomic.Bool // the fields below are set, and stay as they are
+	layers []Layer
+	inodes []inode // by node number, which starts at 1
+	size   uint64  // of all files, in bytes
 }
 
 // inode is a node of the tree with its number and those of its children.
@@ -51,9 +54,23 @@ type Keep struct {
 	Name    string
 }
 
-func newServer(ctx context.Context, root *tree.Node, layers []Layer) (*server, error) {
-	s := &server{RawFileSystem: fuse.NewDefaultRawFileSystem(), ctx: context.WithoutCancel(ctx), layers: layers}
-	return s, s.number(root)
+// newServer returns a server that answers everything with EIO until it knows a tree.
+func newServer(ctx context.Context) *server {
+	return &server{RawFileSystem: fuse.NewDefaultRawFileSystem(), ctx: context.WithoutCancel(ctx)}
+}
+
+// know has the server serve a tree from now on, unless it has one. It is not called
+// twice at the same time.
+func (s *server) know(root *tree.Node, layers []Layer) error {
+	if s.known.Load() {
+		return nil
+	}
+	s.layers = layers
+	if err := s.number(root); err != nil {
+		return err
+	}
+	s.known.Store(true)
+	return nil
 }
 
 func options(keep Keep) fuseconn.Options {
@@ -77,8 +94,8 @@ func options(keep Keep) fuseconn.Options {
 // last use ends. layers are those of the tree's nodes. ctx carries the logger
 // and nothing else.
 func Mount(ctx context.Context, target string, root *tree.Node, layers []Layer, keep Keep) error {
-	s, err := newServer(ctx, root, layers)
-	if err != nil {
+	s := newServer(ctx)
+	if err := s.know(root, layers); err != nil {
 		return err
 	}
 	conn, err := fuseconn.Mount(ctx, s, options(keep))
@@ -98,12 +115,21 @@ func Mount(ctx context.Context, target string, root *tree.Node, layers []Layer, 
 // Resume goes on serving a root that an earlier process mounted. It returns
 // errdefs.ErrNotFound if its connection was not kept or has ended.
 func Resume(ctx context.Context, root *tree.Node, layers []Layer, keep Keep) error {
-	s, err := newServer(ctx, root, layers)
-	if err != nil {
+	s := newServer(ctx)
+	if err := s.know(root, layers); err != nil {
 		return err
 	}
-	_, err = fuseconn.Resume(ctx, s, options(keep))
+	_, err := fuseconn.Resume(ctx, s, options(keep))
 	return err
+}
+
+// ResumeUnknown is Resume for a root that is not known at the moment. Everything
+// there is an input/output error until know has been called without an error, once
+// or one time after the other.
+func ResumeUnknown(ctx context.Context, keep Keep) (know func(root *tree.Node, layers []Layer) error, err error) {
+	s := newServer(ctx)
+	_, err = fuseconn.Resume(ctx, s, options(keep))
+	return s.know, err
 }
 
 // number gives every node below the file system's own root its number, in the
@@ -143,11 +169,14 @@ func (s *server) number(root *tree.Node) error {
 }
 
 // inode returns the node with a number that the kernel names.
-func (s *server) inode(number uint64) (inode, bool) {
-	if number == 0 || number >= uint64(len(s.inodes)) {
-		return inode{}, false
+func (s *server) inode(number uint64) (inode, fuse.Status) {
+	if !s.known.Load() {
+		return inode{}, fuse.EIO
 	}
-	return s.inodes[number], true
+	if number == 0 || number >= uint64(len(s.inodes)) {
+		return inode{}, fuse.ENOENT
+	}
+	return s.inodes[number], fuse.OK
 }
 
 // attr is what stat(2) shows.
@@ -177,9 +206,9 @@ func (n inode) entry(out *fuse.EntryOut) {
 }
 
 func (s *server) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
-	dir, ok := s.inode(in.NodeId)
-	if !ok {
-		return fuse.ENOENT
+	dir, status := s.inode(in.NodeId)
+	if status != fuse.OK {
+		return status
 	}
 	i := sort.Search(len(dir.Children), func(i int) bool { return dir.Children[i].Name >= name })
 	if i == len(dir.Children) || dir.Children[i].Name != name {
@@ -191,17 +220,20 @@ func (s *server) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *
 }
 
 func (s *server) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
-	n, ok := s.inode(in.NodeId)
-	if !ok {
-		return fuse.ENOENT
+	n, status := s.inode(in.NodeId)
+	if status != fuse.OK {
+		return status
 	}
 	out.Attr, out.AttrValid = n.attr(), fuseconn.Forever
 	return fuse.OK
 }
 
 func (s *server) Readlink(_ <-chan struct{}, in *fuse.InHeader) ([]byte, fuse.Status) {
-	n, ok := s.inode(in.NodeId)
-	if !ok || n.Mode&unix.S_IFMT != unix.S_IFLNK {
+	n, status := s.inode(in.NodeId)
+	if status != fuse.OK {
+		return nil, status
+	}
+	if n.Mode&unix.S_IFMT != unix.S_IFLNK {
 		return nil, fuse.EINVAL
 	}
 	return []byte(n.Target), fuse.OK
@@ -224,9 +256,9 @@ func (s *server) ReleaseDir(*fuse.ReleaseIn) {}
 func (s *server) Forget(uint64, uint64) {}
 
 func (s *server) GetXAttr(_ <-chan struct{}, in *fuse.InHeader, name string, dest []byte) (uint32, fuse.Status) {
-	n, ok := s.inode(in.NodeId)
-	if !ok {
-		return 0, fuse.ENOENT
+	n, status := s.inode(in.NodeId)
+	if status != fuse.OK {
+		return 0, status
 	}
 	for _, x := range n.Xattrs {
 		if x.Name == name {
@@ -237,9 +269,9 @@ func (s *server) GetXAttr(_ <-chan struct{}, in *fuse.InHeader, name string, des
 }
 
 func (s *server) ListXAttr(_ <-chan struct{}, in *fuse.InHeader, dest []byte) (uint32, fuse.Status) {
-	n, ok := s.inode(in.NodeId)
-	if !ok {
-		return 0, fuse.ENOENT
+	n, status := s.inode(in.NodeId)
+	if status != fuse.OK {
+		return 0, status
 	}
 	var list []byte
 	for _, x := range n.Xattrs {
@@ -257,6 +289,9 @@ func fill(dest []byte, value string) (uint32, fuse.Status) {
 }
 
 func (s *server) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
+	if !s.known.Load() {
+		return fuse.EIO
+	}
 	const block = 4096
 	out.Bsize, out.Frsize, out.NameLen = block, block, 255
 	out.Blocks, out.Files = (s.size+block-1)/block, uint64(len(s.inodes)-1)

@@ -264,7 +264,7 @@ func TestRefusedTrees(t *testing.T) {
 // TestKernelMayKeepAll looks at the answers that save requests later on.
 func TestKernelMayKeepAll(t *testing.T) {
 	var s server
-	require.NoError(t, s.number(dir(tree.Dirent{Name: "a", Node: dir()}, tree.Dirent{Name: "b", Node: &tree.Node{Mode: unix.S_IFREG, Nlink: 1}})))
+	require.NoError(t, s.know(dir(tree.Dirent{Name: "a", Node: dir()}, tree.Dirent{Name: "b", Node: &tree.Node{Mode: unix.S_IFREG, Nlink: 1}}), nil))
 	var entry fuse.EntryOut
 	const root = 2
 	require.Equal(t, fuse.OK, s.Lookup(nil, &fuse.InHeader{NodeId: root}, "missing", &entry))
@@ -293,4 +293,33 @@ func TestKernelMayKeepAll(t *testing.T) {
 	require.Equal(t, fuse.ENOSYS, s.Open(nil, nil, nil))
 	require.Equal(t, fuse.ENOSYS, s.OpenDir(nil, nil, nil))
 	require.Equal(t, fuse.ENOSYS, s.Flush(nil, nil))
+}
+
+// TestUnknown has everything be an input/output error until the tree is known: nothing must be taken for what does not
+// exist.
+func TestUnknown(t *testing.T) {
+	s := newServer(t.Context())
+	in := fuse.InHeader{NodeId: fuse.FUSE_ROOT_ID}
+	answers := func() map[string]fuse.Status {
+		_, readlink := s.Readlink(nil, &in)
+		_, getxattr := s.GetXAttr(nil, &in, "user.a", nil)
+		_, listxattr := s.ListXAttr(nil, &in, nil)
+		_, read := s.Read(nil, &fuse.ReadIn{InHeader: in}, make([]byte, 1))
+		return map[string]fuse.Status{
+			"lookup":      s.Lookup(nil, &in, "root", &fuse.EntryOut{}),
+			"getattr":     s.GetAttr(nil, &fuse.GetAttrIn{InHeader: in}, &fuse.AttrOut{}),
+			"readdir":     s.ReadDir(nil, &fuse.ReadIn{InHeader: in}, fuse.NewDirEntryList(make([]byte, 4096), 0)),
+			"readdirplus": s.ReadDirPlus(nil, &fuse.ReadIn{InHeader: in}, fuse.NewDirEntryList(make([]byte, 4096), 0)),
+			"statfs":      s.StatFs(nil, &in, &fuse.StatfsOut{}),
+			"readlink":    readlink, "getxattr": getxattr, "listxattr": listxattr, "read": read,
+		}
+	}
+	for name, status := range answers() {
+		require.Equal(t, fuse.EIO, status, name)
+	}
+	require.NoError(t, s.know(dir(), nil))
+	require.NoError(t, s.know(nil, nil), "it is known")
+	for name, status := range answers() {
+		require.NotEqual(t, fuse.EIO, status, name)
+	}
 }

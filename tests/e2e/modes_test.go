@@ -74,7 +74,7 @@ action = "index"
 		requireOwn(t, info, path)
 	}
 	for _, name := range []string{
-		"metadata.db", "lock", "keeper.sock", "chain", "data", "spans", "entries", "have", "sources", "image", "image.sha256", "metrics", "debug", "recordings", ".clip in archives",
+		"metadata.db", "metadata.db.copy", "lock", "keeper.sock", "chain", "data", "spans", "entries", "have", "sources", "image", "image.sha256", "metrics", "debug", "recordings", ".clip in archives",
 	} {
 		require.Contains(t, seen, name)
 	}
