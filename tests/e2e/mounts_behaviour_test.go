@@ -53,6 +53,10 @@ const (
 func TestMain(m *testing.M) {
 	name := os.Getenv(behaviourEnv)
 	if name == "" {
+		if err := harness.SweepStale(os.TempDir(), func(args ...any) { fmt.Println(args...) }); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
 		os.Exit(m.Run())
 	}
 	if err := behaviours[name](os.Getenv(rootEnv), func(format string, args ...any) { fmt.Printf(format+"\n", args...) }); err != nil {

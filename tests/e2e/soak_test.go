@@ -91,7 +91,8 @@ func TestManyContainers(t *testing.T) {
 	if *soakTime >= 10*time.Minute {
 		many = 200
 	}
-	w := newWorld(t)
+	w := worldIn(t, harness.ForTestWithin(t, harness.Limit+*soakTime), "")
+	w.addSmall()
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
 	w.pull(w.worker, lazy, ref)
@@ -134,7 +135,7 @@ func TestManyContainers(t *testing.T) {
 
 func newSoak(t *testing.T) *soak {
 	t.Helper()
-	lab := harness.ForTest(t)
+	lab := harness.ForTestWithin(t, harness.Limit+*soakTime)
 	s := &soak{disk: lab.Path("daemon")}
 	mountSmallDisk(t, lab, s.disk)
 	w := worldIn(t, lab, soakConfigs[0]+soakAlways)

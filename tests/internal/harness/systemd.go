@@ -73,10 +73,9 @@ func (l *Lab) StartSystemd(ctx context.Context) (*Systemd, error) {
 		return nil, err
 	}
 	s := &Systemd{lab: l}
-	if s.cgroup, err = newCgroup(); err != nil {
+	if s.cgroup, err = newCgroup(l.Dir); err != nil {
 		return nil, err
 	}
-	l.onClose(func(context.Context) error { return removeCgroup(s.cgroup) })
 	s.Process, err = l.launch("systemd", unix.CLONE_NEWNS|unix.CLONE_NEWPID|unix.CLONE_NEWUTS|unix.CLONE_NEWIPC,
 		"/bin/sh", "-c", startSystemd, "sh", s.cgroup, l.Dir)
 	if err != nil {
@@ -166,16 +165,37 @@ func shareMount(dir string) error {
 	return nil
 }
 
-// newCgroup makes a cgroup of version 2 next to the root.
-func newCgroup() (string, error) {
-	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2"))
+// newCgroup makes the cgroup of version 2 of a lab, next to the root. The sweep removes it.
+func newCgroup(dir string) (string, error) {
+	cgroups, err := cgroupsOf(dir)
 	if err != nil {
 		return "", err
 	}
-	if len(mounts) == 0 {
+	if len(cgroups) == 0 {
 		return "", errors.New("no cgroup2 is mounted, which systemd needs")
 	}
-	return os.MkdirTemp(mounts[0].Mountpoint, labPattern)
+	return cgroups[0], os.Mkdir(cgroups[0], 0o755)
+}
+
+// cgroupsOf are where a lab's cgroup may be.
+func cgroupsOf(dir string) (cgroups []string, err error) {
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2"))
+	for _, m := range mounts {
+		cgroups = append(cgroups, filepath.Join(m.Mountpoint, filepath.Base(dir)))
+	}
+	return cgroups, err
+}
+
+// removeCgroups removes a lab's cgroup, whose processes are ending.
+func removeCgroups(dir string) error {
+	cgroups, err := cgroupsOf(dir)
+	errs := []error{err}
+	for _, cgroup := range cgroups {
+		if _, err := os.Stat(cgroup); err == nil {
+			errs = append(errs, removeCgroup(cgroup))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // removeCgroup removes a cgroup whose processes are ending.
