@@ -188,7 +188,7 @@ func (w *world) blocked() string {
 func (r *readers) end() {
 	r.Helper()
 	r.halt()
-	r.running.Wait()
+	r.soon("readers end", r.running.Wait)
 	require.Empty(r, r.bad)
 	for _, root := range r.roots {
 		_, err := os.Stat(checkFile(root, "sums"))
@@ -205,7 +205,14 @@ func (r *readers) end() {
 // dropCaches makes the kernel ask again.
 func dropCaches(t *testing.T) {
 	t.Helper()
-	require.NoError(t, os.WriteFile("/proc/sys/vm/drop_caches", []byte("1"), 0o200))
+	dropped := make(chan error, 1)
+	go func() { dropped <- os.WriteFile("/proc/sys/vm/drop_caches", []byte("1"), 0o200) }()
+	select {
+	case err := <-dropped:
+		require.NoError(t, err)
+	case <-time.After(time.Minute):
+		t.Fatalf("the kernel drops no caches, for a minute:\n%s", harness.KernelStacks(os.Getpid()))
+	}
 }
 
 // slow has blobs come after a while.
@@ -254,6 +261,7 @@ func (w *world) requireSecluded(keeper int) {
 // requireCleanEnd removes the image and stops the daemon.
 func (w *world) requireCleanEnd(ref string) {
 	w.Helper()
+	w.foundAgain(w.worker)
 	w.removeImage(w.worker, ref)
 	w.eventually("roots are removed", func() bool { return len(harness.MountsUnder(w.daemon.Root)) == 0 })
 	require.NoError(w, w.daemon.Stop())
@@ -399,9 +407,11 @@ func TestKeeperKilled(t *testing.T) {
 			w.daemon.Kill()
 			killKeeper()
 			dropCaches(t)
-			_, err := sumOf(filepath.Join(root, noise))
+			var err error
+			w.soon("a read without keeper and daemon", func() { _, err = sumOf(filepath.Join(root, noise)) })
 			require.Error(t, err)
 			require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+			w.foundAgain(w.worker)
 			require.NoError(t, w.worker.RemoveContainer(w.ctx, "doomed"))
 			w.runAfterRestart(r.ref)
 			w.requireSurvivesReboot(r.ref)

@@ -63,7 +63,7 @@ func TestSoak(t *testing.T) {
 	s := newSoak(t)
 	idle, _ := s.goroutines()
 	require.NoError(t, s.lab.RestartDaemon(s.ctx, s.daemon))
-	s.awaitSnapshots()
+	s.foundAgain(s.worker)
 	before := s.openFiles()
 
 	s.pull(s.worker, lazy, s.ref)
@@ -76,7 +76,7 @@ func TestSoak(t *testing.T) {
 		time.Sleep(rand.N(2 * time.Second)) // containerd dials again only after a while
 	}
 	close(stop)
-	churn.Wait()
+	s.soon("the last command ends", churn.Wait)
 	s.requireGoOn()
 	s.report()
 	require.Greater(t, s.churned, s.refused, "no container came and went")
@@ -116,14 +116,11 @@ func TestManyContainers(t *testing.T) {
 	for i, root := range roots {
 		waiting.Go(func() { sums[i], _ = sumOf(filepath.Join(root, noise)) })
 	}
-	waiting.Wait()
+	w.soon("readers of all containers", waiting.Wait)
 	for i, sum := range sums {
 		require.Equal(t, strings.Fields(want)[0], sum, "container %d", i)
 	}
-	w.eventually("containerd has found the daemon again", func() bool {
-		_, err := w.worker.Ctr(w.ctx, "snapshots", "--snapshotter", lazy, "ls")
-		return err == nil
-	})
+	w.foundAgain(w.worker)
 	require.Len(t, w.snapshots(w.ctx, w.worker, lazy), many+len(w.layers(images.SmallName)), "one each, and the image's")
 	ctx, cancel := context.WithTimeout(w.ctx, time.Duration(many)*time.Second)
 	defer cancel()
@@ -238,11 +235,10 @@ func (s *soak) configure() {
 func (s *soak) stopped() {
 	s.signal(unix.SIGSTOP)
 	// The kernel waits for mounts under way, and a mount for the daemon.
-	var dropped sync.WaitGroup
-	dropped.Go(func() { dropCaches(s.T) })
-	time.Sleep(rand.N(600 * time.Millisecond))
-	s.signal(unix.SIGCONT)
-	dropped.Wait()
+	continued := make(chan error, 1)
+	time.AfterFunc(rand.N(600*time.Millisecond), func() { continued <- unix.Kill(s.daemon.Pid(), unix.SIGCONT) })
+	dropCaches(s.T)
+	require.NoError(s, <-continued)
 }
 
 func (s *soak) keeperKilled() {
@@ -325,6 +321,8 @@ func (s *soak) churn(stop chan struct{}) {
 // machine, since it closes the pipe when the container has ended.
 func (s *soak) runOnce(ctx context.Context, ref, id, name string) {
 	script := `sum=$(md5sum "$0") && [ "${sum%% *}" = "$1" ] || exit 99`
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
 	result, err := s.worker.RunContainer(ctx, lazy, ref, id, "sh", "-c", script, name, s.sums[name])
 	s.churned++
 	if err != nil {
@@ -360,7 +358,7 @@ func (s *soak) report() {
 // requireNothingLeft removes all containers and images: the running daemon has nothing of them any more.
 func (s *soak) requireNothingLeft(files, idle int) {
 	s.Helper()
-	s.awaitSnapshots()
+	s.foundAgain(s.worker)
 	require.NoError(s, s.worker.RemoveContainers(s.ctx))
 	for _, ns := range []string{harness.Namespace, "other"} {
 		ctx := namespaces.WithNamespace(s.ctx, ns)
@@ -394,15 +392,6 @@ func (s *soak) removeLeases(ctx context.Context) {
 	for _, l := range all {
 		require.NoError(s, service.Delete(ctx, l, leases.SynchronousDelete))
 	}
-}
-
-// awaitSnapshots waits for containerd to dial the daemon again.
-func (s *soak) awaitSnapshots() {
-	s.Helper()
-	s.eventually("containerd has found the daemon again", func() bool {
-		_, err := s.worker.Ctr(s.ctx, "snapshots", "--snapshotter", lazy, "ls")
-		return err == nil
-	})
 }
 
 var goroutine = regexp.MustCompile(`(?m)^(?:created by (\S+)|goroutine \d+ .*)`)

@@ -147,6 +147,7 @@ func TestServiceHangs(t *testing.T) {
 // requireGone removes the image and stops the service, which leaves nothing.
 func (s service) requireGone(ref string) {
 	s.Helper()
+	s.foundAgain(s.worker)
 	s.removeImage(s.worker, ref)
 	s.eventually("roots are removed", func() bool { return len(harness.MountsUnder(filepath.Join(s.daemon.Root, "roots"))) == 0 })
 	s.systemctl("stop")

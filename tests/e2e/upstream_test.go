@@ -22,6 +22,14 @@ import (
 	"github.com/beam-cloud/containerd-clip/tests/internal/rootdiff"
 )
 
+// mountPoint is a directory for a mount that the lab's end takes away.
+func (w *world) mountPoint() string {
+	w.Helper()
+	dir, err := os.MkdirTemp(w.lab.Dir, "mount-")
+	require.NoError(w, err)
+	return dir
+}
+
 // mountUpstream mounts an archive with CLIP's own code until the test ends or the returned function is called.
 func mountUpstream(t *testing.T, o clip.MountOptions) (unmount func()) {
 	t.Helper()
@@ -36,8 +44,16 @@ func mountUpstream(t *testing.T, o clip.MountOptions) (unmount func()) {
 			if err := server.Unmount(); err != nil {
 				require.NoError(t, mount.UnmountAll(o.MountPoint, unix.MNT_DETACH))
 			}
-			for err := range failed {
-				require.NoError(t, err)
+			for limit := time.After(time.Minute); ; {
+				select {
+				case err, more := <-failed:
+					if !more {
+						return
+					}
+					require.NoError(t, err)
+				case <-limit:
+					t.Fatalf("CLIP's server does not end, a minute after its mount %s", o.MountPoint)
+				}
 			}
 		})
 	}
@@ -101,7 +117,7 @@ func TestUpstreamMountsOurs(t *testing.T) {
 	want := w.stockTree(ref)
 
 	w.registry.Reset()
-	o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: cache, UseCheckpoints: true}
+	o := clip.MountOptions{ArchivePath: file, MountPoint: w.mountPoint(), CachePath: cache, UseCheckpoints: true}
 	unmount := mountUpstream(t, o)
 	w.requireSameForUpstream(want, o.MountPoint)
 	for _, l := range layers {
@@ -116,7 +132,7 @@ func TestUpstreamMountsOurs(t *testing.T) {
 		require.Equal(t, hash, hex.EncodeToString(sum[:]))
 	}
 	w.registry.Reset()
-	o.MountPoint, o.UseCheckpoints = t.TempDir(), false
+	o.MountPoint, o.UseCheckpoints = w.mountPoint(), false
 	mountUpstream(t, o)
 	w.requireSameForUpstream(want, o.MountPoint)
 	require.Empty(t, w.registry.Requests().Gets(layers...), "the layers are in CLIP's cache")
@@ -184,7 +200,7 @@ func TestUpstreamContentCache(t *testing.T) {
 	cache := &contentCache{content: map[string][]byte{hashes[plain]: content}}
 	want := w.stockTree(ref)
 
-	o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: t.TempDir(), ContentCache: cache, ContentCacheAvailable: true}
+	o := clip.MountOptions{ArchivePath: file, MountPoint: w.mountPoint(), CachePath: t.TempDir(), ContentCache: cache, ContentCacheAvailable: true}
 	mountUpstream(t, o)
 	w.requireSameForUpstream(want, o.MountPoint)
 	require.NotZero(t, cache.hits)
@@ -215,7 +231,7 @@ func TestUpstreamReferences(t *testing.T) {
 		file := filepath.Join(t.TempDir(), "image.clip")
 		result, err := w.builder.Clipctl(w.ctx, "index", ref, "-o", file, "--storage-ref", stored)
 		require.NoError(t, err)
-		o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: t.TempDir()}
+		o := clip.MountOptions{ArchivePath: file, MountPoint: w.mountPoint(), CachePath: t.TempDir()}
 		if mounts {
 			require.NotContains(t, result.Stderr, "CLIP cannot")
 			mountUpstream(t, o)
@@ -233,7 +249,7 @@ func TestUpstreamReferences(t *testing.T) {
 	file, cache := w.archive(ref), t.TempDir()
 	w.ctr(w.builder, "image", "tag", "--force", w.ref(images.BaseName), ref)
 	w.ctr(w.builder, "image", "push", ref)
-	o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: cache}
+	o := clip.MountOptions{ArchivePath: file, MountPoint: w.mountPoint(), CachePath: cache}
 	unmount := mountUpstream(t, o)
 	_, err := os.Stat(filepath.Join(o.MountPoint, "app/name"))
 	require.NoError(t, err)
@@ -251,7 +267,7 @@ func TestUpstreamReferences(t *testing.T) {
 	content, err := io.ReadAll(unzipped)
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(filepath.Join(cache, hashes[len(hashes)-1]), content, 0o600))
-	o.MountPoint = t.TempDir()
+	o.MountPoint = w.mountPoint()
 	mountUpstream(t, o)
 	name, err := os.ReadFile(filepath.Join(o.MountPoint, "app/name"))
 	require.NoError(t, err)

@@ -29,9 +29,12 @@ func ownerOf(pid int) string {
 
 // lives says whether an owner goes on. One that was killed, and waits for a file system before it can end, does not.
 func lives(owner string) bool {
-	number, _, _ := strings.Cut(owner, " ")
+	number, _, began := strings.Cut(owner, " ")
 	pid, err := strconv.Atoi(number)
-	return err == nil && ownerOf(pid) == owner && alive(pid) && !killed(pid)
+	if err != nil || !alive(pid) || killed(pid) {
+		return false
+	}
+	return !began || ownerOf(pid) == owner // earlier versions noted the number alone
 }
 
 // killed says whether a process has SIGKILL pending.
