@@ -48,7 +48,9 @@ type soak struct {
 	happens []happening
 	kills   int // of the daemon
 
-	churned, refused int // commands of containers that come and go
+	churnMu          sync.Mutex     // guards the fields below
+	churned, refused int            // commands of containers that come and go
+	whole            map[string]int // pulls, runs and removals in a row that were not refused, by namespace
 }
 
 // happening is something that was done to the world.
@@ -71,7 +73,8 @@ func TestSoak(t *testing.T) {
 	stop, churn := make(chan struct{}), sync.WaitGroup{}
 	churn.Go(func() { s.churn(stop) })
 	s.deck = s.shuffled()
-	for end := time.Now().Add(*soakTime); len(s.deck) > 0 || time.Now().Before(end); {
+	end := time.Now().Add(*soakTime)
+	for len(s.deck) > 0 || time.Now().Before(end) || s.fewestWhole() < wholeRounds && time.Now().Before(end.Add(2*time.Minute)) {
 		s.disturb()
 		time.Sleep(rand.N(2 * time.Second)) // containerd dials again only after a while
 	}
@@ -79,7 +82,7 @@ func TestSoak(t *testing.T) {
 	s.soon("the last command ends", churn.Wait)
 	s.requireGoOn()
 	s.report()
-	require.Greater(t, s.churned, s.refused, "no container came and went")
+	require.GreaterOrEqual(t, s.fewestWhole(), wholeRounds, "images were not pulled, run and removed in both namespaces: %v", s.whole)
 	s.end()
 	s.requireNothingLeft(before, idle)
 	s.requireCleanEnd(s.ref)
@@ -133,14 +136,13 @@ func TestManyContainers(t *testing.T) {
 func newSoak(t *testing.T) *soak {
 	t.Helper()
 	lab := harness.ForTestWithin(t, harness.Limit+*soakTime)
-	s := &soak{disk: lab.Path("daemon")}
+	s := &soak{disk: lab.Path("daemon"), whole: map[string]int{}}
 	mountSmallDisk(t, lab, s.disk)
 	w := worldIn(t, lab, soakConfigs[0]+soakAlways)
 	w.addSmall()
 	w.index(images.SiblingName)
 	s.readers = newReaders(w)
-	s.install = w.installer()
-	s.install("0")
+	w.daemon.Program, s.install = w.replaceable()
 	require.NoError(t, w.daemon.Stop())
 	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
 	return s
@@ -199,8 +201,7 @@ func (s *soak) disturb() {
 	began := time.Now()
 	s.disturbances()[what]()
 	s.happens = append(s.happens, happening{what, began, time.Now()})
-	before := s.reads.Load()
-	s.eventually("reads go on after: "+what, func() bool { return s.reads.Load() > before })
+	s.requireAllRead(what, 1)
 }
 
 func (s *soak) signal(signal unix.Signal) { require.NoError(s, unix.Kill(s.daemon.Pid(), signal)) }
@@ -283,56 +284,78 @@ func (s *soak) full(meanwhile func()) {
 	require.NoError(s, os.Remove(file))
 }
 
+// churnSpaces are the namespaces in which images come and go, in each of them at least wholeRounds times all the way.
+var churnSpaces = []string{harness.Namespace, "other"}
+
+const wholeRounds = 3
+
+// fewestWhole is how many whole rounds there were in the namespace that had the fewest.
+func (s *soak) fewestWhole() int {
+	s.churnMu.Lock()
+	defer s.churnMu.Unlock()
+	return min(s.whole[churnSpaces[0]], s.whole[churnSpaces[1]])
+}
+
 // churn has images and containers come and go in two namespaces. Commands may be refused while the daemon or containerd
 // is away; those that are not do what they should.
 func (s *soak) churn(stop chan struct{}) {
-	names := slices.Sorted(maps.Keys(s.sums))
-	command := func(ctx context.Context, args ...string) (harness.Result, bool) {
-		ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-		defer cancel()
-		result, err := s.worker.Ctr(ctx, args...)
-		s.churned++
-		if err != nil {
-			s.refused++
-		}
-		return result, err == nil
-	}
+	names := slices.DeleteFunc(slices.Sorted(maps.Keys(s.sums)), func(name string) bool {
+		return strings.HasPrefix(name, "/app/") // the sibling has another top
+	})
 	for i := 0; ; i++ {
 		select {
 		case <-stop:
 			return
 		default:
 		}
-		ctx := namespaces.WithNamespace(s.ctx, []string{harness.Namespace, "other"}[rand.IntN(2)])
+		ns := churnSpaces[i%len(churnSpaces)]
+		ctx := namespaces.WithNamespace(s.ctx, ns)
 		ref := s.world.ref([]string{images.SmallName, images.SiblingName}[rand.IntN(2)])
-		name := names[rand.IntN(len(names))]
-		if strings.HasPrefix(name, "/app/") {
-			continue // the sibling has another top
-		}
-		command(ctx, "image", "pull", "--snapshotter", lazy, ref)
-		s.runOnce(ctx, ref, fmt.Sprint("churn", i), name)
+		pulled := s.ended(s.churnCtr(ctx, "image", "pull", "--snapshotter", lazy, ref))
+		ran := s.ended(s.runOnce(ctx, ref, fmt.Sprint("churn", i), names[rand.IntN(len(names))]))
 		if rand.IntN(2) == 0 {
-			command(ctx, "image", "rm", "--sync", ref) // the readers run on it
+			continue
+		}
+		removed := s.ended(s.churnCtr(ctx, "image", "rm", "--sync", ref)) // the readers run on it
+		if pulled && ran && removed {
+			s.churnMu.Lock()
+			s.whole[ns]++
+			s.churnMu.Unlock()
 		}
 	}
 }
 
-// runOnce has a new container compare a file. It says so by its exit code: what it prints, ctr may lose on a busy
-// machine, since it closes the pipe when the container has ended.
-func (s *soak) runOnce(ctx context.Context, ref, id, name string) {
-	script := `sum=$(md5sum "$0") && [ "${sum%% *}" = "$1" ] || exit 99`
+func (s *soak) churnCtr(ctx context.Context, args ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	result, err := s.worker.RunContainer(ctx, lazy, ref, id, "sh", "-c", script, name, s.sums[name])
+	_, err := s.worker.Ctr(ctx, args...)
+	return err
+}
+
+// ended counts a command, and says whether it was not refused.
+func (s *soak) ended(err error) bool {
+	s.churnMu.Lock()
+	defer s.churnMu.Unlock()
 	s.churned++
 	if err != nil {
 		s.refused++
 	}
+	return err == nil
+}
+
+// runOnce has a new container compare a file. It says so by its exit code: what it prints, ctr may lose on a busy
+// machine, since it closes the pipe when the container has ended.
+func (s *soak) runOnce(ctx context.Context, ref, id, name string) error {
+	script := `sum=$(md5sum "$0") && [ "${sum%% *}" = "$1" ] || exit 99`
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	result, err := s.worker.RunContainer(ctx, lazy, ref, id, "sh", "-c", script, name, s.sums[name])
 	if result.Code > 1 { // with 1 ctr says that there was no container
 		s.mu.Lock()
 		s.bad = append(s.bad, fmt.Sprintf("%s in a new container: code %d: %s", name, result.Code, result.Output()))
 		s.mu.Unlock()
 	}
+	return err
 }
 
 // report prints what happened, and how long reads took meanwhile.
@@ -351,8 +374,8 @@ func (s *soak) report() {
 	for _, what := range slices.Sorted(maps.Keys(times)) {
 		s.Logf("%-21s %4d times, longest read %v", what, times[what], pauses[what].Round(time.Millisecond))
 	}
-	s.Logf("%d disturbances, %d kills of the daemon survived, %d files read outside and %d inside, %d wrong or failed, longest pause %v; %d commands of other containers, %d refused",
-		len(s.happens), s.kills, s.reads.Load(), s.rounds()*len(s.sums), len(s.bad), time.Duration(s.longest.Load()).Round(time.Millisecond), s.churned, s.refused)
+	s.Logf("%d disturbances, %d kills of the daemon survived, %d files read outside and %d inside, %d wrong or failed, longest pause %v; %d commands of other containers, %d refused, whole rounds %v",
+		len(s.happens), s.kills, s.reads(), s.rounds()*len(s.sums), len(s.bad), time.Duration(s.longest.Load()).Round(time.Millisecond), s.churned, s.refused, s.whole)
 }
 
 // requireNothingLeft removes all containers and images: the running daemon has nothing of them any more.
@@ -360,7 +383,7 @@ func (s *soak) requireNothingLeft(files, idle int) {
 	s.Helper()
 	s.foundAgain(s.worker)
 	require.NoError(s, s.worker.RemoveContainers(s.ctx))
-	for _, ns := range []string{harness.Namespace, "other"} {
+	for _, ns := range churnSpaces {
 		ctx := namespaces.WithNamespace(s.ctx, ns)
 		s.removeLeases(ctx)
 		for _, name := range []string{images.SmallName, images.SiblingName} {

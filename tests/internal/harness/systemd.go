@@ -28,12 +28,13 @@ type Systemd struct {
 const Service = "containerd-clip-grpc.service"
 
 // startSystemd makes the node's namespaces what they are to be and becomes systemd. Its arguments are the cgroup that it
-// enters, and the lab's directory. Everything but the lab is hidden from the host before anything is mounted.
+// enters, and the lab's directory. Everything but the lab is hidden from the host before anything is mounted. A mount that
+// the host takes away meanwhile is no error.
 const startSystemd = `set -e
 echo 0 >"$1/cgroup.procs"
 findmnt --noheadings --list --output TARGET | while read -r mount; do
-	[ "$mount" = "$2" ] || mount --make-private "$mount"
-	case $mount in */roots/*/mnt) umount --lazy "$mount" ;; esac # of a daemon of the host
+	[ "$mount" = "$2" ] || mount --make-private "$mount" || ! findmnt --mountpoint "$mount" || exit 1
+	case $mount in */roots/*/mnt) umount --lazy "$mount" || ! findmnt --mountpoint "$mount" || exit 1 ;; esac # of a daemon of the host
 done
 mount -t proc proc /proc
 mount --bind /proc/sys /proc/sys
@@ -105,9 +106,9 @@ func (s *Systemd) Show(ctx context.Context, property string) (string, error) {
 	return strings.TrimSpace(r.Stdout), err
 }
 
-// StartDaemon has systemd start the daemon, with its unit as it is delivered and more settings, in directories as those
-// that the lab's StartDaemon uses. What is done to the process of the result is done to systemd.
-func (s *Systemd) StartDaemon(ctx context.Context, name, config, settings string) (*Daemon, error) {
+// StartDaemon has systemd start the daemon from a program, with its unit as it is delivered and more settings, in
+// directories as those that the lab's StartDaemon uses. What is done to the process of the result is done to systemd.
+func (s *Systemd) StartDaemon(ctx context.Context, name, program, config, settings string) (*Daemon, error) {
 	top, err := Top()
 	if err != nil {
 		return nil, err
@@ -120,8 +121,8 @@ func (s *Systemd) StartDaemon(ctx context.Context, name, config, settings string
 	if err != nil {
 		return nil, err
 	}
-	d.Process = s.Process
-	more := "[Service]\nExecStart=\nExecStart=" + strings.Join(append([]string{s.lab.program(d.Program)}, d.args()...), " ") + "\n"
+	d.Process, d.Program = s.Process, program
+	more := "[Service]\nExecStart=\nExecStart=" + strings.Join(append([]string{program}, d.args()...), " ") + "\n"
 	return d, s.StartService(ctx, Service, string(unit), more+settings)
 }
 
