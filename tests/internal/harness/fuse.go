@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// connectionsOf are the numbers of a lab's FUSE connections: of what is mounted below its directory, and of what its
+// FUSEConnections are the numbers of a lab's FUSE connections: of what is mounted below its directory, and of what its
 // processes have of /dev/fuse (since Linux 6.16), which is how mounts that are attached nowhere are found.
-func connectionsOf(dir string) map[string]bool {
+func FUSEConnections(dir string) map[string]bool {
 	found := map[string]bool{}
 	infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 	if err == nil {
@@ -40,7 +40,7 @@ func connectionsOf(dir string) map[string]bool {
 
 // abortConnections ends a lab's FUSE connections: whatever waits for them gets an error.
 func abortConnections(dir string) error {
-	connections := connectionsOf(dir)
+	connections := FUSEConnections(dir)
 	if len(connections) == 0 {
 		return nil
 	}
