@@ -2,10 +2,13 @@ package harness
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -19,24 +22,30 @@ import (
 // hangEnv has TestHang hang: where, and below which directory its lab is.
 const hangEnv = "CLIP_TEST_HANG"
 
+func TestMain(m *testing.M) { os.Exit(Main(m.Run)) }
+
 // TestGuard runs tests that hang, in processes of their own: in a file system that never answers, which the lab's end
-// answers, and for good.
+// answers, between vfork and exec, which stops all of the process, and for good, one of them with all of the process.
 func TestGuard(t *testing.T) {
 	need.Root(t)
+	waits := []string{"TestHang hangs: it goes on after", "(sleep 1000)\n", "nanosleep"}
 	for where, says := range map[string][]string{
-		"mount":    {"cleanups run", "fuse_"},
-		"for good": {"hangs for good"},
+		"mount":    {"cleanups run", "--- goroutines", "harness.TestHang(", "fuse_"},
+		"exec":     {"cleanups run", "fuse_", "the process beside, see stderr"},
+		"for good": {"hangs for good", "--- goroutines", "harness.TestHang("},
+		"frozen":   {"hangs for good"},
 	} {
 		t.Run(where, func(t *testing.T) {
+			t.Parallel()
 			parent := shortDir(t)
 			began := time.Now()
 			out, err := hang(where, parent).CombinedOutput()
 			require.Error(t, err)
 			require.Less(t, time.Since(began), time.Minute, "%s", out)
-			for _, text := range append(says, "TestHang hangs: it goes on after", "--- goroutines", "harness.TestHang(", "(sleep 1000)\n", "nanosleep") {
+			for _, text := range append(waits, says...) {
 				require.Contains(t, string(out), text)
 			}
-			require.Equal(t, where == "for good", strings.Contains(string(out), "hangs for good"))
+			require.Equal(t, !slices.Contains(says, "hangs for good"), !strings.Contains(string(out), "hangs for good"))
 			requireNothingBelow(t, parent)
 		})
 	}
@@ -88,7 +97,7 @@ func shortDir(t *testing.T) string {
 
 func hang(where, parent string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe", "-test.run", "^TestHang$")
-	cmd.Env = append(os.Environ(), hangEnv+"="+where+":"+parent)
+	cmd.Env = append(os.Environ(), hangEnv+"="+where+":"+parent, "GODEBUG=asyncpreemptoff=1")
 	return cmd
 }
 
@@ -101,11 +110,24 @@ func TestHang(t *testing.T) {
 	lab, err := NewLab(Options{Parent: parent})
 	require.NoError(t, err)
 	lab.endWith(t, 2*time.Second, 5*time.Second)
-	_, err = lab.start(t.Context(), "server", func(context.Context) error { return nil }, "sleep", "1000")
+	_, err = lab.start(t.Context(), "server", func(context.Context) error {
+		if len(processesOf(lab.Dir)) == 0 {
+			return errors.New("its environment is not there yet")
+		}
+		return nil
+	}, "sleep", "1000")
 	require.NoError(t, err)
 	t.Cleanup(func() { fmt.Println("cleanups run") })
-	if where != "mount" {
+	switch where {
+	case "for good":
 		select {}
+	case "frozen":
+		go func() {
+			for { // without preemption the collector waits for it
+			}
+		}()
+		time.Sleep(100 * time.Millisecond)
+		runtime.GC()
 	}
 	dir := lab.Path("mount")
 	require.NoError(t, os.Mkdir(dir, 0o700))
@@ -113,6 +135,15 @@ func TestHang(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, unix.Mount("nobody", dir, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fd)))
 	fmt.Println(lab.Dir)
+	if where == "exec" {
+		go func() {
+			for {
+				runtime.GC()
+				time.Sleep(10 * time.Millisecond)
+			}
+		}()
+		require.NoError(t, exec.Command(filepath.Join(dir, "file")).Run())
+	}
 	var st unix.Stat_t
 	require.NoError(t, unix.Stat(filepath.Join(dir, "file"), &st)) // nobody reads what the kernel asks
 }

@@ -80,6 +80,7 @@ func TestSweep(t *testing.T) {
 	need.Root(t)
 	lab, err := NewLab(Options{Parent: t.TempDir()})
 	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, lab.Close()) })
 	ready := func(context.Context) error { return nil }
 	_, err = lab.start(t.Context(), "server", ready, "sh", "-c", "env -i sh -c 'trap \"\" TERM; sleep 1000 & wait' & wait")
 	require.NoError(t, err)
@@ -91,9 +92,9 @@ func TestSweep(t *testing.T) {
 	require.NoError(t, err)
 	defer busy.Close()
 
-	require.Contains(t, strings.Join(Leftovers(lab.Dir), "\n"), "sleep 1000")
-	pids := processesOf(lab.Dir)
-	require.Len(t, pids, 3)
+	require.Eventually(t, func() bool { return strings.Contains(strings.Join(Leftovers(lab.Dir), "\n"), "sleep 1000") }, 20*time.Second, 10*time.Millisecond)
+	var pids []int
+	require.Eventually(t, func() bool { pids = processesOf(lab.Dir); return len(pids) == 3 }, 20*time.Second, 10*time.Millisecond)
 	require.NoError(t, lab.Close())
 	require.Eventually(t, func() bool { return !slices.ContainsFunc(pids, alive) }, 20*time.Second, 10*time.Millisecond)
 	require.Empty(t, Leftovers(lab.Dir))

@@ -2,6 +2,7 @@ package harness
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -124,39 +125,43 @@ func killAll(dir string) error {
 
 // processesOf finds the processes that carry the lab's mark in their environment, and all their descendants.
 func processesOf(dir string) []int {
-	children := map[int][]int{}
-	var todo []int
-	var mu sync.Mutex // guards todo
-	var marked sync.WaitGroup
+	var marked []int
+	var mu sync.Mutex // guards marked
+	var all sync.WaitGroup
 	for _, pid := range allProcesses() {
-		children[parent(pid)] = append(children[parent(pid)], pid)
-		marked.Go(func() {
+		all.Go(func() {
 			if slices.Contains(strings.Split(readMemory(pid, "environ"), "\x00"), labEnv+"="+dir) {
 				mu.Lock()
 				defer mu.Unlock()
-				todo = append(todo, pid)
+				marked = append(marked, pid)
 			}
 		})
 	}
-	marked.Wait()
+	all.Wait()
+	return slices.DeleteFunc(withDescendants(marked...), func(pid int) bool { return pid == os.Getpid() })
+}
+
+// withDescendants are those of the processes, and of all that descends from them, that are alive.
+func withDescendants(pids ...int) (living []int) {
+	children := map[int][]int{}
+	for _, pid := range allProcesses() {
+		children[parent(pid)] = append(children[parent(pid)], pid)
+	}
 	found := map[int]bool{}
-	for len(todo) > 0 {
+	for todo := pids; len(todo) > 0; {
 		pid := todo[0]
 		todo = todo[1:]
-		if found[pid] || pid == os.Getpid() || pid <= 1 { // children of init are anybody's
+		if found[pid] || pid <= 1 { // children of init are anybody's
 			continue
 		}
 		found[pid] = true
 		todo = append(todo, children[pid]...)
-	}
-	var pids []int
-	for pid := range found {
 		if alive(pid) {
-			pids = append(pids, pid)
+			living = append(living, pid)
 		}
 	}
-	slices.Sort(pids)
-	return pids
+	slices.Sort(living)
+	return living
 }
 
 func allProcesses() []int {
@@ -228,10 +233,12 @@ func commandLine(pid int) string {
 // deleteContainers has runc forget containers whose processes were killed, so that their cgroups go too.
 func deleteContainers(dir string) {
 	states, _ := filepath.Glob(filepath.Join(dir, "*", "runc", "*", "*", "state.json"))
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
 	for _, state := range states {
 		container := filepath.Dir(state)
 		// A failure leaves an empty cgroup and nothing else.
-		_ = exec.Command("runc", "--root", filepath.Dir(container), "delete", "--force", filepath.Base(container)).Run()
+		_ = exec.CommandContext(ctx, "runc", "--root", filepath.Dir(container), "delete", "--force", filepath.Base(container)).Run()
 	}
 	sockets, _ := filepath.Glob(filepath.Join(dir, "*", "state", "io.containerd.runtime.v2.task", "*", "*", "address"))
 	for _, file := range sockets {

@@ -12,7 +12,7 @@ import (
 // logTail is how much of each server's log a failing test shows.
 const logTail = 3 << 10
 
-// ForTest makes a lab that ends with the test, which may take Limit. What it needs and does not find fails the test in CI,
+// ForTest makes a lab that ends with the test, which may take Limit. The package's TestMain calls Main. What it needs and does not find fails the test in CI,
 // and skips it elsewhere.
 func ForTest(t testing.TB) *Lab {
 	t.Helper()
@@ -36,8 +36,7 @@ func ForTestWithin(t testing.TB, limit time.Duration) *Lab {
 
 // endWith has a lab closed when a test ends.
 func (l *Lab) endWith(t testing.TB, limit, grace time.Duration) {
-	g := startGuard(t, l, limit, grace)
-	t.Cleanup(g.stop) // also closing may hang
+	t.Cleanup(startGuard(t, l, limit, grace)) // it ends last: also closing may hang
 	t.Cleanup(func() {
 		if t.Failed() {
 			l.showLogs(t)
