@@ -123,7 +123,7 @@ func TestHang(t *testing.T) {
 		select {}
 	case "frozen":
 		go func() {
-			for { // without preemption the collector waits for it
+			for n := 0; n >= 0; n = (n + 1) & 0xff { // without preemption the collector waits for it
 			}
 		}()
 		time.Sleep(100 * time.Millisecond)
