@@ -119,7 +119,7 @@ func TestSweepStale(t *testing.T) {
 		return dir
 	}
 	stale := []string{lab("dead", owner), lab("again", fmt.Sprint(os.Getpid(), " 1"))}
-	living := []string{lab("lives", thisOwner()), lab("init", ownerOf(1))}
+	living := []string{lab("lives", thisOwner()), lab("init", ownerOf(1)), lab("older", "1"), lab("begins", "")}
 	var said []string
 	require.NoError(t, SweepStale(parent, func(args ...any) { said = append(said, fmt.Sprint(args...)) }))
 	require.Len(t, said, len(stale))

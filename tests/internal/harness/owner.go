@@ -27,11 +27,15 @@ func ownerOf(pid int) string {
 	return fmt.Sprintf("%d %s", pid, fields[began])
 }
 
-// lives says whether an owner goes on. One that was killed, and waits for a file system before it can end, does not.
+// lives says whether an owner goes on. One that was killed, and waits for a file system before it can end, does not. What
+// is no owner may be one that is being written.
 func lives(owner string) bool {
 	number, _, began := strings.Cut(owner, " ")
 	pid, err := strconv.Atoi(number)
-	if err != nil || !alive(pid) || killed(pid) {
+	if err != nil {
+		return true
+	}
+	if !alive(pid) || killed(pid) {
 		return false
 	}
 	return !began || ownerOf(pid) == owner // earlier versions noted the number alone
