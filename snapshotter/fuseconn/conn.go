@@ -306,7 +306,7 @@ func (c *Conn) start() {
 }
 
 func (c *Conn) work() {
-	in := make([]byte, inBufferSize)
+	in := requestBuffer()
 	out := replyBuffer()
 	for {
 		n, err := unix.Read(c.kept.fd, in)
@@ -370,6 +370,19 @@ func errorReply(in, out []byte, status fuse.Status) int {
 	binary.NativeEndian.PutUint32(out[4:], uint32(-int32(status)))
 	copy(out[8:16], in[8:16]) // unique
 	return outHeaderSize
+}
+
+// requestBuffer returns a buffer for a request, in memory from the start. Into
+// memory that was never touched, the kernel's copy would need a page fault, and
+// in a process that is being killed that fails: the kernel would then end the
+// request with an error instead of leaving it to the next process.
+func requestBuffer() []byte {
+	b := make([]byte, inBufferSize)
+	for i := 0; i < len(b); i += pageSize {
+		b[i] = 1
+	}
+	b[len(b)-1] = 1 // it need not begin with a page
+	return b
 }
 
 // replyBuffer returns a buffer for the largest reply, aligned so that the

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -41,6 +42,26 @@ func TestLife(t *testing.T) {
 func TestRefusedOptions(t *testing.T) {
 	_, err := Mount(context.Background(), fuse.NewDefaultRawFileSystem(), Options{Source: "test", Flags: []string{"nonsense"}})
 	require.ErrorContains(t, err, "option nonsense")
+}
+
+// TestRequestBuffer has so many buffers that most are in new memory.
+func TestRequestBuffer(t *testing.T) {
+	buffers := make([][]byte, 1024)
+	for i := range buffers {
+		buffers[i] = requestBuffer()
+		require.Len(t, buffers[i], inBufferSize)
+	}
+	for _, b := range buffers {
+		begin := uintptr(unsafe.Pointer(&b[0])) &^ (pageSize - 1)
+		end := uintptr(unsafe.Pointer(&b[len(b)-1]))
+		resident := make([]byte, (end-begin)/pageSize+1)
+		_, _, errno := unix.Syscall(unix.SYS_MINCORE, begin, end-begin+1, uintptr(unsafe.Pointer(&resident[0])))
+		require.Zero(t, errno)
+		for _, r := range resident {
+			require.NotZero(t, r&1, "a page is not in memory")
+		}
+	}
+	runtime.KeepAlive(buffers)
 }
 
 func TestReplyBuffer(t *testing.T) {

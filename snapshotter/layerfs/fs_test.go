@@ -34,6 +34,15 @@ func newFS(t *testing.T) *FS {
 	return fs
 }
 
+// TestNumbersStay has the node numbers of two layers: what the kernel holds since an earlier version is asked for by them.
+func TestNumbersStay(t *testing.T) {
+	for text, want := range map[string]uint64{"": 0x63b0c44298fc1c14, "abc": 0x7a7816bf8f01cfea} {
+		got, err := nodeID(digest.FromString(text))
+		require.NoError(t, err)
+		require.Equal(t, want, got, "%#x", got)
+	}
+}
+
 func TestReadsEqualTheLayer(t *testing.T) {
 	fs := newFS(t)
 	data := randomBytes(5<<20 + 12345)

@@ -63,6 +63,7 @@ func TestUpstreamArchive(t *testing.T) {
 			require.NoError(t, os.Remove(theirs))
 			require.NoError(t, w.daemon.Stop())
 			require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+			w.foundAgain(w.worker)
 			w.eventually("what was made goes with it", func() bool {
 				_, err := os.Stat(made)
 				return os.IsNotExist(err)
@@ -102,6 +103,7 @@ func TestUpstreamShared(t *testing.T) {
 	read()
 	require.NoError(t, w.daemon.Stop())
 	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	w.foundAgain(w.worker)
 	read()
 	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, second, "sh", "/app/run.sh"))
 	stock := w.stock()
@@ -145,6 +147,7 @@ func TestLoadUpstream(t *testing.T) {
 	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
 	require.NoError(t, w.daemon.Stop())
 	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	w.foundAgain(w.worker)
 	w.ctr(w.worker, "content", "prune", "references")
 	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
 	require.Empty(t, w.registry.Requests())
@@ -210,6 +213,7 @@ func TestUpstreamArchiveUnusable(t *testing.T) {
 	require.NoError(t, os.Remove(path))
 	require.NoError(t, w.daemon.Stop()) // it remembers the failure for a minute
 	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	w.foundAgain(w.worker)
 	w.removeImage(w.worker, ref)
 	w.eventually("no snapshots", func() bool { return len(w.snapshots(w.ctx, w.worker, lazy)) == 0 })
 	b, err := os.ReadFile(w.archive(ref))
@@ -246,7 +250,7 @@ func TestEngineCLIP(t *testing.T) {
 	}
 	require.Equal(t, ref, w.upstreamInfo(file).ImageMetadata.Name)
 
-	o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: t.TempDir()}
+	o := clip.MountOptions{ArchivePath: file, MountPoint: w.mountPoint(), CachePath: t.TempDir()}
 	mountUpstream(t, o)
 	name, err := os.ReadFile(filepath.Join(o.MountPoint, "app/name"))
 	require.NoError(t, err)
@@ -285,7 +289,7 @@ func TestEngineCLIPPlatforms(t *testing.T) {
 			require.Equal(t, name == own || name == "/bin/busybox", m.Get(name) != nil, "%s of %s", name, arch)
 		}
 		if arch == runtime.GOARCH {
-			o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: t.TempDir()}
+			o := clip.MountOptions{ArchivePath: file, MountPoint: w.mountPoint(), CachePath: t.TempDir()}
 			mountUpstream(t, o)
 			_, err := os.ReadFile(filepath.Join(o.MountPoint, own))
 			require.NoError(t, err)

@@ -64,6 +64,7 @@ func mountContents(t *testing.T, file string, args ...string) (dir string) {
 	require.NoError(t, cmd.Start())
 	t.Cleanup(func() {
 		require.NoError(t, cmd.Process.Signal(unix.SIGTERM))
+		defer time.AfterFunc(time.Minute, func() { _ = cmd.Process.Kill() }).Stop()
 		require.NoError(t, cmd.Wait(), said.String())
 		entries, err := os.ReadDir(dir)
 		require.NoError(t, err)

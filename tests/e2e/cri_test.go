@@ -167,6 +167,7 @@ func TestCRI(t *testing.T) {
 	registry.token.Add(1) // what was given is good no more
 	k.daemon.Kill()
 	require.NoError(t, k.lab.RestartDaemon(k.ctx, k.daemon))
+	k.foundAgain(k.worker)
 	k.registry.Reset()
 	k.runIn(pod, config, "second", ref, "find", "/sizes", "-type", "f", "-exec", "md5sum", "{}", ";")
 	require.NotEmpty(t, k.registry.Requests().Gets(k.layers(images.SmallName)...))

@@ -68,6 +68,7 @@ func (w *faultWorld) cold(t *testing.T) (*faultWorld, string) {
 	// knows nothing of how hosts behaved before.
 	require.NoError(t, sub.daemon.Stop())
 	require.NoError(t, sub.lab.RestartDaemon(sub.ctx, sub.daemon))
+	sub.foundAgain(sub.worker)
 	sub.pull(sub.worker, lazy, sub.ref)
 	return &sub, sub.view(sub.worker, lazy, sub.ref)
 }
@@ -320,7 +321,8 @@ func TestManyReaders(t *testing.T) {
 	w.eventually("somebody asks for it", func() bool { return held.Load() > 0 })
 	require.Never(w, func() bool { return held.Load() > 1 }, time.Second, 50*time.Millisecond)
 	letGo()
-	require.NoError(w, readers.Wait())
+	w.soon("64 readers", func() { err = readers.Wait() })
+	require.NoError(w, err)
 	w.requireSum(root)
 	want := make([]byte, 4096)
 	_, err = file.ReadAt(want, off)
@@ -453,7 +455,7 @@ func TestOutages(t *testing.T) {
 		everything := []string{"task", "exec", "--exec-id", "all", "stays", "find", "/", "-xdev", "-type", "f", "-exec", "md5sum", "{}", "+"}
 		sums := w.ctr(w.worker, everything...)
 		require.NoError(t, w.registry.SwitchOff())
-		require.NoError(t, os.WriteFile("/proc/sys/vm/drop_caches", []byte("1"), 0o200))
+		dropCaches(t)
 		require.Equal(t, sums, w.ctr(w.worker, everything...))
 		require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, w.ref, "sh", "/app/run.sh"))
 	})

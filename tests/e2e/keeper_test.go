@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -18,7 +19,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
@@ -39,8 +39,7 @@ type readers struct {
 	*world
 	ref     string
 	sums    map[string]string // MD5 by path
-	roots   []string          // of the running containers
-	reads   atomic.Int64
+	all     []*reader
 	longest atomic.Int64 // nanoseconds
 	stop    chan struct{}
 	halt    func() // closes stop
@@ -49,7 +48,12 @@ type readers struct {
 	mu   sync.Mutex // guards bad and slow
 	bad  []string
 	slow []slowRead
-	next int
+}
+
+// reader is a container that checks what it reads, and who reads its root from outside.
+type reader struct {
+	id, root string
+	reads    atomic.Int64 // files outside
 }
 
 // slowRead is a read that took longer than slowest.
@@ -90,19 +94,19 @@ func (r *readers) start(n int) {
 		fmt.Fprintf(&list, "%s  %s\n", sum, path)
 	}
 	for range n {
-		id := fmt.Sprint("reader", r.next)
-		r.next++
+		id := fmt.Sprint("reader", len(r.all))
 		require.NoError(r, r.worker.StartContainer(r.ctx, lazy, r.ref, id, "sh", "-c", checkScript))
 		root := fmt.Sprintf("/proc/%d/root", r.pid(id))
 		require.NoError(r, os.WriteFile(checkFile(root, "sums.new"), []byte(list.String()), 0o600))
 		require.NoError(r, os.Rename(checkFile(root, "sums.new"), checkFile(root, "sums")))
-		r.roots = append(r.roots, root)
-		r.running.Go(func() { r.readOutside(root) })
+		one := &reader{id: id, root: root}
+		r.all = append(r.all, one)
+		r.running.Go(func() { r.readOutside(one) })
 	}
 }
 
 // readOutside reads whole files, in the order of a map.
-func (r *readers) readOutside(root string) {
+func (r *readers) readOutside(one *reader) {
 	for {
 		for path, want := range r.sums {
 			select {
@@ -111,13 +115,13 @@ func (r *readers) readOutside(root string) {
 			default:
 			}
 			began := time.Now()
-			got, err := sumOf(filepath.Join(root, path))
+			got, err := sumOf(filepath.Join(one.root, path))
 			if err != nil || got != want {
 				r.mu.Lock()
-				r.bad = append(r.bad, fmt.Sprintf("%s: %s instead of %s, %v", path, got, want, err))
+				r.bad = append(r.bad, fmt.Sprintf("%s of %s: %s instead of %s, %v", path, one.id, got, want, err))
 				r.mu.Unlock()
 			}
-			r.reads.Add(1)
+			one.reads.Add(1)
 			took := time.Since(began).Nanoseconds()
 			if time.Duration(took) > slowest {
 				r.mu.Lock()
@@ -143,28 +147,77 @@ func sumOf(path string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
-// rounds is how often the containers went through all files.
-func (r *readers) rounds() (total int) {
-	for _, root := range r.roots {
-		text, err := os.ReadFile(checkFile(root, "rounds"))
-		if err == nil {
-			n, _ := strconv.Atoi(strings.TrimSpace(string(text)))
-			total += n
-		}
-	}
-	return total
+// rounds is how often the container went through all files.
+func (one *reader) rounds() int {
+	text, _ := os.ReadFile(checkFile(one.root, "rounds")) // there is none in the first round
+	n, _ := strconv.Atoi(strings.TrimSpace(string(text)))
+	return n
 }
 
-// requireGoOn has all readers read everything once more.
+// reads is how many files were read outside, and rounds how often the containers went through all.
+func (r *readers) reads() (n int64) {
+	for _, one := range r.all {
+		n += one.reads.Load()
+	}
+	return n
+}
+
+func (r *readers) rounds() (n int) {
+	for _, one := range r.all {
+		n += one.rounds()
+	}
+	return n
+}
+
+// requireEach waits until each reader has done enough, each by itself, and names those that have not.
+func (r *readers) requireEach(what string, limit time.Duration, enough func(i int) bool) {
+	r.Helper()
+	for deadline := time.Now().Add(limit); ; time.Sleep(20 * time.Millisecond) {
+		var stalled []string
+		for i, one := range r.all {
+			if !enough(i) {
+				stalled = append(stalled, fmt.Sprintf("%s (%d files outside, %d rounds inside)", one.id, one.reads.Load(), one.rounds()))
+			}
+		}
+		if len(stalled) == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			r.Fatalf("%s: not in %v: %s; what waits in the kernel:\n%s", what, limit, strings.Join(stalled, ", "), r.blocked())
+		}
+	}
+}
+
+// requireAllRead has each reader outside read more files.
+func (r *readers) requireAllRead(after string, more int64) {
+	r.Helper()
+	var before []int64
+	for _, one := range r.all {
+		before = append(before, one.reads.Load())
+	}
+	r.requireEach("reads go on after: "+after, time.Minute, func(i int) bool { return r.all[i].reads.Load() >= before[i]+more })
+}
+
+// requireGoOn has each reader read everything once more, outside and inside.
 func (r *readers) requireGoOn() {
 	r.Helper()
 	dropCaches(r.T)
-	before, inside := r.reads.Load(), r.rounds()
-	if !assert.Eventually(r, func() bool {
-		return r.reads.Load() > before+int64(len(r.sums)*len(r.roots)) && r.rounds() > inside+len(r.roots)
-	}, 3*time.Minute, 100*time.Millisecond) {
-		r.Fatalf("%d files read outside, %d rounds inside; what waits in the kernel:\n%s", r.reads.Load()-before, r.rounds()-inside, r.blocked())
+	var before []int64
+	var rounds []int
+	for _, one := range r.all {
+		before, rounds = append(before, one.reads.Load()), append(rounds, one.rounds())
 	}
+	r.requireEach("all is read once more", 3*time.Minute, func(i int) bool {
+		return r.all[i].reads.Load() > before[i]+int64(len(r.sums)) && r.all[i].rounds() > rounds[i]+1
+	})
+}
+
+// requireNothingBad says that nobody outside read anything wrong, or failed, so far.
+func (r *readers) requireNothingBad() {
+	r.Helper()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	require.Empty(r, r.bad)
 }
 
 var inFileSystem = regexp.MustCompile(`fuse_|erofs_|ovl_|folio_`)
@@ -188,24 +241,31 @@ func (w *world) blocked() string {
 func (r *readers) end() {
 	r.Helper()
 	r.halt()
-	r.running.Wait()
-	require.Empty(r, r.bad)
-	for _, root := range r.roots {
-		_, err := os.Stat(checkFile(root, "sums"))
-		require.NoError(r, err, "a container ended by itself")
-		failed, err := os.ReadFile(checkFile(root, "failed"))
-		require.ErrorIs(r, err, os.ErrNotExist, "in a container:\n%s", failed)
+	r.soon("readers end", r.running.Wait)
+	r.requireNothingBad()
+	for _, one := range r.all {
+		_, err := os.Stat(checkFile(one.root, "sums"))
+		require.NoError(r, err, "%s ended by itself", one.id)
+		failed, err := os.ReadFile(checkFile(one.root, "failed"))
+		require.ErrorIs(r, err, os.ErrNotExist, "in %s:\n%s", one.id, failed)
 	}
-	r.Logf("%d files read outside, longest %v, %d rounds inside", r.reads.Load(), time.Duration(r.longest.Load()).Round(time.Millisecond), r.rounds())
-	for i := range r.roots {
-		require.NoError(r, r.worker.RemoveContainer(r.ctx, fmt.Sprint("reader", i)))
+	r.Logf("%d files read outside, longest %v, %d rounds inside", r.reads(), time.Duration(r.longest.Load()).Round(time.Millisecond), r.rounds())
+	for _, one := range r.all {
+		require.NoError(r, r.worker.RemoveContainer(r.ctx, one.id))
 	}
 }
 
 // dropCaches makes the kernel ask again.
 func dropCaches(t *testing.T) {
 	t.Helper()
-	require.NoError(t, os.WriteFile("/proc/sys/vm/drop_caches", []byte("1"), 0o200))
+	dropped := make(chan error, 1)
+	go func() { dropped <- os.WriteFile("/proc/sys/vm/drop_caches", []byte("1"), 0o200) }()
+	select {
+	case err := <-dropped:
+		require.NoError(t, err)
+	case <-time.After(time.Minute):
+		t.Fatalf("the kernel drops no caches, for a minute:\n%s", harness.KernelStacks(os.Getpid()))
+	}
 }
 
 // slow has blobs come after a while.
@@ -254,6 +314,7 @@ func (w *world) requireSecluded(keeper int) {
 // requireCleanEnd removes the image and stops the daemon.
 func (w *world) requireCleanEnd(ref string) {
 	w.Helper()
+	w.foundAgain(w.worker)
 	w.removeImage(w.worker, ref)
 	w.eventually("roots are removed", func() bool { return len(harness.MountsUnder(w.daemon.Root)) == 0 })
 	require.NoError(w, w.daemon.Stop())
@@ -298,51 +359,85 @@ func TestKills(t *testing.T) {
 	}
 }
 
-// installer has the daemon started from a program of its own, and returns what replaces that by another version.
-func (w *world) installer() func(version string) {
+// replaceable is a program of the lab's own for the daemon, and what replaces it by another version.
+func (w *world) replaceable() (program string, install func(version string)) {
 	w.Helper()
-	options, err := harness.Installed()
+	product, err := w.lab.Look("containerd-clip-grpc")
 	require.NoError(w, err)
-	program, err := os.ReadFile(filepath.Join(options.Product, w.daemon.Program))
+	content, err := os.ReadFile(product)
 	require.NoError(w, err)
-	w.daemon.Program = w.lab.Path("containerd-clip-grpc")
-	return func(version string) {
-		file := w.daemon.Program + ".new"
-		require.NoError(w, os.WriteFile(file, append(program, version...), 0o700))
-		require.NoError(w, os.Rename(file, w.daemon.Program))
+	program = w.lab.Path("containerd-clip-grpc")
+	install = func(version string) {
+		w.Helper()
+		require.NoError(w, os.WriteFile(program+".new", append(content, version...), 0o700))
+		require.NoError(w, os.Rename(program+".new", program))
 	}
+	install("0")
+	return program, install
+}
+
+// requireRuns says that a process runs a program as it is now.
+func (w *world) requireRuns(pid int, program string) {
+	w.Helper()
+	want, err := os.Stat(program)
+	require.NoError(w, err)
+	got, err := os.Stat(fmt.Sprintf("/proc/%d/exe", pid))
+	require.NoError(w, err)
+	require.True(w, os.SameFile(want, got), "process %d runs another program", pid)
+}
+
+// longestPause is what may pass while the daemon is restarted or replaced, and how often that is tried: what else the
+// machine does takes time, too.
+const (
+	longestPause = 2 * time.Second
+	pauseTries   = 3
+)
+
+// requireShortPause does something below readers, which get no error and wait less than longestPause, the best of
+// pauseTries.
+func (r *readers) requireShortPause(what string, do func()) {
+	r.Helper()
+	best := time.Duration(math.MaxInt64)
+	for try := 0; try < pauseTries && best >= longestPause; try++ {
+		r.longest.Store(0)
+		dropCaches(r.T)
+		do()
+		r.requireAllRead(what, 2) // what they were reading, and more
+		r.requireNothingBad()
+		best = min(best, time.Duration(r.longest.Load()))
+	}
+	r.Logf("%s: longest pause of a read %v", what, best.Round(time.Millisecond))
+	require.Less(r, best, longestPause, what)
 }
 
 // TestUpgrade replaces the daemon's program below 20 busy containers, and stops and starts it.
 func TestUpgrade(t *testing.T) {
 	w := newWorld(t)
-	install := w.installer()
+	program, install := w.replaceable()
+	w.daemon.Program = program
 	var away time.Duration
 	restart := func() {
 		began := time.Now()
 		require.NoError(t, w.daemon.Stop())
 		require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
 		away = max(away, time.Since(began))
+		w.requireRuns(w.daemon.Pid(), program)
 	}
-	install("1")
 	restart()
 	r := newReaders(w)
 	w.pull(w.worker, lazy, r.ref)
 	r.start(20)
 	keepers := w.keepers()
 	away = 0
-	r.longest.Store(0)
 	for version := range 5 {
-		install(fmt.Sprint(version))
-		dropCaches(t)
-		restart()
+		r.requireShortPause(fmt.Sprint("version ", version), func() {
+			install(fmt.Sprint(version))
+			restart()
+		})
 	}
 	require.Equal(t, keepers, w.keepers(), "it is still that of the first version")
 	r.requireGoOn()
-	longest := time.Duration(r.longest.Load())
-	t.Logf("longest pause of a read %v; from the daemon's stop to its being ready again at most %v", longest.Round(time.Millisecond), away.Round(time.Millisecond))
-	// The aim is two seconds, on a machine that does nothing else.
-	require.Less(t, longest, 10*time.Second)
+	t.Logf("from the daemon's stop to its being ready again at most %v", away.Round(time.Millisecond))
 	r.end()
 	w.requireCleanEnd(r.ref)
 }
@@ -356,15 +451,15 @@ func TestStopped(t *testing.T) {
 	require.NoError(t, w.daemon.Stop())
 	require.NotEmpty(t, harness.MountsUnder(w.daemon.Root), "the container's root")
 	dropCaches(t)
-	before := r.reads.Load()
+	before := r.reads()
 	w.eventually("the reader waits", func() bool {
-		was := r.reads.Load()
+		was := r.reads()
 		time.Sleep(300 * time.Millisecond)
-		return r.reads.Load() == was
+		return r.reads() == was
 	})
 	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
 	r.requireGoOn()
-	require.Greater(t, r.reads.Load(), before)
+	require.Greater(t, r.reads(), before)
 	w.runAfterRestart(r.ref)
 	r.end()
 	w.requireCleanEnd(r.ref)
@@ -399,9 +494,11 @@ func TestKeeperKilled(t *testing.T) {
 			w.daemon.Kill()
 			killKeeper()
 			dropCaches(t)
-			_, err := sumOf(filepath.Join(root, noise))
+			var err error
+			w.soon("a read without keeper and daemon", func() { _, err = sumOf(filepath.Join(root, noise)) })
 			require.Error(t, err)
 			require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+			w.foundAgain(w.worker)
 			require.NoError(t, w.worker.RemoveContainer(w.ctx, "doomed"))
 			w.runAfterRestart(r.ref)
 			w.requireSurvivesReboot(r.ref)

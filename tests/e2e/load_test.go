@@ -49,6 +49,7 @@ func TestLoad(t *testing.T) {
 		require.NotEmpty(t, w.snapshots(w.ctx, w.worker, lazy))
 		require.NoError(t, w.daemon.Stop())
 		require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+		w.foundAgain(w.worker)
 		require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
 		w.removeImage(w.worker, ref)
 		w.eventually("no snapshots", func() bool { return len(w.snapshots(w.ctx, w.worker, lazy)) == 0 })

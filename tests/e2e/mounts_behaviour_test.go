@@ -50,15 +50,21 @@ const (
 	rootEnv      = "CLIP_TEST_ROOT"
 )
 
-func TestMain(m *testing.M) {
-	name := os.Getenv(behaviourEnv)
-	if name == "" {
-		os.Exit(m.Run())
+func TestMain(m *testing.M) { os.Exit(harness.Main(func() int { return runTests(m) })) }
+
+func runTests(m *testing.M) int {
+	if name := os.Getenv(behaviourEnv); name != "" {
+		if err := behaviours[name](os.Getenv(rootEnv), func(format string, args ...any) { fmt.Printf(format+"\n", args...) }); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return 0
 	}
-	if err := behaviours[name](os.Getenv(rootEnv), func(format string, args ...any) { fmt.Printf(format+"\n", args...) }); err != nil {
+	if err := harness.SweepStale(os.TempDir(), func(args ...any) { fmt.Println(args...) }); err != nil {
 		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
+		return 1
 	}
+	return m.Run()
 }
 
 // tell returns what a behaviour tells of a root.

@@ -161,16 +161,6 @@ func TestModeChanges(t *testing.T) {
 	require.Empty(t, loopsOf(t, w.daemon.Root))
 }
 
-// runAfterRestart runs images.SmallName on a daemon that was away. containerd dials again only after a while if it has
-// tried in between.
-func (w *world) runAfterRestart(ref string) {
-	w.Helper()
-	w.eventually("containerd has found the daemon again", func() bool {
-		result, err := w.worker.RunContainer(w.ctx, lazy, ref, "e2e-run", "sh", "/app/run.sh")
-		return err == nil && result.Stdout == "hello from clip\n"
-	})
-}
-
 // mountsOf lists what is mounted below dir.
 func mountsOf(t *testing.T, dir string) []string {
 	t.Helper()

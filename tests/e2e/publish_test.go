@@ -219,6 +219,7 @@ func (w *world) discoverIn(first, second string) {
 	config := fmt.Sprintf("[discover]\nreferrers = false\nsources = [%q, %q]\n[fill]\nmode = 'off'\n", first, second)
 	require.NoError(w, os.WriteFile(w.daemon.Config, []byte(config), 0o600))
 	require.NoError(w, w.lab.RestartDaemon(w.ctx, w.daemon))
+	w.foundAgain(w.worker)
 }
 
 // TestBuckets keeps archives in a bucket of a real S3 server and in a directory. The snapshotter finds them there by the

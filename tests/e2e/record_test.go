@@ -174,6 +174,7 @@ func TestRecordFromDaemon(t *testing.T) {
 	w.record(ref, "--from-daemon")
 	require.NoError(t, w.daemon.Stop())
 	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	w.foundAgain(w.worker)
 	w.record(ref, "--from-daemon")
 	recordings, err := filepath.Glob(filepath.Join(w.daemon.Root, "recordings", "*.json"))
 	require.NoError(t, err)

@@ -48,7 +48,9 @@ type soak struct {
 	happens []happening
 	kills   int // of the daemon
 
-	churned, refused int // commands of containers that come and go
+	churnMu          sync.Mutex     // guards the fields below
+	churned, refused int            // commands of containers that come and go
+	whole            map[string]int // pulls, runs and removals in a row that were not refused, by namespace
 }
 
 // happening is something that was done to the world.
@@ -63,7 +65,7 @@ func TestSoak(t *testing.T) {
 	s := newSoak(t)
 	idle, _ := s.goroutines()
 	require.NoError(t, s.lab.RestartDaemon(s.ctx, s.daemon))
-	s.awaitSnapshots()
+	s.foundAgain(s.worker)
 	before := s.openFiles()
 
 	s.pull(s.worker, lazy, s.ref)
@@ -71,15 +73,16 @@ func TestSoak(t *testing.T) {
 	stop, churn := make(chan struct{}), sync.WaitGroup{}
 	churn.Go(func() { s.churn(stop) })
 	s.deck = s.shuffled()
-	for end := time.Now().Add(*soakTime); len(s.deck) > 0 || time.Now().Before(end); {
+	end := time.Now().Add(*soakTime)
+	for len(s.deck) > 0 || time.Now().Before(end) || s.fewestWhole() < wholeRounds && time.Now().Before(end.Add(2*time.Minute)) {
 		s.disturb()
 		time.Sleep(rand.N(2 * time.Second)) // containerd dials again only after a while
 	}
 	close(stop)
-	churn.Wait()
+	s.soon("the last command ends", churn.Wait)
 	s.requireGoOn()
 	s.report()
-	require.Greater(t, s.churned, s.refused, "no container came and went")
+	require.GreaterOrEqual(t, s.fewestWhole(), wholeRounds, "images were not pulled, run and removed in both namespaces: %v", s.whole)
 	s.end()
 	s.requireNothingLeft(before, idle)
 	s.requireCleanEnd(s.ref)
@@ -91,7 +94,8 @@ func TestManyContainers(t *testing.T) {
 	if *soakTime >= 10*time.Minute {
 		many = 200
 	}
-	w := newWorld(t)
+	w := worldIn(t, harness.ForTestWithin(t, harness.Limit+*soakTime), "")
+	w.addSmall()
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
 	w.pull(w.worker, lazy, ref)
@@ -115,14 +119,11 @@ func TestManyContainers(t *testing.T) {
 	for i, root := range roots {
 		waiting.Go(func() { sums[i], _ = sumOf(filepath.Join(root, noise)) })
 	}
-	waiting.Wait()
+	w.soon("readers of all containers", waiting.Wait)
 	for i, sum := range sums {
 		require.Equal(t, strings.Fields(want)[0], sum, "container %d", i)
 	}
-	w.eventually("containerd has found the daemon again", func() bool {
-		_, err := w.worker.Ctr(w.ctx, "snapshots", "--snapshotter", lazy, "ls")
-		return err == nil
-	})
+	w.foundAgain(w.worker)
 	require.Len(t, w.snapshots(w.ctx, w.worker, lazy), many+len(w.layers(images.SmallName)), "one each, and the image's")
 	ctx, cancel := context.WithTimeout(w.ctx, time.Duration(many)*time.Second)
 	defer cancel()
@@ -134,15 +135,14 @@ func TestManyContainers(t *testing.T) {
 
 func newSoak(t *testing.T) *soak {
 	t.Helper()
-	lab := harness.ForTest(t)
-	s := &soak{disk: lab.Path("daemon")}
+	lab := harness.ForTestWithin(t, harness.Limit+*soakTime)
+	s := &soak{disk: lab.Path("daemon"), whole: map[string]int{}}
 	mountSmallDisk(t, lab, s.disk)
 	w := worldIn(t, lab, soakConfigs[0]+soakAlways)
 	w.addSmall()
 	w.index(images.SiblingName)
 	s.readers = newReaders(w)
-	s.install = w.installer()
-	s.install("0")
+	w.daemon.Program, s.install = w.replaceable()
 	require.NoError(t, w.daemon.Stop())
 	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
 	return s
@@ -201,8 +201,7 @@ func (s *soak) disturb() {
 	began := time.Now()
 	s.disturbances()[what]()
 	s.happens = append(s.happens, happening{what, began, time.Now()})
-	before := s.reads.Load()
-	s.eventually("reads go on after: "+what, func() bool { return s.reads.Load() > before })
+	s.requireAllRead(what, 1)
 }
 
 func (s *soak) signal(signal unix.Signal) { require.NoError(s, unix.Kill(s.daemon.Pid(), signal)) }
@@ -237,11 +236,10 @@ func (s *soak) configure() {
 func (s *soak) stopped() {
 	s.signal(unix.SIGSTOP)
 	// The kernel waits for mounts under way, and a mount for the daemon.
-	var dropped sync.WaitGroup
-	dropped.Go(func() { dropCaches(s.T) })
-	time.Sleep(rand.N(600 * time.Millisecond))
-	s.signal(unix.SIGCONT)
-	dropped.Wait()
+	continued := make(chan error, 1)
+	time.AfterFunc(rand.N(600*time.Millisecond), func() { continued <- unix.Kill(s.daemon.Pid(), unix.SIGCONT) })
+	dropCaches(s.T)
+	require.NoError(s, <-continued)
 }
 
 func (s *soak) keeperKilled() {
@@ -286,54 +284,78 @@ func (s *soak) full(meanwhile func()) {
 	require.NoError(s, os.Remove(file))
 }
 
+// churnSpaces are the namespaces in which images come and go, in each of them at least wholeRounds times all the way.
+var churnSpaces = []string{harness.Namespace, "other"}
+
+const wholeRounds = 3
+
+// fewestWhole is how many whole rounds there were in the namespace that had the fewest.
+func (s *soak) fewestWhole() int {
+	s.churnMu.Lock()
+	defer s.churnMu.Unlock()
+	return min(s.whole[churnSpaces[0]], s.whole[churnSpaces[1]])
+}
+
 // churn has images and containers come and go in two namespaces. Commands may be refused while the daemon or containerd
 // is away; those that are not do what they should.
 func (s *soak) churn(stop chan struct{}) {
-	names := slices.Sorted(maps.Keys(s.sums))
-	command := func(ctx context.Context, args ...string) (harness.Result, bool) {
-		ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-		defer cancel()
-		result, err := s.worker.Ctr(ctx, args...)
-		s.churned++
-		if err != nil {
-			s.refused++
-		}
-		return result, err == nil
-	}
+	names := slices.DeleteFunc(slices.Sorted(maps.Keys(s.sums)), func(name string) bool {
+		return strings.HasPrefix(name, "/app/") // the sibling has another top
+	})
 	for i := 0; ; i++ {
 		select {
 		case <-stop:
 			return
 		default:
 		}
-		ctx := namespaces.WithNamespace(s.ctx, []string{harness.Namespace, "other"}[rand.IntN(2)])
+		ns := churnSpaces[i%len(churnSpaces)]
+		ctx := namespaces.WithNamespace(s.ctx, ns)
 		ref := s.world.ref([]string{images.SmallName, images.SiblingName}[rand.IntN(2)])
-		name := names[rand.IntN(len(names))]
-		if strings.HasPrefix(name, "/app/") {
-			continue // the sibling has another top
-		}
-		command(ctx, "image", "pull", "--snapshotter", lazy, ref)
-		s.runOnce(ctx, ref, fmt.Sprint("churn", i), name)
+		pulled := s.ended(s.churnCtr(ctx, "image", "pull", "--snapshotter", lazy, ref))
+		ran := s.ended(s.runOnce(ctx, ref, fmt.Sprint("churn", i), names[rand.IntN(len(names))]))
 		if rand.IntN(2) == 0 {
-			command(ctx, "image", "rm", "--sync", ref) // the readers run on it
+			continue
+		}
+		removed := s.ended(s.churnCtr(ctx, "image", "rm", "--sync", ref)) // the readers run on it
+		if pulled && ran && removed {
+			s.churnMu.Lock()
+			s.whole[ns]++
+			s.churnMu.Unlock()
 		}
 	}
 }
 
-// runOnce has a new container compare a file. It says so by its exit code: what it prints, ctr may lose on a busy
-// machine, since it closes the pipe when the container has ended.
-func (s *soak) runOnce(ctx context.Context, ref, id, name string) {
-	script := `sum=$(md5sum "$0") && [ "${sum%% *}" = "$1" ] || exit 99`
-	result, err := s.worker.RunContainer(ctx, lazy, ref, id, "sh", "-c", script, name, s.sums[name])
+func (s *soak) churnCtr(ctx context.Context, args ...string) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	_, err := s.worker.Ctr(ctx, args...)
+	return err
+}
+
+// ended counts a command, and says whether it was not refused.
+func (s *soak) ended(err error) bool {
+	s.churnMu.Lock()
+	defer s.churnMu.Unlock()
 	s.churned++
 	if err != nil {
 		s.refused++
 	}
+	return err == nil
+}
+
+// runOnce has a new container compare a file. It says so by its exit code: what it prints, ctr may lose on a busy
+// machine, since it closes the pipe when the container has ended.
+func (s *soak) runOnce(ctx context.Context, ref, id, name string) error {
+	script := `sum=$(md5sum "$0") && [ "${sum%% *}" = "$1" ] || exit 99`
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	result, err := s.worker.RunContainer(ctx, lazy, ref, id, "sh", "-c", script, name, s.sums[name])
 	if result.Code > 1 { // with 1 ctr says that there was no container
 		s.mu.Lock()
 		s.bad = append(s.bad, fmt.Sprintf("%s in a new container: code %d: %s", name, result.Code, result.Output()))
 		s.mu.Unlock()
 	}
+	return err
 }
 
 // report prints what happened, and how long reads took meanwhile.
@@ -352,16 +374,16 @@ func (s *soak) report() {
 	for _, what := range slices.Sorted(maps.Keys(times)) {
 		s.Logf("%-21s %4d times, longest read %v", what, times[what], pauses[what].Round(time.Millisecond))
 	}
-	s.Logf("%d disturbances, %d kills of the daemon survived, %d files read outside and %d inside, %d wrong or failed, longest pause %v; %d commands of other containers, %d refused",
-		len(s.happens), s.kills, s.reads.Load(), s.rounds()*len(s.sums), len(s.bad), time.Duration(s.longest.Load()).Round(time.Millisecond), s.churned, s.refused)
+	s.Logf("%d disturbances, %d kills of the daemon survived, %d files read outside and %d inside, %d wrong or failed, longest pause %v; %d commands of other containers, %d refused, whole rounds %v",
+		len(s.happens), s.kills, s.reads(), s.rounds()*len(s.sums), len(s.bad), time.Duration(s.longest.Load()).Round(time.Millisecond), s.churned, s.refused, s.whole)
 }
 
 // requireNothingLeft removes all containers and images: the running daemon has nothing of them any more.
 func (s *soak) requireNothingLeft(files, idle int) {
 	s.Helper()
-	s.awaitSnapshots()
+	s.foundAgain(s.worker)
 	require.NoError(s, s.worker.RemoveContainers(s.ctx))
-	for _, ns := range []string{harness.Namespace, "other"} {
+	for _, ns := range churnSpaces {
 		ctx := namespaces.WithNamespace(s.ctx, ns)
 		s.removeLeases(ctx)
 		for _, name := range []string{images.SmallName, images.SiblingName} {
@@ -393,15 +415,6 @@ func (s *soak) removeLeases(ctx context.Context) {
 	for _, l := range all {
 		require.NoError(s, service.Delete(ctx, l, leases.SynchronousDelete))
 	}
-}
-
-// awaitSnapshots waits for containerd to dial the daemon again.
-func (s *soak) awaitSnapshots() {
-	s.Helper()
-	s.eventually("containerd has found the daemon again", func() bool {
-		_, err := s.worker.Ctr(s.ctx, "snapshots", "--snapshotter", lazy, "ls")
-		return err == nil
-	})
 }
 
 var goroutine = regexp.MustCompile(`(?m)^(?:created by (\S+)|goroutine \d+ .*)`)

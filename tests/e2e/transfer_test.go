@@ -158,6 +158,7 @@ func TestSnapshotterInside(t *testing.T) {
 `, w.daemon.Socket, w.daemon.Root))
 	require.NoError(t, err)
 	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	w.foundAgain(c)
 	require.Empty(t, w.pull(c, lazy, ref).Gets(w.layers(images.SmallName)...), "no layer is pulled")
 	require.Equal(t, "hello from clip\n", w.run(c, lazy, ref, "sh", "/app/run.sh"))
 }

@@ -24,6 +24,14 @@ import (
 	"github.com/beam-cloud/containerd-clip/tests/internal/rootdiff"
 )
 
+// mountPoint is a directory for a mount that the lab's end takes away.
+func (w *world) mountPoint() string {
+	w.Helper()
+	dir, err := os.MkdirTemp(w.lab.Dir, "mount-")
+	require.NoError(w, err)
+	return dir
+}
+
 // mountUpstream mounts an archive with CLIP's own code until the test ends or the returned function is called.
 func mountUpstream(t *testing.T, o clip.MountOptions) (unmount func()) {
 	t.Helper()
@@ -38,8 +46,16 @@ func mountUpstream(t *testing.T, o clip.MountOptions) (unmount func()) {
 			if err := server.Unmount(); err != nil {
 				require.NoError(t, mount.UnmountAll(o.MountPoint, unix.MNT_DETACH))
 			}
-			for err := range failed {
-				require.NoError(t, err)
+			for limit := time.After(time.Minute); ; {
+				select {
+				case err, more := <-failed:
+					if !more {
+						return
+					}
+					require.NoError(t, err)
+				case <-limit:
+					t.Fatalf("CLIP's server does not end, a minute after its mount %s", o.MountPoint)
+				}
 			}
 		})
 	}
@@ -103,7 +119,7 @@ func TestUpstreamMountsOurs(t *testing.T) {
 	want := w.stockTree(ref)
 
 	w.registry.Reset()
-	o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: cache, UseCheckpoints: true}
+	o := clip.MountOptions{ArchivePath: file, MountPoint: w.mountPoint(), CachePath: cache, UseCheckpoints: true}
 	unmount := mountUpstream(t, o)
 	w.requireSameForUpstream(want, o.MountPoint)
 	for _, l := range layers {
@@ -118,7 +134,7 @@ func TestUpstreamMountsOurs(t *testing.T) {
 		require.Equal(t, hash, hex.EncodeToString(sum[:]))
 	}
 	w.registry.Reset()
-	o.MountPoint, o.UseCheckpoints = t.TempDir(), false
+	o.MountPoint, o.UseCheckpoints = w.mountPoint(), false
 	mountUpstream(t, o)
 	w.requireSameForUpstream(want, o.MountPoint)
 	require.Empty(t, w.registry.Requests().Gets(layers...), "the layers are in CLIP's cache")
@@ -186,7 +202,7 @@ func TestUpstreamContentCache(t *testing.T) {
 	cache := &contentCache{content: map[string][]byte{hashes[plain]: content}}
 	want := w.stockTree(ref)
 
-	o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: t.TempDir(), ContentCache: cache, ContentCacheAvailable: true}
+	o := clip.MountOptions{ArchivePath: file, MountPoint: w.mountPoint(), CachePath: t.TempDir(), ContentCache: cache, ContentCacheAvailable: true}
 	mountUpstream(t, o)
 	w.requireSameForUpstream(want, o.MountPoint)
 	require.NotZero(t, cache.hits)
@@ -218,7 +234,7 @@ func TestUpstreamReferences(t *testing.T) {
 			file := filepath.Join(t.TempDir(), "image.clip")
 			result, err := w.builder.Clipctl(w.ctx, "index", ref, "-o", file, "--storage-ref", stored, "--engine", engine)
 			require.NoError(t, err)
-			o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: t.TempDir()}
+			o := clip.MountOptions{ArchivePath: file, MountPoint: w.mountPoint(), CachePath: t.TempDir()}
 			if mounts {
 				require.NotContains(t, result.Stderr, "CLIP cannot")
 				mountUpstream(t, o)
@@ -237,7 +253,7 @@ func TestUpstreamReferences(t *testing.T) {
 	file, cache := w.archive(ref), t.TempDir()
 	w.ctr(w.builder, "image", "tag", "--force", w.ref(images.BaseName), ref)
 	w.ctr(w.builder, "image", "push", ref)
-	o := clip.MountOptions{ArchivePath: file, MountPoint: t.TempDir(), CachePath: cache}
+	o := clip.MountOptions{ArchivePath: file, MountPoint: w.mountPoint(), CachePath: cache}
 	unmount := mountUpstream(t, o)
 	_, err := os.Stat(filepath.Join(o.MountPoint, "app/name"))
 	require.NoError(t, err)
@@ -255,7 +271,7 @@ func TestUpstreamReferences(t *testing.T) {
 	content, err := io.ReadAll(unzipped)
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(filepath.Join(cache, hashes[len(hashes)-1]), content, 0o600))
-	o.MountPoint = t.TempDir()
+	o.MountPoint = w.mountPoint()
 	mountUpstream(t, o)
 	name, err := os.ReadFile(filepath.Join(o.MountPoint, "app/name"))
 	require.NoError(t, err)
@@ -277,7 +293,7 @@ func TestUpstreamPlatforms(t *testing.T) {
 		_, err := os.ReadFile(filepath.Join(root, name))
 		return err
 	}
-	o := clip.MountOptions{ArchivePath: w.archive(ref, "--platform", "linux/"+foreign), MountPoint: t.TempDir(), CachePath: t.TempDir()}
+	o := clip.MountOptions{ArchivePath: w.archive(ref, "--platform", "linux/"+foreign), MountPoint: w.mountPoint(), CachePath: t.TempDir()}
 	mountUpstream(t, o)
 	require.NoError(t, read(o.MountPoint, "bin/busybox"), "it is in a layer that both have")
 	require.ErrorIs(t, read(o.MountPoint, own), unix.EIO)
@@ -285,14 +301,14 @@ func TestUpstreamPlatforms(t *testing.T) {
 	alone := w.registry.Ref("small/alone:1")
 	repository := ref[:len(ref)-len(":1")]
 	require.NoError(t, crane.Copy(repository+"@"+w.subject(ref, foreign).Digest.String(), alone))
-	o = clip.MountOptions{ArchivePath: w.archive(ref, "--platform", "linux/"+foreign, "--storage-ref", alone), MountPoint: t.TempDir(), CachePath: t.TempDir()}
+	o = clip.MountOptions{ArchivePath: w.archive(ref, "--platform", "linux/"+foreign, "--storage-ref", alone), MountPoint: w.mountPoint(), CachePath: t.TempDir()}
 	mountUpstream(t, o)
 	require.NoError(t, read(o.MountPoint, own))
 
 	none := w.registry.Ref("small/none:1")
 	w.ctr(w.builder, "image", "convert", "--platform", "linux/"+foreign, ref, none)
 	w.ctr(w.builder, "image", "push", none)
-	o = clip.MountOptions{ArchivePath: w.archive(none, "--platform", "linux/"+foreign), MountPoint: t.TempDir(), CachePath: t.TempDir()}
+	o = clip.MountOptions{ArchivePath: w.archive(none, "--platform", "linux/"+foreign), MountPoint: w.mountPoint(), CachePath: t.TempDir()}
 	_, _, _, err := clip.MountArchive(o)
 	require.ErrorContains(t, err, "no child with platform")
 }

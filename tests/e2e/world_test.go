@@ -15,6 +15,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -159,7 +160,6 @@ func (w *world) run(c *harness.Containerd, snapshotter, ref string, command ...s
 	return result.Stdout
 }
 
-// manifest reads the manifest of an image that a containerd has.
 // pid is the process of a container of the worker's.
 func (w *world) pid(id string) int {
 	w.Helper()
@@ -170,6 +170,7 @@ func (w *world) pid(id string) int {
 	return int(task.Pid())
 }
 
+// manifest reads the manifest of an image that a containerd has.
 func (w *world) manifest(c *harness.Containerd, ref string) ocispec.Manifest {
 	w.Helper()
 	image, err := c.Client().GetImage(w.ctx, ref)
@@ -237,6 +238,49 @@ func (w *world) viewChain(c *harness.Containerd, snapshotter, chainID string) st
 func (w *world) eventually(what string, check func() bool) {
 	w.Helper()
 	require.Eventually(w, check, time.Minute, 50*time.Millisecond, what)
+}
+
+// soon waits for what could wait for good, such as a read of a file system of ours: a minute. f does not end the test.
+func (w *world) soon(what string, f func()) {
+	w.Helper()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		f()
+	}()
+	select {
+	case <-ended:
+	case <-time.After(time.Minute):
+		w.Fatalf("%s: not within a minute; what waits in the kernel:\n%s", what, w.blocked())
+	}
+}
+
+// foundAgain waits for a containerd to reach a daemon that was away. If it tried in between, it dials again only after a
+// while, and all that needs the snapshotter fails until then.
+func (w *world) foundAgain(c *harness.Containerd) {
+	w.Helper()
+	service := c.Client().SnapshotService(lazy)
+	w.eventually("containerd has found the daemon again", func() bool {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(w.ctx), 10*time.Second)
+		defer cancel()
+		seen := false
+		err := service.Walk(ctx, func(context.Context, snapshots.Info) error { seen = true; return nil })
+		if err != nil || seen {
+			return err == nil
+		}
+		// Without snapshots containerd asks nobody.
+		if _, err := service.Prepare(ctx, "e2e-found-again", ""); err != nil {
+			return false
+		}
+		return service.Remove(ctx, "e2e-found-again") == nil
+	})
+}
+
+// runAfterRestart runs images.SmallName on a daemon that was away.
+func (w *world) runAfterRestart(ref string) {
+	w.Helper()
+	w.foundAgain(w.worker)
+	require.Equal(w, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
 }
 
 // removeImage removes an image, and has containerd collect what nobody needs any more.

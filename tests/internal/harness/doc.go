@@ -15,6 +15,9 @@
 // what is left, takes every mount below the directory away, and fails when something cannot be removed. A lab whose
 // owner died without Close is swept when the next lab is made.
 //
+// A test that hangs loses its lab (guard.go): its FUSE connections are aborted and its processes killed, so that what it
+// waits for ends. If all of the test's process hangs, one beside it does that; therefore TestMain calls Main.
+//
 // Servers listen on loopback or on sockets in the lab's directory only.
 //
 // # What this package does not do

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -79,6 +80,7 @@ func TestSweep(t *testing.T) {
 	need.Root(t)
 	lab, err := NewLab(Options{Parent: t.TempDir()})
 	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, lab.Close()) })
 	ready := func(context.Context) error { return nil }
 	_, err = lab.start(t.Context(), "server", ready, "sh", "-c", "env -i sh -c 'trap \"\" TERM; sleep 1000 & wait' & wait")
 	require.NoError(t, err)
@@ -90,27 +92,44 @@ func TestSweep(t *testing.T) {
 	require.NoError(t, err)
 	defer busy.Close()
 
-	require.Contains(t, strings.Join(Leftovers(lab.Dir), "\n"), "sleep 1000")
+	require.Eventually(t, func() bool { return strings.Contains(strings.Join(Leftovers(lab.Dir), "\n"), "sleep 1000") }, 20*time.Second, 10*time.Millisecond)
+	var pids []int
+	require.Eventually(t, func() bool { pids = processesOf(lab.Dir); return len(pids) == 3 }, 20*time.Second, 10*time.Millisecond)
 	require.NoError(t, lab.Close())
+	require.Eventually(t, func() bool { return !slices.ContainsFunc(pids, alive) }, 20*time.Second, 10*time.Millisecond)
 	require.Empty(t, Leftovers(lab.Dir))
 	require.NoDirExists(t, lab.Dir)
 	require.NoError(t, lab.Close())
 }
 
-// TestSweepStale sweeps a lab whose owner died, and leaves one alone whose owner lives.
+// TestSweepStale sweeps labs whose owner died, also if its number is another's now, and leaves those alone whose owner
+// lives.
 func TestSweepStale(t *testing.T) {
-	dead := exec.Command("true")
-	require.NoError(t, dead.Run())
+	dead := exec.Command("sleep", "1000")
+	require.NoError(t, dead.Start())
+	owner := ownerOf(dead.Process.Pid)
+	require.True(t, lives(owner))
+	require.NoError(t, dead.Process.Kill())
+	require.Error(t, dead.Wait())
 	parent := t.TempDir()
-	stale := filepath.Join(parent, labPattern+"1")
-	living := filepath.Join(parent, labPattern+"2")
-	for dir, pid := range map[string]int{stale: dead.Process.Pid, living: os.Getpid()} {
+	lab := func(name, owner string) string {
+		dir := filepath.Join(parent, labPattern+name)
 		require.NoError(t, os.Mkdir(dir, 0o700))
-		require.NoError(t, os.WriteFile(filepath.Join(dir, ownerFile), itoa(pid), 0o600))
+		require.NoError(t, os.WriteFile(filepath.Join(dir, ownerFile), []byte(owner), 0o600))
+		return dir
 	}
-	require.NoError(t, sweepStale(parent))
-	require.NoDirExists(t, stale)
-	require.DirExists(t, living)
+	stale := []string{lab("dead", owner), lab("again", fmt.Sprint(os.Getpid(), " 1"))}
+	living := []string{lab("lives", thisOwner()), lab("init", ownerOf(1)), lab("older", "1"), lab("begins", "")}
+	var said []string
+	require.NoError(t, SweepStale(parent, func(args ...any) { said = append(said, fmt.Sprint(args...)) }))
+	require.Len(t, said, len(stale))
+	for _, dir := range stale {
+		require.NoDirExists(t, dir)
+		require.Contains(t, strings.Join(said, "\n"), dir)
+	}
+	for _, dir := range living {
+		require.DirExists(t, dir)
+	}
 }
 
 // TestServerThatFails says at once what a server that cannot start had to say.

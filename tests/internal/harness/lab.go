@@ -3,11 +3,9 @@ package harness
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"sync"
 	"time"
 )
@@ -46,7 +44,7 @@ func NewLab(o Options) (*Lab, error) {
 	if o.Log == nil {
 		o.Log = func(...any) {}
 	}
-	if err := sweepStale(o.Parent); err != nil {
+	if err := SweepStale(o.Parent, o.Log); err != nil {
 		return nil, err
 	}
 	dir, err := os.MkdirTemp(o.Parent, labPattern)
@@ -54,7 +52,7 @@ func NewLab(o Options) (*Lab, error) {
 		return nil, err
 	}
 	l := &Lab{Dir: dir, opts: o}
-	if err := os.WriteFile(filepath.Join(dir, ownerFile), itoa(os.Getpid()), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, ownerFile), []byte(thisOwner()), 0o600); err != nil {
 		return nil, err
 	}
 	return l, os.Mkdir(l.Path("home"), 0o700)
@@ -97,27 +95,3 @@ func (l *Lab) environ(extra ...string) []string {
 		"CLIPCTL_CACHE_DIR=" + l.Path("clipctl-cache")}
 	return append(env, extra...)
 }
-
-// sweepStale sweeps the labs below parent whose owner is not running any more.
-func sweepStale(parent string) error {
-	labs, err := filepath.Glob(filepath.Join(parent, labPattern+"*"))
-	if err != nil {
-		return err
-	}
-	for _, dir := range labs {
-		text, err := os.ReadFile(filepath.Join(dir, ownerFile))
-		if err != nil {
-			continue // being made, or being removed
-		}
-		pid, err := strconv.Atoi(string(text))
-		if err != nil || alive(pid) {
-			continue
-		}
-		if err := sweep(dir); err != nil {
-			return fmt.Errorf("lab %s of an earlier run: %w", dir, err)
-		}
-	}
-	return nil
-}
-
-func itoa(n int) []byte { return strconv.AppendInt(nil, int64(n), 10) }

@@ -56,7 +56,11 @@ func (l *Lab) launch(name string, namespaces uintptr, program string, args ...st
 		close(p.done)
 	}()
 	l.opts.Log(fmt.Sprintf("started %s (pid %d): %s %s", name, p.Pid(), program, strings.Join(args, " ")))
-	l.onClose(func(context.Context) error { return p.Stop() })
+	l.onClose(func(context.Context) error {
+		err := p.Stop()
+		_ = unix.Kill(-p.Pid(), unix.SIGKILL) // children that it left to init
+		return err
+	})
 	return p, nil
 }
 
@@ -143,10 +147,15 @@ func (p *Process) Stop() error {
 	return fmt.Errorf("%s did not end in ten seconds", p.Name)
 }
 
-// Kill ends the process with SIGKILL and waits for its end.
+// Kill ends the process with SIGKILL and waits for its end: not for ever, since a process that waits for its own file
+// system has none.
 func (p *Process) Kill() {
 	_ = p.cmd.Process.Kill() // it may have ended by itself
-	<-p.done
+	select {
+	case <-p.done:
+	case <-time.After(time.Minute):
+		fmt.Fprintf(os.Stderr, "%s does not end, it was killed a minute ago:\n%s", p.Name, KernelStacks(p.Pid()))
+	}
 }
 
 // Log returns what the process printed so far.

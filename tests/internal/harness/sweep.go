@@ -2,6 +2,7 @@ package harness
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/moby/sys/mountinfo"
@@ -19,6 +21,10 @@ import (
 
 // sweep ends every process of the lab in dir, takes its mounts and loop devices away and removes it.
 func sweep(dir string) error {
+	// A process that waits for a file system of the lab cannot be killed before.
+	if err := abortConnections(dir); err != nil {
+		return err
+	}
 	if err := killAll(dir); err != nil {
 		return err
 	}
@@ -31,6 +37,23 @@ func sweep(dir string) error {
 	}
 	if left := Leftovers(dir); len(left) > 0 {
 		return fmt.Errorf("left behind in %s: %s", dir, strings.Join(left, "; "))
+	}
+	return errors.Join(removeCgroups(dir), removeLab(dir))
+}
+
+// removeLab removes the file that says whose the lab is last: a removal that is cut short goes on at the next sweep.
+func removeLab(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, e := range entries {
+		if e.Name() == ownerFile {
+			continue
+		}
+		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+			return err
+		}
 	}
 	return os.RemoveAll(dir)
 }
@@ -102,34 +125,43 @@ func killAll(dir string) error {
 
 // processesOf finds the processes that carry the lab's mark in their environment, and all their descendants.
 func processesOf(dir string) []int {
-	mark := []byte(labEnv + "=" + dir)
+	var marked []int
+	var mu sync.Mutex // guards marked
+	var all sync.WaitGroup
+	for _, pid := range allProcesses() {
+		all.Go(func() {
+			if slices.Contains(strings.Split(readMemory(pid, "environ"), "\x00"), labEnv+"="+dir) {
+				mu.Lock()
+				defer mu.Unlock()
+				marked = append(marked, pid)
+			}
+		})
+	}
+	all.Wait()
+	return slices.DeleteFunc(withDescendants(marked...), func(pid int) bool { return pid == os.Getpid() })
+}
+
+// withDescendants are those of the processes, and of all that descends from them, that are alive.
+func withDescendants(pids ...int) (living []int) {
 	children := map[int][]int{}
-	var todo []int
 	for _, pid := range allProcesses() {
 		children[parent(pid)] = append(children[parent(pid)], pid)
-		env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
-		if err == nil && slices.ContainsFunc(bytes.Split(env, []byte{0}), func(v []byte) bool { return bytes.Equal(v, mark) }) {
-			todo = append(todo, pid)
-		}
 	}
 	found := map[int]bool{}
-	for len(todo) > 0 {
+	for todo := pids; len(todo) > 0; {
 		pid := todo[0]
 		todo = todo[1:]
-		if found[pid] || pid == os.Getpid() || pid <= 1 { // children of init are anybody's
+		if found[pid] || pid <= 1 { // children of init are anybody's
 			continue
 		}
 		found[pid] = true
 		todo = append(todo, children[pid]...)
-	}
-	var pids []int
-	for pid := range found {
 		if alive(pid) {
-			pids = append(pids, pid)
+			living = append(living, pid)
 		}
 	}
-	slices.Sort(pids)
-	return pids
+	slices.Sort(living)
+	return living
 }
 
 func allProcesses() []int {
@@ -146,14 +178,18 @@ func allProcesses() []int {
 	return pids
 }
 
-// status returns state and parent from /proc/PID/stat. The command's name, which may hold anything, ends at the last
-// parenthesis.
-func status(pid int) (state string, ppid int) {
+// statFields returns /proc/PID/stat from the state on; nothing if there is no such process. The command's name before it,
+// which may hold anything, ends at the last parenthesis.
+func statFields(pid int) []string {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		return "", 0
+		return nil
 	}
-	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+	return strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+}
+
+func status(pid int) (state string, ppid int) {
+	fields := statFields(pid)
 	if len(fields) < 2 {
 		return "", 0
 	}
@@ -172,18 +208,37 @@ func alive(pid int) bool {
 	return state != "" && state != "Z" && state != "X"
 }
 
+// readMemory reads a file in /proc that is in the memory of its process. That waits for as long as a thread of the process
+// waits for a page of it, and a dead file system may owe that page.
+func readMemory(pid int, name string) string {
+	read := make(chan string, 1)
+	go func() {
+		text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, name)) // empty if it has ended
+		read <- string(text)
+	}()
+	select {
+	case text := <-read:
+		return text
+	case <-time.After(memoryWait):
+		return ""
+	}
+}
+
+const memoryWait = 2 * time.Second
+
 func commandLine(pid int) string {
-	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	return strings.TrimSpace(strings.ReplaceAll(string(text), "\x00", " "))
+	return strings.TrimSpace(strings.ReplaceAll(readMemory(pid, "cmdline"), "\x00", " "))
 }
 
 // deleteContainers has runc forget containers whose processes were killed, so that their cgroups go too.
 func deleteContainers(dir string) {
 	states, _ := filepath.Glob(filepath.Join(dir, "*", "runc", "*", "*", "state.json"))
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
 	for _, state := range states {
 		container := filepath.Dir(state)
 		// A failure leaves an empty cgroup and nothing else.
-		_ = exec.Command("runc", "--root", filepath.Dir(container), "delete", "--force", filepath.Base(container)).Run()
+		_ = exec.CommandContext(ctx, "runc", "--root", filepath.Dir(container), "delete", "--force", filepath.Base(container)).Run()
 	}
 	sockets, _ := filepath.Glob(filepath.Join(dir, "*", "state", "io.containerd.runtime.v2.task", "*", "*", "address"))
 	for _, file := range sockets {

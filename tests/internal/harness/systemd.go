@@ -28,12 +28,13 @@ type Systemd struct {
 const Service = "containerd-clip-grpc.service"
 
 // startSystemd makes the node's namespaces what they are to be and becomes systemd. Its arguments are the cgroup that it
-// enters, and the lab's directory. Everything but the lab is hidden from the host before anything is mounted.
+// enters, and the lab's directory. Everything but the lab is hidden from the host before anything is mounted. A mount that
+// the host takes away meanwhile is no error.
 const startSystemd = `set -e
 echo 0 >"$1/cgroup.procs"
 findmnt --noheadings --list --output TARGET | while read -r mount; do
-	[ "$mount" = "$2" ] || mount --make-private "$mount"
-	case $mount in */roots/*/mnt) umount --lazy "$mount" ;; esac # of a daemon of the host
+	[ "$mount" = "$2" ] || mount --make-private "$mount" || ! findmnt --mountpoint "$mount" || exit 1
+	case $mount in */roots/*/mnt) umount --lazy "$mount" || ! findmnt --mountpoint "$mount" || exit 1 ;; esac # of a daemon of the host
 done
 mount -t proc proc /proc
 mount --bind /proc/sys /proc/sys
@@ -73,10 +74,9 @@ func (l *Lab) StartSystemd(ctx context.Context) (*Systemd, error) {
 		return nil, err
 	}
 	s := &Systemd{lab: l}
-	if s.cgroup, err = newCgroup(); err != nil {
+	if s.cgroup, err = newCgroup(l.Dir); err != nil {
 		return nil, err
 	}
-	l.onClose(func(context.Context) error { return removeCgroup(s.cgroup) })
 	s.Process, err = l.launch("systemd", unix.CLONE_NEWNS|unix.CLONE_NEWPID|unix.CLONE_NEWUTS|unix.CLONE_NEWIPC,
 		"/bin/sh", "-c", startSystemd, "sh", s.cgroup, l.Dir)
 	if err != nil {
@@ -106,9 +106,9 @@ func (s *Systemd) Show(ctx context.Context, property string) (string, error) {
 	return strings.TrimSpace(r.Stdout), err
 }
 
-// StartDaemon has systemd start the daemon, with its unit as it is delivered and more settings, in directories as those
-// that the lab's StartDaemon uses. What is done to the process of the result is done to systemd.
-func (s *Systemd) StartDaemon(ctx context.Context, name, config, settings string) (*Daemon, error) {
+// StartDaemon has systemd start the daemon from a program, with its unit as it is delivered and more settings, in
+// directories as those that the lab's StartDaemon uses. What is done to the process of the result is done to systemd.
+func (s *Systemd) StartDaemon(ctx context.Context, name, program, config, settings string) (*Daemon, error) {
 	top, err := Top()
 	if err != nil {
 		return nil, err
@@ -121,8 +121,8 @@ func (s *Systemd) StartDaemon(ctx context.Context, name, config, settings string
 	if err != nil {
 		return nil, err
 	}
-	d.Process = s.Process
-	more := "[Service]\nExecStart=\nExecStart=" + strings.Join(append([]string{s.lab.program(d.Program)}, d.args()...), " ") + "\n"
+	d.Process, d.Program = s.Process, program
+	more := "[Service]\nExecStart=\nExecStart=" + strings.Join(append([]string{program}, d.args()...), " ") + "\n"
 	return d, s.StartService(ctx, Service, string(unit), more+settings)
 }
 
@@ -166,16 +166,37 @@ func shareMount(dir string) error {
 	return nil
 }
 
-// newCgroup makes a cgroup of version 2 next to the root.
-func newCgroup() (string, error) {
-	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2"))
+// newCgroup makes the cgroup of version 2 of a lab, next to the root. The sweep removes it.
+func newCgroup(dir string) (string, error) {
+	cgroups, err := cgroupsOf(dir)
 	if err != nil {
 		return "", err
 	}
-	if len(mounts) == 0 {
+	if len(cgroups) == 0 {
 		return "", errors.New("no cgroup2 is mounted, which systemd needs")
 	}
-	return os.MkdirTemp(mounts[0].Mountpoint, labPattern)
+	return cgroups[0], os.Mkdir(cgroups[0], 0o755)
+}
+
+// cgroupsOf are where a lab's cgroup may be.
+func cgroupsOf(dir string) (cgroups []string, err error) {
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2"))
+	for _, m := range mounts {
+		cgroups = append(cgroups, filepath.Join(m.Mountpoint, filepath.Base(dir)))
+	}
+	return cgroups, err
+}
+
+// removeCgroups removes a lab's cgroup, whose processes are ending.
+func removeCgroups(dir string) error {
+	cgroups, err := cgroupsOf(dir)
+	errs := []error{err}
+	for _, cgroup := range cgroups {
+		if _, err := os.Stat(cgroup); err == nil {
+			errs = append(errs, removeCgroup(cgroup))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // removeCgroup removes a cgroup whose processes are ending.

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/beam-cloud/containerd-clip/internal/testutil/need"
 )
@@ -11,9 +12,15 @@ import (
 // logTail is how much of each server's log a failing test shows.
 const logTail = 3 << 10
 
-// ForTest makes a lab that ends with the test. What it needs and does not find fails the test in CI, and skips it
-// elsewhere.
+// ForTest makes a lab that ends with the test, which may take Limit. The package's TestMain calls Main. What it needs and does not find fails the test in CI,
+// and skips it elsewhere.
 func ForTest(t testing.TB) *Lab {
+	t.Helper()
+	return ForTestWithin(t, Limit)
+}
+
+// ForTestWithin is ForTest with another limit.
+func ForTestWithin(t testing.TB, limit time.Duration) *Lab {
 	t.Helper()
 	o, err := Installed()
 	if err != nil {
@@ -23,6 +30,13 @@ func ForTest(t testing.TB) *Lab {
 	if err != nil {
 		t.Fatal(err)
 	}
+	l.endWith(t, limit, guardGrace)
+	return l
+}
+
+// endWith has a lab closed when a test ends.
+func (l *Lab) endWith(t testing.TB, limit, grace time.Duration) {
+	t.Cleanup(startGuard(t, l, limit, grace)) // it ends last: also closing may hang
 	t.Cleanup(func() {
 		if t.Failed() {
 			l.showLogs(t)
@@ -31,7 +45,6 @@ func ForTest(t testing.TB) *Lab {
 			t.Errorf("cleaning up: %v", err)
 		}
 	})
-	return l
 }
 
 func (l *Lab) showLogs(t testing.TB) {
