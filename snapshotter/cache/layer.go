@@ -64,9 +64,12 @@ type Layer struct {
 // wait is for a span that is not there. It ends when the span has come or the
 // run that was to bring it has ended.
 type wait struct {
-	done  chan struct{}
-	err   error  // valid after done; errAgain if it is worth looking again
-	bytes []byte // valid after done: the span, if it could not be stored
+	done chan struct{}
+
+	// Valid after done.
+	err   error     // errAgain if it is worth looking again
+	began time.Time // when the run began that err is of
+	bytes []byte    // the span, if it could not be stored
 }
 
 // Reading: how long a read waits for its bytes.
@@ -117,7 +120,6 @@ func (l *Layer) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	p = p[:min(int64(len(p)), l.Size()-off)]
 	began, outcome := time.Now(), readHere
 	defer func() { l.store.metrics.reads.WithLabelValues(outcome).Observe(time.Since(began).Seconds()) }()
-	deadline := began.Add(readTimeout)
 	lost := -1
 	for n := 0; n < len(p); {
 		at := inflate.Out(off) + inflate.Out(n)
@@ -133,7 +135,7 @@ func (l *Layer) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 		}
 		if err == nil && c == 0 {
 			outcome = readFetched
-			c, err = l.readComing(ctx, p[n:], at, deadline)
+			c, err = l.readComing(ctx, p[n:], at, began)
 		}
 		if err != nil {
 			outcome = readFailed
@@ -194,8 +196,9 @@ func (l *Layer) lose(span int, err error) {
 }
 
 // readComing waits for the span at off. If it could not be stored, its bytes
-// are copied to p; otherwise they are to be read where they are now.
-func (l *Layer) readComing(ctx context.Context, p []byte, off inflate.Out, deadline time.Time) (int, error) {
+// are copied to p; otherwise they are to be read where they are now. began is
+// when the read began.
+func (l *Layer) readComing(ctx context.Context, p []byte, off inflate.Out, began time.Time) (int, error) {
 	span, last := l.head.SpanAt(off), l.head.SpanAt(off+inflate.Out(len(p))-1)
 	l.prepareIndex()
 	l.mu.Lock()
@@ -219,7 +222,7 @@ func (l *Layer) readComing(ctx context.Context, p []byte, off inflate.Out, deadl
 		l.waits[span] = w
 	}
 	l.mu.Unlock()
-	ctx, cancel := context.WithDeadlineCause(ctx, deadline, errReadTimeout)
+	ctx, cancel := context.WithDeadlineCause(ctx, began.Add(readTimeout), errReadTimeout)
 	defer cancel()
 	l.store.gate.enter(r)
 	defer l.store.gate.leave(r)
@@ -231,10 +234,12 @@ func (l *Layer) readComing(ctx context.Context, p []byte, off inflate.Out, deadl
 	if w.bytes != nil {
 		return copy(p, w.bytes[off-start:]), nil
 	}
-	if w.err != nil && !errors.Is(w.err, errAgain) {
-		return 0, w.err
+	if w.err == nil || errors.Is(w.err, errAgain) || w.began.Before(began) {
+		// A run that had begun before had less time than the read has. What it met
+		// may be over.
+		return 0, nil
 	}
-	return 0, nil
+	return 0, w.err
 }
 
 func (l *Layer) spanRange(span int) (start, end inflate.Out) { return l.head.SpanRange(span) }

@@ -19,6 +19,7 @@ import (
 // run is one fetch under way: it brings the spans [pos, end) in this order.
 type run struct {
 	end    int
+	began  time.Time
 	cancel context.CancelCauseFunc
 	pace   func(ctx context.Context, n int) error // nil unless it is a fill
 
@@ -145,7 +146,7 @@ func (l *Layer) comingLocked(span int, far *run) bool {
 // serves all who come to wait: it outlives the reader that wanted it first.
 func (l *Layer) beginLocked(r *run) context.Context {
 	ctx, cancel := context.WithCancelCause(l.store.life)
-	r.cancel = cancel
+	r.cancel, r.began = cancel, time.Now()
 	l.runs[r] = struct{}{}
 	return ctx
 }
@@ -188,8 +189,9 @@ func (l *Layer) endRun(r *run, err error) {
 	if r.pace != nil {
 		err = errAgain // that a fill failed is no reader's business
 	}
-	for span := range l.waits {
+	for span, w := range l.waits {
 		if r.pos <= span && span < r.end && !l.comingLocked(span, nil) {
+			w.began = r.began
 			l.landLocked(span, nil, err)
 		}
 	}

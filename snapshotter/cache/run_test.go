@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -96,6 +97,35 @@ func TestSilenceEndsARun(t *testing.T) {
 		require.Empty(t, l.waits)
 		l.mu.Unlock()
 		require.NoError(t, s.Close())
+	})
+}
+
+// TestLateReaderTriesAgain has a registry that says no after a while, and yes from then on. Who asked first hears the
+// no; who came later to wait for the same has time left, and asks again.
+func TestLateReaderTriesAgain(t *testing.T) {
+	stream := testTar(t, 20)
+	src := &blobs{blob: gzipped(t, stream)}
+	x, dir := build(t, src.blob), t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		var asked atomic.Int32
+		no := errors.New("no")
+		_, l := open(t, dir, fetcherFunc(func(ctx context.Context, sources []string, d digest.Digest, off, n int64) (io.ReadCloser, error) {
+			if asked.Add(1) == 1 {
+				time.Sleep(20 * time.Second)
+				return nil, no
+			}
+			return src.Open(ctx, sources, d, off, n)
+		}), x)
+		var first error
+		go func() { _, first = l.ReadAt(t.Context(), make([]byte, 10), 0) }()
+		time.Sleep(19 * time.Second)
+		p := make([]byte, 10)
+		_, err := l.ReadAt(t.Context(), p, 0)
+		require.NoError(t, err)
+		require.Equal(t, stream[:10], p)
+		synctest.Wait()
+		require.ErrorIs(t, first, no)
+		require.EqualValues(t, 2, asked.Load())
 	})
 }
 
