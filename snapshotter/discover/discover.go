@@ -314,18 +314,12 @@ func (f *Finder) look(ctx context.Context, early Early, image Image) (a *archive
 // reasons is all of errs in one. What only a newer program can read comes first:
 // the rest is of no interest then, and the end of a long reason may be cut off.
 func reasons(errs []error) error {
-	slices.SortStableFunc(errs, func(a, b error) int {
-		switch newerA, newerB := errors.Is(a, archive.ErrVersion), errors.Is(b, archive.ErrVersion); {
-		case newerA && !newerB:
-			return -1
-		case newerB && !newerA:
-			return 1
+	first := max(0, slices.IndexFunc(errs, func(err error) bool { return errors.Is(err, archive.ErrVersion) }))
+	err := errs[first]
+	for i, e := range errs {
+		if i != first {
+			err = fmt.Errorf("%w; %w", err, e)
 		}
-		return 0
-	})
-	err := errs[0]
-	for _, e := range errs[1:] {
-		err = fmt.Errorf("%w; %w", err, e)
 	}
 	return err
 }

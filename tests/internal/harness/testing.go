@@ -12,8 +12,8 @@ import (
 // logTail is how much of each server's log a failing test shows.
 const logTail = 3 << 10
 
-// ForTest makes a lab that ends with the test, which may take Limit. The package's TestMain calls Main. What it needs and does not find fails the test in CI,
-// and skips it elsewhere.
+// ForTest makes a lab that ends with the test, which may take Limit. The package's TestMain calls Main. What it needs and
+// does not find fails the test in CI, and skips it elsewhere.
 func ForTest(t testing.TB) *Lab {
 	t.Helper()
 	return ForTestWithin(t, Limit)
