@@ -97,6 +97,7 @@ type candidate struct {
 	served bool  // bytes of the read are from it
 	wrong  int   // its answers that were no answers, since it last brought something
 	final  error // it has refused
+	last   error // what it failed with last, when it was asked and ctx had not ended
 
 	transport http.RoundTripper
 }
@@ -245,15 +246,15 @@ func (r *Reader) connect() error {
 		}
 	}
 	for {
-		last, wait := r.round()
+		wait := r.round()
 		if r.body != nil {
 			r.got = 0
 			return nil
 		}
 		if wait < 0 {
-			return r.wrap(r.failures(last))
+			return r.wrap(r.failures())
 		}
-		if err := r.sleep(wait, r.failures(last)); err != nil {
+		if err := r.sleep(wait, r.failures()); err != nil {
 			return err
 		}
 	}
@@ -279,7 +280,7 @@ func (r *Reader) sleep(wait time.Duration, failed error) error {
 	case <-time.After(wait):
 		return nil
 	case <-r.ctx.Done():
-		return r.wrap(fmt.Errorf("%w: %w", context.Cause(r.ctx), failed))
+		return r.wrap(fmt.Errorf("%w: %w: %w", context.Cause(r.ctx), failed, errdefs.ErrUnavailable))
 	}
 }
 
@@ -291,9 +292,9 @@ func (r *Reader) nextPause() time.Duration {
 
 // round asks the candidates that have not refused, best first, until one has
 // the bytes. It returns how long to wait before the next round, -1 if that
-// would be of no use, and what went wrong at whom.
-func (r *Reader) round() (last map[*candidate]error, wait time.Duration) {
-	last = map[*candidate]error{}
+// would be of no use.
+func (r *Reader) round() time.Duration {
+	last := map[*candidate]error{}
 	var broken, whole []*candidate // asked if nobody better may answer
 	hope := false
 	try := func(c *candidate, force, drain bool) bool {
@@ -316,20 +317,20 @@ func (r *Reader) round() (last map[*candidate]error, wait time.Duration) {
 	ranked := r.ranked()
 	for i, c := range ranked {
 		if try(c, false, i == len(ranked)-1) {
-			return nil, 0
+			return 0
 		}
 	}
 	for _, c := range whole {
 		if try(c, true, true) {
-			return nil, 0
+			return 0
 		}
 	}
 	for _, c := range broken {
 		if !hope && try(c, true, true) {
-			return nil, 0
+			return 0
 		}
 	}
-	return last, r.nextWait(last)
+	return r.nextWait(last)
 }
 
 // nextWait is how long to wait after a round in which nobody answered.
@@ -383,6 +384,9 @@ func (r *Reader) try(c *candidate, force, drain bool) error {
 		}
 		return nil
 	}
+	if _, unasked := errors.AsType[*unavailable](err); c.last == nil || !unasked && r.ctx.Err() == nil {
+		c.last = err
+	}
 	switch {
 	case r.partly && errors.Is(err, errWhole):
 		c.final = err
@@ -398,13 +402,11 @@ func (r *Reader) try(c *candidate, force, drain bool) error {
 }
 
 // failures puts the last error of each candidate into one.
-func (r *Reader) failures(last map[*candidate]error) error {
+func (r *Reader) failures() error {
 	var all []error
 	for _, c := range r.candidates {
-		if err := last[c]; err != nil {
-			all = append(all, err)
-		} else if c.final != nil {
-			all = append(all, c.final)
+		if c.last != nil {
+			all = append(all, c.last)
 		}
 	}
 	return joined(all)

@@ -285,6 +285,25 @@ func TestOutage(t *testing.T) {
 	require.Less(t, time.Since(began), giveUp/2, "is not made to wait for what is over")
 }
 
+// TestDeadlineWhileAsking has an error that still says what was wrong.
+func TestDeadlineWhileAsking(t *testing.T) {
+	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
+	var asked atomic.Int32
+	h := start(t, func(w http.ResponseWriter, r *http.Request) {
+		if asked.Add(1) == 1 {
+			w.WriteHeader(http.StatusBadGateway)
+			return
+		}
+		cancel(context.DeadlineExceeded)
+		<-r.Context().Done()
+	})
+	_, err := read(ctx, newClient(t), []string{h.ref()}, 0, 3)
+	require.ErrorIs(t, err, errdefs.ErrUnavailable)
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	require.ErrorContains(t, err, "502")
+}
+
 // TestRetryAfter leaves a host alone as long as it asks for.
 func TestRetryAfter(t *testing.T) {
 	for name, value := range map[string]func() string{
