@@ -80,7 +80,8 @@ type builder struct {
 	opts  Options
 	mem   *Buffers
 	ends  []inflate.In // span ends, from the inflate stage
-	spans [][32]byte   // span digests, from the hash stage
+	spans [][32]byte   // span digests, from the tar stage
+	chain *chain       // of the uncompressed stream, in the tar stage
 }
 
 // Build reads the blob that desc describes and returns its index. Blob digest
@@ -118,11 +119,10 @@ func (b *builder) run(ctx context.Context, blob io.Reader, desc ocispec.Descript
 	var (
 		g, gctx  = errgroup.WithContext(ctx)
 		source   = make(chan *chunk, sourceChunks)
-		toHash   = make(chan *chunk, outChunks)
 		toTar    = make(chan *chunk, outChunks)
 		compress = &chunkReader{ctx: gctx, ch: source}
 	)
-	to := []chan *chunk{toHash, toTar}
+	to := []chan *chunk{toTar}
 	if b.opts.Out != nil {
 		toOut := make(chan *chunk, outChunks)
 		to = append(to, toOut)
@@ -130,9 +130,17 @@ func (b *builder) run(ctx context.Context, blob io.Reader, desc ocispec.Descript
 	}
 	g.Go(func() error { return b.readBlob(gctx, blob, desc, source) })
 	g.Go(func() error { return b.inflate(gctx, compress, to...) })
-	g.Go(func() error { return b.hash(gctx, toHash) })
-	g.Go(func() error { return b.readTar(&chunkReader{ctx: gctx, ch: toTar}) })
-	return g.Wait()
+	b.chain = newChain()
+	g.Go(func() error { return b.readTar(&chunkReader{ctx: gctx, ch: toTar, each: b.hash}) })
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	sum := b.chain.sum()
+	if len(b.spans) > 0 {
+		b.spans[len(b.spans)-1] = sum
+	}
+	b.idx.DiffID = digest.NewDigestFromBytes(digest.SHA256, sum[:])
+	return nil
 }
 
 // A stage closes its output only if it has ended well. Otherwise the next one
@@ -209,6 +217,7 @@ func (b *builder) inflate(ctx context.Context, blob *chunkReader, to ...chan *ch
 			return err
 		}
 	}
+	b.mem.windows.compress(b.idx.Points)
 	if err := blob.drain(); err != nil {
 		return err
 	}
@@ -264,13 +273,12 @@ func (b *builder) addFrame(out inflate.Out, in inflate.In) {
 	}
 }
 
+// addPoint records a seek point; its window follows when some have come together.
 func (b *builder) addPoint(p inflate.Point) error {
-	q := Point{Out: p.Out, In: p.In, Bit: p.Bit, State: p.State}
-	if len(p.Window) > 0 {
-		b.mem.window = b.mem.enc.EncodeAll(p.Window, b.mem.window[:0])
-		q.Window = bytes.Clone(b.mem.window) // which has no room to spare
+	b.idx.Points = append(b.idx.Points, Point{Out: p.Out, In: p.In, Bit: p.Bit, State: p.State})
+	if b.mem.windows.add(p.Window) == windowsAtOnce {
+		b.mem.windows.compress(b.idx.Points)
 	}
-	b.idx.Points = append(b.idx.Points, q)
 	return nil
 }
 
@@ -288,33 +296,18 @@ func (b *builder) copyOut(from *chunkReader) error {
 	}
 }
 
-// hash computes the diff ID and the chaining value after each span.
-func (b *builder) hash(ctx context.Context, from <-chan *chunk) error {
-	c := newChain()
-	for {
-		select {
-		case next, ok := <-from:
-			if !ok {
-				sum := c.sum()
-				if len(b.spans) > 0 {
-					b.spans[len(b.spans)-1] = sum
-				}
-				b.idx.DiffID = digest.NewDigestFromBytes(digest.SHA256, sum[:])
-				return nil
-			}
-			full := len(next.data) == len(next.buf)
-			c.write(next.data)
-			next.release()
-			var value [32]byte // replaced by the sum if this is the last span
-			if full {
-				var err error
-				if value, err = c.value(); err != nil {
-					return err
-				}
-			}
-			b.spans = append(b.spans, value)
-		case <-ctx.Done():
-			return context.Cause(ctx)
+// hash adds a span to the diff ID and records the chaining value behind it. The
+// reader of the tar stream does it: a stage of its own would have to be woken up for
+// every span, which takes more time than to read the headers in it.
+func (b *builder) hash(c *chunk) error {
+	b.chain.write(c.data)
+	var value [32]byte // replaced by the sum if this is the last span
+	if len(c.data) == len(c.buf) {
+		var err error
+		if value, err = b.chain.value(); err != nil {
+			return err
 		}
 	}
+	b.spans = append(b.spans, value)
+	return nil
 }

@@ -14,32 +14,27 @@ import (
 const (
 	sourceChunk  = 256 << 10 // compressed bytes read at a time
 	sourceChunks = 4
-	outChunks    = 6 // spans in flight between inflating, hashing and tar
+	outChunks    = 6 // spans in flight between inflating and hashing
 )
 
 // Buffers is memory that one Build after the other uses. The zero value is
 // ready.
 type Buffers struct {
-	source chan *chunk   // pool of chunks of compressed bytes
-	out    chan *chunk   // pool of chunks of one span
-	window []byte        // compressed
-	enc    *zstd.Encoder // of windows
-	gzip   inflate.Reader
-	dec    *zstd.Decoder // of the layer; nil before the first zstd layer
+	source  chan *chunk // pool of chunks of compressed bytes
+	out     chan *chunk // pool of chunks of one span
+	windows windows
+	gzip    inflate.Reader
+	dec     *zstd.Decoder // of the layer; nil before the first zstd layer
 }
 
 // prepare makes all chunks available. After a Build that failed some are lost.
-func (m *Buffers) prepare(spanSize int) (err error) {
-	if m.enc == nil {
-		m.enc, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false),
-			zstd.WithWindowSize(inflate.WindowSize), zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithLowerEncoderMem(true))
-	}
+func (m *Buffers) prepare(spanSize int) error {
 	if m.dec != nil && m.dec.Reset(nil) != nil { // it lets go of the last layer
 		m.dec = nil
 	}
 	m.source = fullPool(m.source, sourceChunks, sourceChunk)
 	m.out = fullPool(m.out, outChunks, spanSize)
-	return err
+	return m.windows.reset()
 }
 
 // fullPool returns pool if all its chunks are there and of this size, or else
@@ -116,11 +111,12 @@ func send(ctx context.Context, c *chunk, to ...chan *chunk) error {
 // chunkReader reads the chunks of one channel as a stream. It seeks forward,
 // which lets archive/tar skip file contents without copying them.
 type chunkReader struct {
-	ctx context.Context
-	ch  <-chan *chunk
-	cur *chunk
-	off int   // into cur.data
-	pos int64 // in the stream
+	ctx  context.Context
+	ch   <-chan *chunk
+	each func(*chunk) error // is shown every chunk as it comes; may be nil
+	cur  *chunk
+	off  int   // into cur.data
+	pos  int64 // in the stream
 
 	keeping bool
 	head    []byte // what was read since keep, at most maxHead bytes
@@ -161,6 +157,11 @@ func (r *chunkReader) fill() error {
 				return io.EOF
 			}
 			r.cur = c
+			if r.each != nil {
+				if err := r.each(c); err != nil {
+					return err
+				}
+			}
 		case <-r.ctx.Done():
 			return context.Cause(r.ctx)
 		}
