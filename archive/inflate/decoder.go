@@ -7,12 +7,21 @@ import (
 )
 
 const (
-	outSize  = 256 << 10 // bytes of output held, the window included
-	outLimit = outSize - outSlack
+	outSize = 512 << 10 // bytes of output that a Buffer holds, the window included
 
 	// outSlack is how far behind the end of a match its copying may write.
 	outSlack = 32
+
+	// ownLimit is how far a Reader goes in a Buffer of its own: of less memory, more
+	// stays in the processor's cache.
+	ownLimit = outSize/2 - outSlack
 )
+
+// MaxFill is how much output a Buffer has room for behind the window, in bytes.
+const MaxFill = outSize - outSlack - WindowSize
+
+// Buffer is memory that a Reader decodes into. It is not cleared before it is used.
+type Buffer [outSize + wordSlack]byte
 
 // What a stream can have wrong.
 var (
@@ -75,7 +84,7 @@ type decoder struct {
 	litLen  [litLenSize]entry
 	dist    [distSize]entry
 	lengths [maxLitLen + maxDist]uint8 // scratch of readCodes
-	out     [outSize + wordSlack]byte
+	out     *Buffer
 }
 
 // begin starts a stream at the next bit.
@@ -180,12 +189,12 @@ func (d *decoder) markUsed(from, length int) {
 	d.low = min(d.low, at)
 	n := min(length, d.mark-from)
 	for ; n > 8; n -= 8 {
-		binary.LittleEndian.PutUint64(d.used[at&(WindowSize-1):], d.outWord(from))
+		binary.LittleEndian.PutUint64(d.used[at&(WindowSize-1):], d.out.word(from))
 		at += 8
 		from += 8
 	}
 	word := d.used[at&(WindowSize-1):]
-	last := d.outWord(from) & (math.MaxUint64 >> (64 - 8*uint(n)))
+	last := d.out.word(from) & (math.MaxUint64 >> (64 - 8*uint(n)))
 	binary.LittleEndian.PutUint64(word, binary.LittleEndian.Uint64(word)|last)
 }
 
@@ -223,12 +232,18 @@ func (d *decoder) need() In {
 	return In((bit + 7) >> 3)
 }
 
-// slide moves the window to the start of out, to make room behind it.
-func (d *decoder) slide() {
-	by := d.op - WindowSize
-	copy(d.out[:WindowSize], d.out[by:d.op])
-	d.op -= by
+// moveTo goes on in the buffer to, behind the window, which it copies there. It
+// may be the one that the decoder is in.
+func (d *decoder) moveTo(to *Buffer) {
+	by := d.op - WindowSize // negative where the output is shorter
+	if d.op > 0 {
+		copy(to[max(0, -by):WindowSize], d.out[max(0, by):d.op])
+	}
+	d.out = to
+	d.op = WindowSize
 	d.needOp -= by
 	d.base = max(0, d.base-by)
-	d.mark = max(0, d.mark-by)
+	if d.mark > 0 {
+		d.mark = max(0, d.mark-by)
+	}
 }

@@ -23,12 +23,12 @@ func (b *bitReader) word(i int) uint64 {
 	return binary.LittleEndian.Uint64(b.buf[i&(inSize-1):])
 }
 
-func (d *decoder) outWord(i int) uint64 {
-	return binary.LittleEndian.Uint64(d.out[i&(outSize-1):])
+func (b *Buffer) word(i int) uint64 {
+	return binary.LittleEndian.Uint64(b[i&(outSize-1):])
 }
 
-func (d *decoder) setOutWord(i int, v uint64) {
-	binary.LittleEndian.PutUint64(d.out[i&(outSize-1):], v)
+func (b *Buffer) setWord(i int, v uint64) {
+	binary.LittleEndian.PutUint64(b[i&(outSize-1):], v)
 }
 
 // repeats tells how to fill a word with the first bytes of another, by their
@@ -57,7 +57,7 @@ var repeats = [8]struct {
 // bits: a refill makes 56, of which three literals take 33 (a first level
 // lookup, litLenBits, each), two literals and a length 42, and a distance 28.
 func (d *decoder) runFast(limit int) error {
-	in := &d.in
+	in, out := &d.in, d.out
 	bits, n, pos, op := in.bits, in.n, in.pos, d.op
 	lastPos, lastOp := in.end-fastInSlack, limit-fastOutSlack
 	floor := max(d.base, d.mark)
@@ -71,19 +71,19 @@ func (d *decoder) runFast(limit int) error {
 		if e&entryLiteral != 0 {
 			bits >>= e & 63
 			n -= uint(e)
-			d.out[op&(outSize-1)] = byte(e >> entryValue)
+			out[op&(outSize-1)] = byte(e >> entryValue)
 			op++
 			e = d.litLen[bits&(1<<litLenBits-1)]
 			if e&entryLiteral != 0 {
 				bits >>= e & 63
 				n -= uint(e)
-				d.out[op&(outSize-1)] = byte(e >> entryValue)
+				out[op&(outSize-1)] = byte(e >> entryValue)
 				op++
 				e = d.litLen[bits&(1<<litLenBits-1)]
 				if e&entryLiteral != 0 {
 					bits >>= e & 63
 					n -= uint(e)
-					d.out[op&(outSize-1)] = byte(e >> entryValue)
+					out[op&(outSize-1)] = byte(e >> entryValue)
 					op++
 					e = d.litLen[bits&(1<<litLenBits-1)]
 					bits |= in.word(pos) << (n & 63)
@@ -107,7 +107,7 @@ func (d *decoder) runFast(limit int) error {
 			if e&entryLiteral != 0 {
 				bits >>= e & 63
 				n -= uint(e)
-				d.out[op&(outSize-1)] = byte(e >> entryValue)
+				out[op&(outSize-1)] = byte(e >> entryValue)
 				op++
 				e = d.litLen[bits&(1<<litLenBits-1)]
 				bits |= in.word(pos) << (n & 63)
@@ -154,20 +154,20 @@ func (d *decoder) runFast(limit int) error {
 		// matches. What is too much gets overwritten, or lies behind limit.
 		end := op + length
 		if dist >= 8 {
-			d.setOutWord(op, d.outWord(from))
-			d.setOutWord(op+8, d.outWord(from+8))
-			d.setOutWord(op+16, d.outWord(from+16))
+			out.setWord(op, out.word(from))
+			out.setWord(op+8, out.word(from+8))
+			out.setWord(op+16, out.word(from+16))
 			from += 8
 			for op += 24; op < end; op += 16 {
 				from += 16
-				d.setOutWord(op, d.outWord(from))
-				d.setOutWord(op+8, d.outWord(from+8))
+				out.setWord(op, out.word(from))
+				out.setWord(op+8, out.word(from+8))
 			}
 		} else {
 			r := &repeats[dist&7]
-			word := d.outWord(from) & r.mask * r.factor
+			word := out.word(from) & r.mask * r.factor
 			for ; op < end; op += r.advance {
-				d.setOutWord(op, word)
+				out.setWord(op, word)
 			}
 		}
 		op = end

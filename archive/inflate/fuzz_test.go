@@ -5,6 +5,7 @@ import (
 	"compress/gzip"
 	"errors"
 	"io"
+	"reflect"
 	"testing"
 
 	kgzip "github.com/klauspost/compress/gzip"
@@ -155,27 +156,47 @@ func FuzzPoint(f *testing.F) {
 	})
 }
 
-// FuzzReads cuts the output at arbitrary places: the pieces are the whole, and
-// In never goes back.
+// FuzzReads cuts the output at arbitrary places, some of it read and some filled into
+// buffers: the pieces are the whole, with the same seek points, and In never goes back.
 func FuzzReads(f *testing.F) {
 	for seed := range uint64(4) {
 		s := randomStream(seed)
 		f.Add(s.gz, []byte{1, 200, 3})
+		f.Add(s.gz, []byte{255, 255})
 	}
+	var buffers [2]Buffer
 	f.Fuzz(func(t *testing.T, gz, sizes []byte) {
-		z, err := NewReader(bytes.NewReader(gz), Options{})
+		var points []Point
+		opts := Options{Interval: WindowSize, OnPoint: func(p Point) error {
+			p.Window = append([]byte(nil), p.Window...) // nil if it is empty
+			points = append(points, p)
+			return nil
+		}}
+		z, err := NewReader(bytes.NewReader(gz), opts)
 		if err != nil || len(sizes) == 0 {
 			return
 		}
 		want, wantErr := readSome(z)
-		whole := z.In()
-		require.NoError(t, z.Reset(bytes.NewReader(gz), Options{Interval: WindowSize, OnPoint: func(Point) error { return nil }}))
+		whole, wantPoints := z.In(), points
+		points = nil
+		require.NoError(t, z.Reset(bytes.NewReader(gz), opts))
 		var got []byte
 		last := In(0)
 		for i := 0; ; i++ {
-			p := make([]byte, min(1+int(sizes[i%len(sizes)])<<(i%8), maxFuzzOut-len(got)))
-			n, err := z.Read(p)
-			got = append(got, p[:n]...)
+			size := sizes[i%len(sizes)]
+			n := min(1+int(size)<<(i%13), maxFuzzOut-len(got))
+			p := make([]byte, n)
+			if size%2 == 0 {
+				n, err = z.Read(p)
+				p = p[:n]
+			} else {
+				b := &buffers[i%2]
+				for j := range b[:WindowSize] {
+					b[j] = 0xff // what was there must not matter
+				}
+				p, err = z.Fill(b, n)
+			}
+			got = append(got, p...)
 			require.GreaterOrEqual(t, z.In(), last)
 			last = z.In()
 			if err != nil || len(got) == maxFuzzOut {
@@ -187,5 +208,8 @@ func FuzzReads(f *testing.F) {
 		}
 		require.True(t, bytes.Equal(want, got))
 		require.Equal(t, whole, last)
+		if wantErr == nil && len(got) < maxFuzzOut {
+			require.True(t, reflect.DeepEqual(wantPoints, points))
+		}
 	})
 }

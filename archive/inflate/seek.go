@@ -150,8 +150,8 @@ func (d *decoder) reset(r io.Reader, in In) {
 	d.needOp, d.needBit = 0, int64(in)<<3
 }
 
-// resume makes the decoder continue at p, with r at the byte p.In.
-func (d *decoder) resume(r io.Reader, p Point) error {
+// resume makes the decoder continue at p in out, with r at the byte p.In.
+func (d *decoder) resume(r io.Reader, p Point, out *Buffer) error {
 	d.reset(r, p.In)
 	if p.In < 0 || p.In > maxOffset || p.Out < 0 || p.Out > maxOffset || p.Bit > 7 ||
 		len(p.Window) > WindowSize || Out(len(p.Window)) > p.Out || len(p.State) > MaxState {
@@ -171,8 +171,9 @@ func (d *decoder) resume(r io.Reader, p Point) error {
 		return err
 	}
 	from := WindowSize - len(p.Window)
-	clear(d.out[:from])
-	copy(d.out[from:], p.Window)
+	clear(out[:from])
+	copy(out[from:], p.Window)
+	d.out = out
 	d.op, d.needOp, d.needBit = WindowSize, WindowSize, int64(p.In)<<3
 	d.base = max(0, WindowSize-int(min(p.Out, WindowSize)))
 	return nil

@@ -76,12 +76,15 @@ func (o Options) Normalize() (Options, error) {
 // builder is the state of one Build. Each stage writes its own fields of idx;
 // they are read together after all stages have ended.
 type builder struct {
-	idx   *Index
-	opts  Options
-	mem   *Buffers
-	ends  []inflate.In // span ends, from the inflate stage
-	spans [][32]byte   // span digests, from the tar stage
-	chain *chain       // of the uncompressed stream, in the tar stage
+	idx  *Index
+	opts Options
+	mem  *Buffers
+	ends []inflate.In // span ends, from the inflate stage
+
+	// Of the tar stage.
+	spans  [][32]byte  // span digests
+	chain  *chain      // of the uncompressed stream
+	hashed inflate.Out // its length so far
 }
 
 // Build reads the blob that desc describes and returns its index. Blob digest
@@ -100,7 +103,7 @@ func Build(ctx context.Context, blob io.Reader, desc ocispec.Descriptor, opts Op
 	if mem == nil {
 		mem = new(Buffers)
 	}
-	if err := mem.prepare(int(opts.SpanSize)); err != nil {
+	if err := mem.prepare(); err != nil {
 		return nil, err
 	}
 	b := &builder{opts: opts, mem: mem, idx: &Index{
@@ -135,11 +138,7 @@ func (b *builder) run(ctx context.Context, blob io.Reader, desc ocispec.Descript
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	sum := b.chain.sum()
-	if len(b.spans) > 0 {
-		b.spans[len(b.spans)-1] = sum
-	}
-	b.idx.DiffID = digest.NewDigestFromBytes(digest.SHA256, sum[:])
+	b.endHash()
 	return nil
 }
 
@@ -155,12 +154,12 @@ func (b *builder) readBlob(ctx context.Context, blob io.Reader, desc ocispec.Des
 		if err != nil {
 			return err
 		}
-		n, err := io.ReadFull(blob, c.buf)
+		n, err := io.ReadFull(blob, c.in)
 		if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 			return fmt.Errorf("reading blob: %w", err)
 		}
 		if n > 0 {
-			c.data = c.buf[:n]
+			c.data = c.in[:n]
 			verifier.Write(c.data)
 			if size += int64(n); size > desc.Size {
 				return fmt.Errorf("blob is longer than its %d bytes: %w", desc.Size, ErrMismatch)
@@ -190,7 +189,7 @@ func (b *builder) readBlob(ctx context.Context, blob io.Reader, desc ocispec.Des
 
 // inflate decompresses the blob span by span and records seek points.
 func (b *builder) inflate(ctx context.Context, blob *chunkReader, to ...chan *chunk) error {
-	stream, in, err := b.open(bufio.NewReaderSize(blob, 4<<10))
+	fill, in, err := b.open(bufio.NewReaderSize(blob, 4<<10))
 	if err != nil {
 		return err
 	}
@@ -199,23 +198,29 @@ func (b *builder) inflate(ctx context.Context, blob *chunkReader, to ...chan *ch
 		if err != nil {
 			return err
 		}
-		n, err := io.ReadFull(stream, c.buf)
-		if n > 0 {
-			b.idx.OutSize += inflate.Out(n)
-			b.ends = append(b.ends, in())
-			c.data = c.buf[:n]
+		left := b.opts.SpanSize - b.idx.OutSize%b.opts.SpanSize // of the span
+		c.data, err = fill(c.out, int(min(left, inflate.MaxFill)))
+		if len(c.data) > 0 {
+			n := inflate.Out(len(c.data))
+			b.idx.OutSize += n
+			if n == left {
+				b.ends = append(b.ends, in())
+			}
 			if err := send(ctx, c, to...); err != nil {
 				return err
 			}
 		} else {
 			c.putBack()
 		}
-		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) && n > 0 && !errors.Is(err, inflate.ErrCorrupt) {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
 			return err
 		}
+	}
+	if b.idx.OutSize%b.opts.SpanSize > 0 {
+		b.ends = append(b.ends, in())
 	}
 	b.mem.windows.compress(b.idx.Points)
 	if err := blob.drain(); err != nil {
@@ -236,9 +241,23 @@ var (
 	magicZstdSkippable = []byte{0x2a, 0x4d, 0x18}
 )
 
+// filler returns the next n bytes of a stream, in a buffer, or less and then io.EOF.
+type filler func(to *inflate.Buffer, n int) ([]byte, error)
+
+// fillFrom returns the filler of the stream r.
+func fillFrom(r io.Reader) filler {
+	return func(to *inflate.Buffer, n int) ([]byte, error) {
+		n, err := io.ReadFull(r, to[:n])
+		if errors.Is(err, io.ErrUnexpectedEOF) && n > 0 && !errors.Is(err, inflate.ErrCorrupt) {
+			err = io.EOF
+		}
+		return to[:n], err
+	}
+}
+
 // open returns the uncompressed stream of blob and a function that tells how
 // far into the compressed one its reading has come.
-func (b *builder) open(blob *bufio.Reader) (io.Reader, func() inflate.In, error) {
+func (b *builder) open(blob *bufio.Reader) (filler, func() inflate.In, error) {
 	head, err := blob.Peek(4)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, nil, err
@@ -250,7 +269,7 @@ func (b *builder) open(blob *bufio.Reader) (io.Reader, func() inflate.In, error)
 		if err := z.Reset(blob, inflate.Options{Interval: b.opts.PointInterval, At: b.opts.PointsAt, OnPoint: b.addPoint}); err != nil {
 			return nil, nil, err
 		}
-		return z, z.In, nil
+		return z.Fill, z.In, nil
 	case bytes.HasPrefix(head, magicZstd), len(head) == 4 && head[0]&0xf0 == 0x50 && bytes.Equal(head[1:], magicZstdSkippable):
 		b.idx.Compression = Zstd
 		dec, err := b.mem.decoder()
@@ -258,10 +277,10 @@ func (b *builder) open(blob *bufio.Reader) (io.Reader, func() inflate.In, error)
 			return nil, nil, err
 		}
 		z := newZstdStream(blob, dec, b.addFrame)
-		return z, z.in, nil
+		return fillFrom(z), z.in, nil
 	}
 	b.idx.Compression = Uncompressed
-	return blob, func() inflate.In { return inflate.In(b.idx.OutSize) }, nil
+	return fillFrom(blob), func() inflate.In { return inflate.In(b.idx.OutSize) }, nil
 }
 
 // addFrame makes the start of a zstd frame a seek point, unless the last one is
@@ -296,18 +315,27 @@ func (b *builder) copyOut(from *chunkReader) error {
 	}
 }
 
-// hash adds a span to the diff ID and records the chaining value behind it. The
-// reader of the tar stream does it: a stage of its own would have to be woken up for
-// every span, which takes more time than to read the headers in it.
+// hash adds a chunk to the diff ID and records the chaining value behind each span.
+// The reader of the tar stream does it: a stage of its own would have to be woken up
+// for every chunk, which takes more time than to read the headers in it.
 func (b *builder) hash(c *chunk) error {
 	b.chain.write(c.data)
-	var value [32]byte // replaced by the sum if this is the last span
-	if len(c.data) == len(c.buf) {
-		var err error
-		if value, err = b.chain.value(); err != nil {
-			return err
-		}
+	b.hashed += inflate.Out(len(c.data))
+	if b.hashed%b.opts.SpanSize > 0 {
+		return nil
 	}
+	value, err := b.chain.value()
 	b.spans = append(b.spans, value)
-	return nil
+	return err
+}
+
+// endHash takes what is left of the last span, whose value is the sum.
+func (b *builder) endHash() {
+	sum := b.chain.sum()
+	if b.hashed%b.opts.SpanSize > 0 {
+		b.spans = append(b.spans, sum)
+	} else if len(b.spans) > 0 {
+		b.spans[len(b.spans)-1] = sum
+	}
+	b.idx.DiffID = digest.NewDigestFromBytes(digest.SHA256, sum[:])
 }

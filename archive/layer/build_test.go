@@ -72,6 +72,24 @@ func compression(name string) layer.Compression {
 	return layer.Gzip
 }
 
+// TestSpanSizes has spans that are less than what is passed on at a time, as much, and more.
+func TestSpanSizes(t *testing.T) {
+	const size = 1 << 20 // of all data
+	data := testimage.Tar(t, testimage.Reg("a", testimage.Content(7, 500_000)), testimage.Reg("b", testimage.Content(8, 400_000)))
+	data = append(data, make([]byte, size-len(data))...)
+	part := inflate.Out(inflate.MaxFill &^ 63)
+	for name, blob := range blobs(t, data) {
+		for _, span := range []inflate.Out{64 << 10, part - 64, part, part + 64, size / 2, size - 64, size, size + 64, 16 << 20} {
+			t.Run(fmt.Sprintf("%s/%d", name, span), func(t *testing.T) {
+				x, err := build(t, blob, layer.Options{SpanSize: span, PointInterval: span})
+				require.NoError(t, err)
+				require.Len(t, x.Spans, int((size+span-1)/span))
+				check(t, x, blob, data)
+			})
+		}
+	}
+}
+
 // The default options and a source that returns a byte at a time give the same
 // digests.
 func TestBuildDefaults(t *testing.T) {

@@ -14,40 +14,41 @@ import (
 const (
 	sourceChunk  = 256 << 10 // compressed bytes read at a time
 	sourceChunks = 4
-	outChunks    = 6 // spans in flight between inflating and hashing
+	outChunks    = 6 // chunks in flight between inflating and hashing
 )
 
 // Buffers is memory that one Build after the other uses. The zero value is
 // ready.
 type Buffers struct {
 	source  chan *chunk // pool of chunks of compressed bytes
-	out     chan *chunk // pool of chunks of one span
+	out     chan *chunk // pool of chunks of the stream
 	windows windows
 	gzip    inflate.Reader
 	dec     *zstd.Decoder // of the layer; nil before the first zstd layer
 }
 
 // prepare makes all chunks available. After a Build that failed some are lost.
-func (m *Buffers) prepare(spanSize int) error {
+func (m *Buffers) prepare() error {
 	if m.dec != nil && m.dec.Reset(nil) != nil { // it lets go of the last layer
 		m.dec = nil
 	}
-	m.source = fullPool(m.source, sourceChunks, sourceChunk)
-	m.out = fullPool(m.out, outChunks, spanSize)
+	m.source = fullPool(m.source, sourceChunks, func(c *chunk) { c.in = make([]byte, sourceChunk) })
+	m.out = fullPool(m.out, outChunks, func(c *chunk) { c.out = new(inflate.Buffer) })
 	return m.windows.reset()
 }
 
-// fullPool returns pool if all its chunks are there and of this size, or else
-// another one.
-func fullPool(pool chan *chunk, chunks, size int) chan *chunk {
+// fullPool returns pool if all its chunks are there, or else another one.
+func fullPool(pool chan *chunk, chunks int, alloc func(*chunk)) chan *chunk {
 	if len(pool) == chunks {
-		c := <-pool
-		pool <- c
-		if len(c.buf) == size {
-			return pool
-		}
+		return pool
 	}
-	return newPool(chunks, size)
+	pool = make(chan *chunk, chunks)
+	for range chunks {
+		c := &chunk{pool: pool}
+		alloc(c)
+		pool <- c
+	}
+	return pool
 }
 
 // decoder returns the decoder of zstd layers.
@@ -62,18 +63,11 @@ func (m *Buffers) decoder() (*zstd.Decoder, error) {
 // A chunk is a buffer that travels down the pipeline and returns to its pool
 // when its last reader has released it.
 type chunk struct {
-	data []byte // the filled part of the buffer
-	buf  []byte
+	data []byte          // the filled part of the buffer
+	in   []byte          // the buffer, for compressed bytes
+	out  *inflate.Buffer // the buffer, for others
 	refs atomic.Int32
 	pool chan *chunk
-}
-
-func newPool(chunks, size int) chan *chunk {
-	pool := make(chan *chunk, chunks)
-	for range chunks {
-		pool <- &chunk{buf: make([]byte, size), pool: pool}
-	}
-	return pool
 }
 
 func (c *chunk) release() {

@@ -91,7 +91,7 @@ func (x *Index) Decode(r io.Reader, p inflate.Point) (io.ReadCloser, error) {
 	return io.NopCloser(r), nil
 }
 
-// inflaters takes turns: one has half a MiB of tables and window.
+// inflaters takes turns: one has more than half a MiB of tables and window.
 var inflaters = sync.Pool{New: func() any { return new(inflate.Reader) }}
 
 // inflating is a stream whose inflater is used again when it is closed.
