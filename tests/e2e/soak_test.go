@@ -27,7 +27,7 @@ import (
 )
 
 // soakTime is set by `make soak`.
-var soakTime = flag.Duration("soak", 25*time.Second, "how long TestSoak goes on at least")
+var soakTime = flag.Duration("soak", 2*time.Minute, "how long TestSoak goes on at least")
 
 // soakConfigs are what a daemon may be started with. A change of mode is for the roots that are mounted next.
 var soakConfigs = []string{
