@@ -46,11 +46,10 @@ test: deps parts lint unit e2e ## everything: lint, unit tests with -race, end-t
 # Nothing in these starts goroutines: the race detector would only make their tests up to 20 times slower.
 SINGLE = %/archive/inflate %/archive/erofs
 
-# Some packages wait more than they work, so one more runs at the same time than there are processors. The line that
-# make shows has the seed of the random stacks.
+# The line that make shows has the seed of the random stacks.
 unit: deps ## unit tests, with the race detector
 	CI=1 $(GO) test -timeout 15m $(filter $(SINGLE),$(UNIT))
-	CI=1 CLIP_TEST_SEED=$(SEED) $(GO) test -race -p $$(($$(nproc) + 1)) -timeout 15m $(filter-out $(SINGLE),$(UNIT))
+	CI=1 CLIP_TEST_SEED=$(SEED) $(GO) test -race -timeout 15m $(filter-out $(SINGLE),$(UNIT))
 	cd tests/kubernetes && $(GO) test .
 	cd tests/bench && $(GO) test ./peers ./report
 

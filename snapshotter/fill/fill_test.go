@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -24,6 +25,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/beam-cloud/containerd-clip/archive/layer"
@@ -127,7 +129,7 @@ func TestFiller(t *testing.T) {
 func TestWholeBlobsOnly(t *testing.T) {
 	src, x := image(t, 32<<20)
 	var sent atomic.Int64
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		for part := range slices.Chunk(src.blob, 64<<10) {
 			n, err := w.Write(part)
 			sent.Add(int64(n))
@@ -136,6 +138,12 @@ func TestWholeBlobsOnly(t *testing.T) {
 			}
 		}
 	}))
+	// What the kernel takes of answers that nobody reads is counted, too: let it be little.
+	srv.Config.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
+		assert.NoError(t, c.(*net.TCPConn).SetWriteBuffer(64<<10))
+		return ctx
+	}
+	srv.Start()
 	defer srv.Close()
 	s, err := cache.Open(t.Context(), cache.Options{Dir: t.TempDir(), Fetch: remote.New(remote.Options{})})
 	require.NoError(t, err)
@@ -147,7 +155,7 @@ func TestWholeBlobsOnly(t *testing.T) {
 	defer f.Close()
 	f.Add(l)
 	require.Eventually(t, func() bool { return l.Fetched() == l.Size() }, 30*time.Second, 10*time.Millisecond)
-	require.Less(t, sent.Load(), int64(len(src.blob))*3/2)
+	require.Less(t, sent.Load(), int64(len(src.blob))*2, "four would be sent if each worker read on by itself")
 }
 
 func TestNobodyWorks(t *testing.T) {
