@@ -17,8 +17,8 @@ const windowsAtOnce = 16
 type windows struct {
 	enc   *zstd.Encoder
 	raw   []byte // one behind the other
-	sizes []int  // of each in raw
-	zstd  []byte // scratch for the frames
+	sizes []int  // of each
+	frame []byte // scratch
 }
 
 // reset forgets what an earlier Build has left.
@@ -41,21 +41,13 @@ func (w *windows) add(window []byte) int {
 // compress gives the last of points the windows that wait.
 func (w *windows) compress(points []Point) {
 	points = points[len(points)-len(w.sizes):]
-	w.zstd = w.zstd[:0]
 	raw := w.raw
 	for i, size := range w.sizes {
-		before := len(w.zstd)
 		if size > 0 {
-			w.zstd = w.enc.EncodeAll(raw[:size], w.zstd)
+			w.frame = w.enc.EncodeAll(raw[:size], w.frame[:0])
+			points[i].Window = bytes.Clone(w.frame) // which has no room to spare
 		}
-		raw, w.sizes[i] = raw[size:], len(w.zstd)-before
-	}
-	frames := bytes.Clone(w.zstd) // one piece of memory without room to spare
-	for i, size := range w.sizes {
-		if size > 0 {
-			points[i].Window = frames[:size:size]
-		}
-		frames = frames[size:]
+		raw = raw[size:]
 	}
 	w.raw, w.sizes = w.raw[:0], w.sizes[:0]
 }

@@ -96,7 +96,7 @@ type candidate struct {
 	auth   *authorizer
 	served bool  // bytes of the read are from it
 	wrong  int   // its answers that were no answers, since it last brought something
-	final  error // it has refused
+	final  bool  // it has refused
 	last   error // what it failed with last, when it was asked and ctx had not ended
 
 	transport http.RoundTripper
@@ -309,7 +309,7 @@ func (r *Reader) round() time.Duration {
 			whole = append(whole, c)
 		case errors.As(err, &later) && !later.refused && !force:
 			broken = append(broken, c)
-		case c.final == nil:
+		case !c.final:
 			hope = true
 		}
 		return false
@@ -335,14 +335,14 @@ func (r *Reader) round() time.Duration {
 
 // nextWait is how long to wait after a round in which nobody answered.
 func (r *Reader) nextWait(last map[*candidate]error) time.Duration {
-	if !slices.ContainsFunc(r.candidates, func(c *candidate) bool { return c.final == nil }) {
+	if !slices.ContainsFunc(r.candidates, func(c *candidate) bool { return !c.final }) {
 		return -1
 	}
 	wait := r.nextPause()
 	var soonest time.Duration = -1
 	for c, err := range last {
 		var later *unavailable
-		if c.final != nil {
+		if c.final {
 			continue
 		}
 		if !errors.As(err, &later) || !later.refused {
@@ -360,7 +360,7 @@ func (r *Reader) ranked() []*candidate {
 	var all []*candidate
 	rank := map[*candidate]int{}
 	for _, c := range r.candidates {
-		if c.final == nil {
+		if !c.final {
 			rank[c] = r.client.rank(c.place)
 			all = append(all, c)
 		}
@@ -389,14 +389,14 @@ func (r *Reader) try(c *candidate, force, drain bool) error {
 	}
 	switch {
 	case r.partly && errors.Is(err, errWhole):
-		c.final = err
+		c.final = true
 	case errdefs.IsDataLoss(err):
 		if c.wrong++; c.wrong == maxWrong {
-			c.final = err
+			c.final = true
 		}
 		r.client.avoid(c.place)
 	case !errdefs.IsUnavailable(err) && !errdefs.IsResourceExhausted(err) && r.ctx.Err() == nil:
-		c.final = err
+		c.final = true
 	}
 	return err
 }

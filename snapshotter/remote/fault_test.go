@@ -282,7 +282,7 @@ func TestOutage(t *testing.T) {
 	down.Store(false)
 	began = time.Now()
 	require.NoError(t, get(), "the next read")
-	require.Less(t, time.Since(began), giveUp, "is not made to wait for what is over")
+	require.Less(t, time.Since(began), giveUp/2, "is not made to wait for what is over")
 }
 
 // TestDeadlineWhileAsking has an error that still says what was wrong.

@@ -167,7 +167,7 @@ func TestPullBars(t *testing.T) {
 	wg.Wait()
 	p.close()
 	for _, what := range []string{"layer-0", "layer-7", "100.0 b / 100.0 b", "downloading", "complete"} {
-		require.Eventually(t, func() bool { return strings.Contains(written(), what) }, 30*time.Second, 10*time.Millisecond, what)
+		require.Eventually(t, func() bool { return strings.Contains(written(), what) }, 5*time.Second, 10*time.Millisecond, what)
 	}
 }
 
