@@ -112,7 +112,7 @@ fuzz: ## every fuzz target for FUZZTIME (30s)
 demo: deps parts build ## an image indexed, pushed and run lazily, next to a full pull (root)
 	@$(GO) run ./tests/demo
 
-man: ## manual pages in bin/man
+man: ## manual pages below bin/man
 	rm -rf $(BIN)/man
 	CGO_ENABLED=0 $(GO) run $(STATIC) ./cmd/internal/man $(BIN)/man
 
@@ -123,11 +123,10 @@ BASH_COMPLETION := bash-completion/completions/clipctl
 ZSH_COMPLETION  ?= zsh/site-functions/_clipctl
 FISH_COMPLETION := fish/vendor_completions.d/clipctl.fish
 
-# The programs are those in BUILT, which may be for another architecture.
-install-files: man
-	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/man/man8
-	install -m 644 $(BIN)/man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1
-	install -m 644 $(BIN)/man/*.8 $(DESTDIR)$(PREFIX)/share/man/man8
+# The programs are those in BUILT, which may be for another architecture. Nothing is written but below DESTDIR: several
+# may run at once.
+install-files:
+	umask 022 && CGO_ENABLED=0 $(GO) run $(STATIC) ./cmd/internal/man $(DESTDIR)$(PREFIX)/share/man
 	install -d $(dir $(addprefix $(DESTDIR)$(PREFIX)/share/,$(BASH_COMPLETION) $(ZSH_COMPLETION) $(FISH_COMPLETION)))
 	$(BIN)/clipctl completion bash >$(DESTDIR)$(PREFIX)/share/$(BASH_COMPLETION)
 	$(BIN)/clipctl completion zsh >$(DESTDIR)$(PREFIX)/share/$(ZSH_COMPLETION)

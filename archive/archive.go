@@ -30,6 +30,7 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/beam-cloud/containerd-clip/archive/imports"
 	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
@@ -88,6 +89,9 @@ type Archive struct {
 	rawMan   []byte
 	rawConf  []byte
 	diffIDs  []digest.Digest
+
+	blob  digest.Digest // see WindowsIn; empty if the windows are here
+	parts Parts         // of blob
 }
 
 // OpenFile opens the archive at path. The caller closes it.
@@ -201,15 +205,22 @@ func (a *Archive) ChainIDs() []digest.Digest {
 // NotLazy returns why layer i cannot be read lazily, or "".
 func (a *Archive) NotLazy(i int) string { return a.info.NotLazy[a.manifest.Layers[i].Digest] }
 
-// Spans returns the span part of layer i's index: all but its entries.
+// Spans returns layer i's index without its entries and windows in groups.
 func (a *Archive) Spans(i int) (*layer.Index, error) {
-	raw, err := a.s.read(kindSpans, i, maxSection)
+	spans, err := a.s.frame(kindSpans, i, maxSection)
 	if err != nil {
 		return nil, err
 	}
-	x, err := layer.DecodeSpans(raw)
+	points, err := a.s.optional(kindPoints, i, maxSection)
 	if err != nil {
-		return nil, fmt.Errorf("%w: layer %d: %w", ErrCorrupt, i, err)
+		return nil, err
+	}
+	x, err := decodeSpans(spans, points)
+	if err == nil {
+		err = a.s.checkWindows(i, x)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("layer %d: %w", i, err)
 	}
 	want := a.manifest.Layers[i]
 	if x.Digest != want.Digest || int64(x.Size) != want.Size || x.DiffID != a.diffIDs[i] {
@@ -221,6 +232,17 @@ func (a *Archive) Spans(i int) (*layer.Index, error) {
 	return x, nil
 }
 
+// SpansAndWindows is Spans with the windows, if they are here: see WindowsIn.
+func (a *Archive) SpansAndWindows(i int) (*layer.Index, error) {
+	x, err := a.Spans(i)
+	if err != nil || a.blob != "" || len(x.Groups) == 0 {
+		return x, err
+	}
+	windows, err := a.s.frame(kindWindows, i, maxSection)
+	x.Windows = windows.stored
+	return x, err
+}
+
 // Files returns the index of layer i without its spans and seek points, which it
 // does not read unless the archive is an earlier program's. That the size of the
 // stream is the one that the spans are of shows when they are read.
@@ -230,7 +252,7 @@ func (a *Archive) Files(i int) (*layer.Index, error) {
 	if !ok {
 		x, err := a.Layer(i)
 		if err == nil {
-			x.Spans, x.Points = nil, nil
+			x.Spans, x.Points, x.Groups, x.Windows = nil, nil, nil, nil
 		}
 		return x, err
 	}
@@ -248,8 +270,26 @@ func (a *Archive) Entries(i int) ([]byte, error) {
 	return f.stored, err
 }
 
-// Layer returns the whole index of layer i.
+// Layer returns the whole index of layer i; the windows only if they are here.
 func (a *Archive) Layer(i int) (*layer.Index, error) { return a.layer(i, (*layer.Index).DecodeEntries) }
+
+// Imports returns what files of layer i load when they are loaded. Archives of earlier programs
+// do not say.
+func (a *Archive) Imports(i int) (imports.List, error) {
+	list, _, err := a.importsOf(i)
+	return list, err
+}
+
+func (a *Archive) importsOf(i int) (list imports.List, raw []byte, err error) {
+	f, err := a.s.imports(i)
+	if err == nil {
+		list, raw, err = f.list()
+	}
+	if err != nil {
+		return list, nil, fmt.Errorf("layer %d: %w", i, err)
+	}
+	return list, raw, nil
+}
 
 // check decodes the index of layer i and keeps nothing of it.
 func (a *Archive) check(i int) error {
@@ -258,11 +298,15 @@ func (a *Archive) check(i int) error {
 }
 
 func (a *Archive) layer(i int, decode func(*layer.Index, []byte) error) (*layer.Index, error) {
-	x, err := a.Spans(i)
+	x, err := a.SpansAndWindows(i)
 	if err != nil {
 		return nil, err
 	}
-	return x, a.decodeEntries(i, func(raw []byte) error { return decode(x, raw) })
+	if err := a.decodeEntries(i, func(raw []byte) error { return decode(x, raw) }); err != nil {
+		return nil, err
+	}
+	_, x.Imports, err = a.importsOf(i)
+	return x, err
 }
 
 func (a *Archive) decodeEntries(i int, decode func([]byte) error) error {

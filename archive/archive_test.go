@@ -396,7 +396,11 @@ func forge(tb testing.TB, sections []section, alter func([]record)) []byte {
 	require.NoError(tb, err)
 	s := new(sectionWriter)
 	for _, sec := range sections {
-		s.add(sec.kind, sec.layer, compress(enc, sec.raw))
+		f := compress(enc, sec.raw)
+		if sec.kind == kindWindows {
+			f = plain(sec.raw)
+		}
+		s.add(sec.kind, sec.layer, f)
 	}
 	if alter != nil {
 		alter(s.table)

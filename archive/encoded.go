@@ -15,6 +15,9 @@ import (
 type EncodedIndex struct {
 	index          *layer.Index
 	spans, entries frame
+	points         *frame // nil if there are no groups of windows, and so is windows
+	windows        *frame
+	imports        *frame // nil if there are none
 }
 
 // Index returns the index. It must not be altered.
@@ -41,8 +44,20 @@ func (c *IndexEncoder) Encode(x *layer.Index) (_ *EncodedIndex, err error) {
 	e := &EncodedIndex{index: x}
 	c.raw = x.AppendSpans(c.raw[:0])
 	e.spans = compress(c.enc, c.raw)
+	if len(x.Groups) > 0 {
+		if int64(len(x.Windows)) != x.WindowsSize() {
+			return nil, fmt.Errorf("layer %s: the index lacks its windows", x.Digest)
+		}
+		c.raw = x.AppendPoints(c.raw[:0])
+		points, windows := compress(c.enc, c.raw), plain(x.Windows)
+		e.points, e.windows = &points, &windows
+	}
 	c.raw = x.AppendEntries(c.raw[:0])
 	e.entries = compress(c.enc, c.raw)
+	if len(x.Imports) > 0 {
+		f := compress(c.enc, x.Imports)
+		e.imports = &f
+	}
 	return e, nil
 }
 
@@ -50,13 +65,26 @@ func (c *IndexEncoder) Encode(x *layer.Index) (_ *EncodedIndex, err error) {
 // archive.
 func (e *EncodedIndex) Write(w io.Writer) error {
 	s := new(sectionWriter)
-	s.add(kindSpans, 0, e.spans)
-	s.add(kindEntries, 0, e.entries)
+	s.addAll(0, e)
 	pieces, err := s.finish(0)
 	if err != nil {
 		return err
 	}
 	return writeAll(w, pieces)
+}
+
+// addAll adds the sections of one index.
+func (s *sectionWriter) addAll(layer int, e *EncodedIndex) {
+	s.addOptional(kindWindows, layer, e.windows)
+	s.addSpans(layer, e)
+	s.add(kindEntries, layer, e.entries)
+	s.addOptional(kindImports, layer, e.imports)
+}
+
+// addSpans adds the sections that tell where to read.
+func (s *sectionWriter) addSpans(layer int, e *EncodedIndex) {
+	s.add(kindSpans, layer, e.spans)
+	s.addOptional(kindPoints, layer, e.points)
 }
 
 // ReadIndex reads and decodes what EncodedIndex.Write wrote. Errors wrap
@@ -68,25 +96,78 @@ func ReadIndex(r io.ReaderAt, size int64) (*EncodedIndex, error) {
 		return nil, err
 	}
 	e := new(EncodedIndex)
-	if e.spans, err = s.frame(kindSpans, 0, maxSection); err != nil {
+	if err := e.readSpans(s); err != nil {
 		return nil, err
 	}
 	if e.entries, err = s.frame(kindEntries, 0, maxSection); err != nil {
-		return nil, err
-	}
-	spans, err := e.spans.inflate()
-	if err != nil {
 		return nil, err
 	}
 	entries, err := e.entries.inflate()
 	if err != nil {
 		return nil, err
 	}
-	if e.index, err = layer.DecodeSpans(spans); err == nil {
-		err = e.index.DecodeEntries(entries)
+	if err := e.index.DecodeEntries(entries); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
+	}
+	if e.imports, err = s.imports(0); err == nil {
+		_, e.index.Imports, err = e.imports.list()
+	}
+	return e, err
+}
+
+// readSpans reads the sections that tell where to read, and the windows.
+func (e *EncodedIndex) readSpans(s *sections) (err error) {
+	if e.spans, err = s.frame(kindSpans, 0, maxSection); err != nil {
+		return err
+	}
+	if e.points, err = s.optional(kindPoints, 0, maxSection); err != nil {
+		return err
+	}
+	if e.index, err = decodeSpans(e.spans, e.points); err != nil {
+		return err
+	}
+	if err := s.checkWindows(0, e.index); err != nil || e.points == nil {
+		return err
+	}
+	windows, err := s.frame(kindWindows, 0, maxSection)
+	e.windows, e.index.Windows = &windows, windows.stored
+	return err
+}
+
+// decodeSpans decodes the span part of an index, and the points that stand apart from
+// it unless that is nil.
+func decodeSpans(spans frame, points *frame) (*layer.Index, error) {
+	raw, err := spans.inflate()
+	if err != nil {
+		return nil, err
+	}
+	x, err := layer.DecodeSpans(raw)
+	if err == nil && points != nil {
+		if raw, err = points.inflate(); err != nil {
+			return nil, err
+		}
+		err = x.DecodePoints(raw)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
-	return e, nil
+	return x, nil
+}
+
+// checkWindows returns an error if there is no section with as many bytes of windows
+// as x says. It does not read them.
+func (s *sections) checkWindows(layer int, x *layer.Index) error {
+	want := uint64(x.WindowsSize())
+	for _, rec := range s.table {
+		if rec.Kind == kindWindows && rec.Layer == uint32(layer) {
+			if rec.Stored != want || rec.Raw != want {
+				return fmt.Errorf("%w: %d bytes of windows instead of %d", ErrCorrupt, rec.Stored, want)
+			}
+			return nil
+		}
+	}
+	if want > 0 {
+		return fmt.Errorf("%w: its windows are missing", ErrCorrupt)
+	}
+	return nil
 }

@@ -28,7 +28,12 @@ func encoded(tb testing.TB, l Layer) []byte {
 }
 
 func TestEncodedIndexIsTheSameArchive(t *testing.T) {
-	img := newImage(t, testStreams(t)...)
+	testEncodedIndex(t, newImage(t, testStreams(t)...))
+	testEncodedIndex(t, groupedImage(t))
+}
+
+func testEncodedIndex(t *testing.T, img *testImage) {
+	t.Helper()
 	want := write(t, &img.Image)
 	encodeAll(t, &img.Image)
 	require.True(t, bytes.Equal(want, write(t, &img.Image)))

@@ -10,6 +10,8 @@ import (
 	"slices"
 
 	"github.com/klauspost/compress/zstd"
+
+	"github.com/beam-cloud/containerd-clip/archive/imports"
 )
 
 // Errors that Open and the accessors of Archive wrap.
@@ -48,7 +50,7 @@ type record struct {
 	Kind   uint32
 	Layer  uint32 // number of the layer it belongs to; 0 for the others
 	Offset uint64 // in the file
-	Stored uint64 // bytes in the file, a zstd frame
+	Stored uint64 // bytes in the file, a zstd frame but for kindWindows
 	Raw    uint64 // bytes after decompression
 	SHA256 [32]byte
 }
@@ -63,6 +65,9 @@ const (
 	kindSpans    = 4 // span part of a layer index
 	kindEntries  = 5 // entry part of a layer index
 	kindPrefetch = 6 // what a start of the image reads; missing if it was not recorded
+	kindImports  = 7 // what files of a layer load; missing if there are none
+	kindPoints   = 8 // seek points whose windows are in groups; missing if there are none
+	kindWindows  = 9 // the groups of windows, as they are: each is a zstd frame
 )
 
 // Bounds on what an archive may declare, checked before anything is allocated.
@@ -75,7 +80,7 @@ const (
 
 // frame is a section as it is stored.
 type frame struct {
-	stored []byte // a zstd frame
+	stored []byte // a zstd frame, but for kindWindows
 	raw    uint64 // bytes after decompression
 	sha256 [32]byte
 }
@@ -92,6 +97,9 @@ func compress(enc *zstd.Encoder, raw []byte) frame {
 	return frame{stored, uint64(len(raw)), sha256.Sum256(stored)}
 }
 
+// plain is a section that is stored as it is.
+func plain(raw []byte) frame { return frame{raw, uint64(len(raw)), sha256.Sum256(raw)} }
+
 // sectionWriter collects sections and their table, in which offsets count from
 // the first section.
 type sectionWriter struct {
@@ -107,6 +115,12 @@ func (s *sectionWriter) add(kind, layer int, f frame) {
 	})
 	s.off += uint64(len(f.stored))
 	s.stored = append(s.stored, f.stored)
+}
+
+func (s *sectionWriter) addOptional(kind, layer int, f *frame) {
+	if f != nil {
+		s.add(kind, layer, *f)
+	}
 }
 
 // finish returns the sections with their table and footer, in pieces, for a
@@ -218,31 +232,33 @@ func missingFooter(s *sections) error {
 	return fmt.Errorf("%w: its footer is missing", ErrCorrupt)
 }
 
-// start returns where the sections start in the file.
-func (s *sections) start() int64 {
-	start := uint64(s.size)
+// borders returns where in the file the windows, the sections of the spans, and the
+// rest begin. Windows that do not come first are not apart from what they are among,
+// and neither are spans that are not together.
+func (s *sections) borders() (windows, spans, rest int64) {
+	var ends [3]uint64 // of what belongs to each
+	starts := [3]uint64{uint64(s.size), uint64(s.size), uint64(s.size)}
 	for _, rec := range s.table {
-		start = min(start, rec.Offset)
-	}
-	return int64(start)
-}
-
-// rest returns where the sections start that are not spans, if all spans come
-// first, else where the sections start.
-func (s *sections) rest() int64 {
-	var spans uint64 // their end
-	rest := uint64(s.size)
-	for _, rec := range s.table {
-		if rec.Kind == kindSpans {
-			spans = max(spans, rec.Offset+rec.Stored)
-		} else {
-			rest = min(rest, rec.Offset)
+		part := 2
+		switch rec.Kind {
+		case kindWindows:
+			part = 0
+		case kindSpans, kindPoints:
+			part = 1
 		}
+		starts[part] = min(starts[part], rec.Offset)
+		ends[part] = max(ends[part], rec.Offset+rec.Stored)
 	}
-	if spans > rest {
-		return s.start()
+	rest = int64(starts[2])
+	if ends[1] > starts[2] {
+		rest = int64(min(starts[0], starts[1], starts[2]))
+		return rest, rest, rest
 	}
-	return int64(rest)
+	spans = min(int64(starts[1]), rest)
+	if ends[0] > uint64(spans) {
+		spans = min(int64(starts[0]), spans)
+	}
+	return min(int64(starts[0]), spans), spans, rest
 }
 
 // has says whether there is a section of a kind.
@@ -257,6 +273,35 @@ func (s *sections) read(kind, layer int, most uint64) ([]byte, error) {
 		return nil, err
 	}
 	return f.inflate()
+}
+
+// imports returns the section of a layer's imports, or nil if there is none.
+func (s *sections) imports(layer int) (*frame, error) {
+	return s.optional(kindImports, layer, imports.MaxList)
+}
+
+// list decodes a section of imports, and returns it as it was encoded, too. No
+// section is an empty one.
+func (f *frame) list() (list imports.List, raw []byte, err error) {
+	if f == nil {
+		return list, nil, nil
+	}
+	if raw, err = f.inflate(); err == nil {
+		list, err = imports.Open(raw)
+	}
+	if errors.Is(err, imports.ErrFormat) {
+		err = fmt.Errorf("%w: %w", ErrCorrupt, err)
+	}
+	return list, raw, err
+}
+
+// optional is frame for a section that may be missing: then it is nil.
+func (s *sections) optional(kind, layer int, most uint64) (*frame, error) {
+	if !s.has(kind, layer) {
+		return nil, nil
+	}
+	f, err := s.frame(kind, layer, most)
+	return &f, err
 }
 
 // frame returns the section of a kind, checked against its digest.

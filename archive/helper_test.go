@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"runtime"
 	"testing"
 	"time"
@@ -90,6 +91,17 @@ func smallImage(tb testing.TB) *testImage {
 	return newImage(tb,
 		testimage.Tar(tb, testimage.Reg("a", "content"), testimage.Link("b", "a")),
 		testimage.Tar(tb, testimage.Reg("c", "more")))
+}
+
+// groupedImage has a layer with groups of windows and one without.
+func groupedImage(tb testing.TB) *testImage {
+	var files []testimage.File
+	for i := range 17 {
+		files = append(files, testimage.Reg(fmt.Sprint("file", i), testimage.Content(uint64(i), 70_000)))
+	}
+	img := newImage(tb, testimage.Tar(tb, files...), testimage.Tar(tb, testimage.Reg("c", "more")))
+	require.Greater(tb, len(img.Layers[0].Index.Groups), 1)
+	return img
 }
 
 func (img *testImage) setManifest(tb testing.TB, m ocispec.Manifest) {

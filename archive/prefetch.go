@@ -118,7 +118,7 @@ func (a *Archive) Prefetch() (*Prefetch, error) {
 }
 
 // Image returns what the archive was made from, so that it can be written
-// again with another prefetch list.
+// again with another prefetch list. If windows are elsewhere, it cannot.
 func (a *Archive) Image() (*Image, error) {
 	img := &Image{
 		StorageRef: a.info.StorageRef, Platform: a.info.Platform, Descriptor: a.info.Descriptor,

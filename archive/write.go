@@ -141,11 +141,17 @@ func (img *Image) sections(m ocispec.Manifest) (*sectionWriter, error) {
 	if err != nil {
 		return nil, err
 	}
-	// A worker fetches the spans last: everything else can be put to use meanwhile.
+	// A worker fetches the spans last, since everything else can be put to use meanwhile,
+	// and of the windows only what it needs.
 	s := new(sectionWriter)
 	for i, e := range encoded {
 		if e != nil {
-			s.add(kindSpans, i, e.spans)
+			s.addOptional(kindWindows, i, e.windows)
+		}
+	}
+	for i, e := range encoded {
+		if e != nil {
+			s.addSpans(i, e)
 		}
 	}
 	s.add(kindInfo, 0, compress(enc, info))
@@ -154,6 +160,11 @@ func (img *Image) sections(m ocispec.Manifest) (*sectionWriter, error) {
 	for i, e := range encoded {
 		if e != nil {
 			s.add(kindEntries, i, e.entries)
+		}
+	}
+	for i, e := range encoded {
+		if e != nil {
+			s.addOptional(kindImports, i, e.imports)
 		}
 	}
 	if img.Prefetch != nil {

@@ -76,6 +76,7 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, parent string, target dis
 		c := made[len(made)-1].chain
 		id := ids[len(ids)-1]
 		s.fetchList(ctx, id, a, is, target.Image.Ref)
+		s.watchImports(ctx, id, a, is)
 		s.buildAhead(ctx, id, c, is, can.Mode)
 		s.fill(ctx, c)
 	}
@@ -168,9 +169,10 @@ func (s *Snapshotter) addLayers(a *archive.Archive, is *stack, ref string) error
 		ref = a.Info().StorageRef
 	}
 	missing := false
-	for _, x := range is.layers {
+	for i, x := range is.layers {
 		l, err := s.layers.Layer(x.DiffID)
-		missing = missing || err != nil || l.Lacks(x.Digest, ref)
+		place, elsewhere := a.Place(i)
+		missing = missing || err != nil || l.Lacks(x.Digest, ref) || elsewhere && l.LacksPlace(place)
 	}
 	if !missing {
 		return nil
@@ -198,12 +200,13 @@ func (s *Snapshotter) addLayers(a *archive.Archive, is *stack, ref string) error
 }
 
 func encodedLayer(a *archive.Archive, i int) (cache.Encoded, error) {
-	x, err := a.Spans(i)
+	x, err := a.SpansAndWindows(i)
 	if err != nil {
 		return cache.Encoded{}, err
 	}
 	entries, err := a.Entries(i)
-	return cache.Encoded{Index: x, Entries: entries}, err
+	place, _ := a.Place(i)
+	return cache.Encoded{Index: x, Entries: entries, Place: place}, err
 }
 
 // commitLazy records lazy snapshots, each on top of the one before, and returns

@@ -107,6 +107,7 @@ func (s *Snapshotter) mountShared(ctx context.Context, id string, r root.Root, c
 	if wants := s.starts.take(id); len(wants) > 0 {
 		s.filler.Prefetch(wants)
 	}
+	s.imports.mounted(id)
 	return r.Mount(ctx, mode)
 }
 
@@ -120,7 +121,7 @@ func (s *Snapshotter) layerOf(diffID digest.Digest, mode root.Mode) (_ root.Laye
 		return root.Layer{}, false, nil, err
 	}
 	l.Use()
-	stream := s.recorder.Stream(diffID, l)
+	stream := s.imports.stream(diffID, s.recorder.Stream(diffID, l))
 	path, release, err := s.layers.Device(diffID)
 	seen = mode == root.FUSE
 	if errdefs.IsNotFound(err) {
@@ -218,6 +219,7 @@ func (s *Snapshotter) removeRoot(id string) error {
 	}
 	st.mounted = false
 	s.starts.take(id)
+	s.imports.drop(id)
 	for _, diffID := range s.mounted.drop(id) {
 		if l, err := s.layers.Layer(diffID); err == nil {
 			l.Use() // until now

@@ -33,7 +33,8 @@ func (s *Snapshotter) repair(ctx context.Context, c chain) error {
 	for i := range c.Layers {
 		x, err := a.Layer(i)
 		if err == nil {
-			err = s.layers.Mend(x, c.Image)
+			place, _ := a.Place(i)
+			err = s.layers.Mend(x, place, c.Image)
 		}
 		if err != nil {
 			return err

@@ -122,8 +122,9 @@ type Snapshotter struct {
 	refused map[digest.Digest]error       // images whose layers make no root
 	early   map[*archive.Archive]*merging // those that are still coming
 
-	starts starts
-	tidy   *time.Timer // gives memory back
+	starts  starts
+	imports *importWatch
+	tidy    *time.Timer // gives memory back
 
 	background sync.WaitGroup
 	stop       context.CancelFunc // ends what waits for the network there; nil if nothing does
@@ -181,6 +182,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 		return nil, err
 	}
 	s.filler = fill.New(ctx, opts.Fill)
+	s.imports = newImportWatch(s.expectFiles)
 	if s.files == nil {
 		s.files, s.noFiles = layerfs.New(ctx, s.session)
 	}
@@ -249,6 +251,9 @@ func (s *Snapshotter) close() error {
 	}
 	s.background.Wait()
 	s.tidy.Stop()
+	if s.imports != nil {
+		s.imports.close()
+	}
 	if s.filler != nil {
 		s.filler.Close()
 	}
@@ -290,21 +295,6 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 		return err
 	})
 	return out, err
-}
-
-// Walk implements snapshots.Snapshotter.
-func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
-	return s.meta.WithTransaction(ctx, false, func(ctx context.Context) error {
-		called := false
-		err := storage.WalkInfo(ctx, func(ctx context.Context, info snapshots.Info) error {
-			called = true
-			return fn(ctx, info)
-		}, filters...)
-		if errdefs.IsNotFound(err) && !called {
-			return nil // nothing was ever stored
-		}
-		return err
-	})
 }
 
 // Usage implements snapshots.Snapshotter. Of a lazy snapshot it is what its

@@ -28,12 +28,12 @@ import (
 	"github.com/beam-cloud/containerd-clip/snapshotter/root"
 )
 
-func open(t *testing.T, root string) *Snapshotter {
+func open(t testing.TB, root string) *Snapshotter {
 	t.Helper()
 	return openMode(t, root, "")
 }
 
-func openMode(t *testing.T, dir string, mode root.Mode) *Snapshotter {
+func openMode(t testing.TB, dir string, mode root.Mode) *Snapshotter {
 	t.Helper()
 	sn, err := New(t.Context(), Options{Root: dir, Mount: mode})
 	require.NoError(t, err)
@@ -167,17 +167,13 @@ func pullWith(ctx context.Context, t *testing.T, sn *Snapshotter, img *testutil.
 			"containerd.io/snapshot/cri.manifest-digest": img.Descriptor.Digest.String(),
 		}))
 		require.ErrorIs(t, err, errdefs.ErrAlreadyExists)
-		name := ""
-		require.NoError(t, sn.Walk(t.Context(), func(_ context.Context, info snapshots.Info) error {
-			if info.Labels[snapshots.LabelSnapshotRef] == chain.String() && info.Parent == parent {
-				require.Equal(t, snapshots.KindCommitted, info.Kind)
-				require.Equal(t, "true", info.Labels[discover.LabelLazy])
-				name = info.Name
-			}
-			return nil
-		}))
-		require.NotEmpty(t, name)
-		parent = name
+		found := walk(t, sn, chain.String(), parent)
+		require.Len(t, found, 1)
+		require.Equal(t, snapshots.KindCommitted, found[0].Kind)
+		require.Equal(t, "true", found[0].Labels[discover.LabelLazy])
+		require.Equal(t, parent, found[0].Parent)
+		require.Equal(t, chain.String(), found[0].Labels[snapshots.LabelSnapshotRef])
+		parent = found[0].Name
 	}
 	return parent
 }

@@ -172,7 +172,7 @@ func (s *Snapshotter) Save(ctx context.Context, what control.Save) (control.Arch
 		return control.Archive{}, fmt.Errorf("path %q is not absolute: %w", what.Path, errdefs.ErrInvalidArgument)
 	}
 	image := discover.Image{Ref: what.Image.Ref, Manifest: what.Image.Manifest, Link: what.Image.Link}
-	a, upstream, err := s.finder.Look(ctx, image)
+	a, upstream, err := s.finder.LookWhole(ctx, image)
 	release := func() { a.Close() } // it was only read from
 	if upstream != "" {
 		a, release, err = s.finder.Find(ctx, image) // which makes one of what CLIP wrote

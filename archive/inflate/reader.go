@@ -1,6 +1,7 @@
 package inflate
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"hash/crc32"
@@ -116,6 +117,26 @@ func (z *Reader) In() In { return z.d.need() }
 // Out returns the number of uncompressed bytes returned so far, counted from
 // the start of the stream.
 func (z *Reader) Out() Out { return z.out }
+
+// Pause ends z and returns where another reader can go on: at the point p, which is
+// behind what was read if that ended inside a match, whose rest is ahead. p has no
+// Window, since whoever read on has it: the WindowSize bytes before p, ahead
+// included, or all there are. It says no between members and where nothing follows.
+func (z *Reader) Pause() (p Point, ahead []byte, ok bool) {
+	d := &z.d
+	if z.err != nil || d.out == nil || d.place == atEnd {
+		return Point{}, nil, false
+	}
+	z.err = errPaused
+	d.moveTo(z.ownBuffer())
+	start := d.op
+	d.copyMatch(d.op + d.matchLen)
+	ahead = bytes.Clone(d.out[start:d.op])
+	bit := d.in.bitPos()
+	return Point{Out: z.out + Out(len(ahead)), In: In(bit >> 3), Bit: uint8(bit & 7), State: d.state()}, ahead, true
+}
+
+var errPaused = errors.New("the reader was ended by Pause")
 
 // Read fills p with uncompressed bytes. It returns io.EOF after the last
 // member, a *FormatError when the stream is corrupt, and the source's error as

@@ -85,6 +85,8 @@ type builder struct {
 	spans  [][32]byte  // span digests
 	chain  *chain      // of the uncompressed stream
 	hashed inflate.Out // its length so far
+
+	sources sources // of the tar stage, too
 }
 
 // Build reads the blob that desc describes and returns its index. Blob digest
@@ -222,7 +224,7 @@ func (b *builder) inflate(ctx context.Context, blob *chunkReader, to ...chan *ch
 	if b.idx.OutSize%b.opts.SpanSize > 0 {
 		b.ends = append(b.ends, in())
 	}
-	b.mem.windows.compress(b.idx.Points)
+	b.mem.windows.flush(b.idx)
 	if err := blob.drain(); err != nil {
 		return err
 	}
@@ -295,9 +297,7 @@ func (b *builder) addFrame(out inflate.Out, in inflate.In) {
 // addPoint records a seek point; its window follows when some have come together.
 func (b *builder) addPoint(p inflate.Point) error {
 	b.idx.Points = append(b.idx.Points, Point{Out: p.Out, In: p.In, Bit: p.Bit, State: p.State})
-	if b.mem.windows.add(p.Window) == windowsAtOnce {
-		b.mem.windows.compress(b.idx.Points)
-	}
+	b.mem.windows.add(b.idx, p.Window)
 	return nil
 }
 

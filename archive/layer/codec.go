@@ -12,9 +12,10 @@ import (
 	"github.com/beam-cloud/containerd-clip/archive/inflate"
 )
 
-// An index is stored in two parts, because they are needed at different times:
-// the span part whenever bytes are read, the entry part only to build a root.
-// Both are sequences of unsigned and zigzag varints (encoding/binary) and
+// An index is stored in parts, because they are needed at different times: the span
+// part and the points in groups whenever bytes are read, the windows of these where
+// decoding starts, the entry part only to build a root. All but the windows are
+// sequences of unsigned and zigzag varints (encoding/binary) and
 // length-prefixed strings; docs/format.md lists them field by field.
 
 // ErrFormat is wrapped when an encoded index is malformed.
@@ -25,6 +26,7 @@ const (
 	minSpanSize   = 4 << 10
 	maxSpanSize   = 16 << 20
 	maxWindowZstd = inflate.WindowSize + 1<<10 // a window that does not compress, framed
+	maxPoints     = 1 << 21                    // seek points of a layer, of both parts
 )
 
 // About what these take at most in bytes, without what they refer to.
@@ -34,7 +36,8 @@ const (
 	pointSize = 5 + 5 + 1 + 2 + 3
 )
 
-// AppendSpans appends the encoded span part: everything but the entries.
+// AppendSpans appends the encoded span part: everything but the entries, and the seek
+// points whose windows are in groups.
 func (x *Index) AppendSpans(b []byte) []byte {
 	size := headSize + spanSize*len(x.Spans) + pointSize*len(x.Points)
 	for _, p := range x.Points {
@@ -54,6 +57,7 @@ func (x *Index) AppendSpans(b []byte) []byte {
 		b = append(b, s.Digest[:]...)
 		in = s.InEnd
 	}
+	x = x.WithoutGroups()
 	b = binary.AppendUvarint(b, uint64(len(x.Points)))
 	var last Point
 	for _, p := range x.Points {
@@ -176,6 +180,7 @@ func (r *cursor) spans(x *Index) []Span {
 
 func (r *cursor) points(x *Index) []Point {
 	n := r.count(5, "seek points")
+	r.check(n <= maxPoints, "number of seek points")
 	if r.err != nil {
 		return nil
 	}

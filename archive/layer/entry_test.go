@@ -132,6 +132,9 @@ func requireRoundTrip(tb testing.TB, x *layer.Index) {
 	tb.Helper()
 	y, err := layer.DecodeSpans(x.AppendSpans(nil))
 	require.NoError(tb, err)
+	if y.Windows = x.Windows; len(x.Groups) > 0 {
+		require.NoError(tb, y.DecodePoints(x.AppendPoints(nil)))
+	}
 	require.NoError(tb, y.DecodeEntries(x.AppendEntries(nil)))
 	if !reflect.DeepEqual(x, y) {
 		tb.Fatal("the index is not what it was before encoding")

@@ -59,13 +59,20 @@ type Index struct {
 	SpanSize inflate.Out
 	Spans    []Span  // in stream order, covering [0, OutSize)
 	Points   []Point // ascending, the first at Out 0; empty if Uncompressed
+	Groups   []Group // of windows that are not in Points
+	Windows  []byte  // what Groups describes, one frame behind the other; nil if it is elsewhere
 	Entries  []Entry // in tar order, whiteouts included
+
+	// Imports is what files of the layer load when they are loaded, see imports.Open.
+	// It is no more than a hint, and empty if there is none.
+	Imports []byte
 }
 
 // About what one takes in memory, in bytes, without what it refers to.
 const (
 	spanMemory   = 40
-	pointMemory  = 72
+	pointMemory  = 96
+	groupMemory  = 48
 	entryMemory  = 152
 	extentMemory = 24
 	xattrMemory  = 32
@@ -73,7 +80,8 @@ const (
 
 // MemorySize returns about how many bytes the index takes in memory.
 func (x *Index) MemorySize() int {
-	n := spanMemory*len(x.Spans) + pointMemory*len(x.Points) + entryMemory*len(x.Entries)
+	n := spanMemory*len(x.Spans) + pointMemory*len(x.Points) + groupMemory*len(x.Groups) + len(x.Windows) +
+		entryMemory*len(x.Entries) + len(x.Imports)
 	for i := range x.Points {
 		n += len(x.Points[i].State) + len(x.Points[i].Window)
 	}
@@ -95,6 +103,15 @@ type Point struct {
 	Bit    uint8
 	State  []byte
 	Window []byte // zstd frame of at most inflate.WindowSize bytes; empty for an empty window
+
+	// Group is which of the groups has the window, counted from 1, and the others say
+	// where in it; zero if Window is all there is.
+	Group, WindowOff, WindowSize int
+}
+
+// bare returns the point without its window.
+func (p *Point) bare() inflate.Point {
+	return inflate.Point{Out: p.Out, In: p.In, Bit: p.Bit, State: p.State}
 }
 
 // Span is one unit of verification.

@@ -20,14 +20,21 @@ func (x *Index) SpanRange(i int) (start, end inflate.Out) {
 // be in [0, OutSize).
 func (x *Index) SpanAt(off inflate.Out) int { return int(off / x.SpanSize) }
 
-// SeekPoint returns the last seek point at or before off, with its window
-// expanded. For an uncompressed layer that is off itself.
+// SeekPoint returns the last seek point at or before off whose window is at hand,
+// with that expanded. Without Windows it may be one that is some MiB before the last.
+// For an uncompressed layer it is off itself.
 func (x *Index) SeekPoint(off inflate.Out) (inflate.Point, error) {
 	if x.Compression == Uncompressed {
 		return inflate.Point{Out: off, In: inflate.In(off)}, nil
 	}
-	p := x.Points[x.pointAt(off)]
-	q := inflate.Point{Out: p.Out, In: p.In, Bit: p.Bit, State: p.State}
+	i := x.pointAt(off)
+	if group := x.Points[i].Group; group > 0 {
+		if frame := x.frame(group - 1); frame != nil {
+			return x.SeekPointIn(off, frame)
+		}
+	}
+	p := &x.Points[x.near(i)]
+	q := p.bare()
 	if len(p.Window) == 0 {
 		return q, nil
 	}
@@ -89,6 +96,12 @@ func (x *Index) Decode(r io.Reader, p inflate.Point) (io.ReadCloser, error) {
 		return z.IOReadCloser(), nil
 	}
 	return io.NopCloser(r), nil
+}
+
+// Pauser is a stream that Decode returned which another one can go on behind, see
+// inflate.Reader.Pause. Only gzip has it.
+type Pauser interface {
+	Pause() (p inflate.Point, ahead []byte, ok bool)
 }
 
 // inflaters takes turns: one has more than half a MiB of tables and window.

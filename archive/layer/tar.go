@@ -39,6 +39,7 @@ func (b *builder) readTar(r *chunkReader) error {
 		e, stored, err := nextEntry(r)
 		if errors.Is(err, io.EOF) {
 			b.idx.Entries = entries.all()
+			b.idx.Imports = b.sources.encode(b.idx.Entries)
 			return b.endTar(r)
 		}
 		if err != nil {
@@ -53,7 +54,11 @@ func (b *builder) readTar(r *chunkReader) error {
 			}
 			entries.add(&e)
 		}
-		if err := skipContent(r, stored); err != nil {
+		read, err := b.sources.read(r, &e, entries.n-1)
+		if err == nil {
+			err = skipContent(r, stored-read)
+		}
+		if err != nil {
 			return fmt.Errorf("tar stream at offset %d: content of %q: %w", r.pos, e.Name, err)
 		}
 	}

@@ -37,7 +37,7 @@ const DefaultCacheSize = 1 << 30
 // cacheVersion is part of the names of files. It changes when the encoding of
 // an index, its compression or what Build puts into one does: an archive is the
 // same whether its indexes come from the cache or not.
-const cacheVersion = "4"
+const cacheVersion = "6"
 
 // partial is the prefix of files that are being written; staleAfter is when
 // their writer must be dead.

@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/beam-cloud/containerd-clip/archive"
+	"github.com/beam-cloud/containerd-clip/archive/imports"
 	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 	"github.com/beam-cloud/containerd-clip/internal/testutil"
@@ -152,11 +153,22 @@ func TestCacheVersion(t *testing.T) {
 			ModTime: int64(i * i), Size: int64(i * 1000), Off: inflate.Out(i) << 10,
 		})
 	}
+	var sources []imports.Source
+	for i := range 100 {
+		src := fmt.Sprintf("import a%d as b, c.d\ntry:\n    from ..e import (f,\n        g%d)\nexcept E:\n    import h\n", i, i)
+		sources = append(sources, imports.Source{Entry: i, Imports: new(imports.Scanner).Scan([]byte(src))})
+	}
+	x.Imports = imports.Append(nil, sources)
+	for i := range 30 {
+		x.Points = append(x.Points, layer.Point{Out: inflate.Out(i+1) << 20, In: inflate.In(i+1) << 10, Group: i/15 + 1, WindowSize: 100 * (i + 1)})
+	}
+	x.Windows = []byte("two groups")
+	x.Groups = []layer.Group{{Len: 4, Digest: sha256.Sum256(x.Windows[:4])}, {Off: 4, Len: 6, Digest: sha256.Sum256(x.Windows[4:])}}
 	e, err := new(archive.IndexEncoder).Encode(x)
 	require.NoError(t, err)
 	hash := sha256.New()
 	require.NoError(t, e.Write(hash))
-	require.Equal(t, "4 060093549b7b118c1224ddcb054a3f9058ab9566bc3d0fd992608091e8443f90", fmt.Sprintf("%s %x", cacheVersion, hash.Sum(nil)))
+	require.Equal(t, "6 f71aacb6e62fa20aa1a55e28346e36092d10bdf0145445009e680f8bf852bc97", fmt.Sprintf("%s %x", cacheVersion, hash.Sum(nil)))
 }
 
 // TestCacheOfAnotherVersion finds what another program may have left.

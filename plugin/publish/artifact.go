@@ -2,6 +2,7 @@ package publish
 
 import (
 	"encoding/json"
+	"strconv"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -77,10 +78,12 @@ func artifactManifest(subject ocispec.Descriptor, recorded time.Time, blob []byt
 		ArtifactType: archive.ArtifactType,
 		Config:       ocispec.DescriptorEmptyJSON,
 		Layers: []ocispec.Descriptor{{
-			MediaType:   archive.MediaType,
-			Digest:      digest.FromBytes(blob),
-			Size:        int64(len(blob)),
-			Annotations: map[string]string{ocispec.AnnotationTitle: "image.clip", archive.AnnotationParts: string(where)},
+			MediaType: archive.MediaType,
+			Digest:    digest.FromBytes(blob),
+			Size:      int64(len(blob)),
+			Annotations: map[string]string{
+				ocispec.AnnotationTitle: "image.clip", archive.AnnotationParts: string(where), archive.AnnotationRevision: strconv.Itoa(archive.Revision),
+			},
 		}},
 		Subject: &subject,
 	})

@@ -118,6 +118,7 @@ func TestPush(t *testing.T) {
 	require.Equal(t, archive.MediaType, m.Layers[0].MediaType)
 	require.Equal(t, n, m.Layers[0].Size)
 	require.Equal(t, "image.clip", m.Layers[0].Annotations[ocispec.AnnotationTitle])
+	require.Equal(t, "3", m.Layers[0].Annotations[archive.AnnotationRevision])
 	_, config := r.get(t, "/v2/team/app/blobs/"+m.Config.Digest.String())
 	require.Equal(t, "{}", string(config))
 

@@ -31,6 +31,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/beam-cloud/containerd-clip/plugin/index"
 )
@@ -79,6 +80,12 @@ const (
 	settle = time.Second
 	// reconnect is the longest time between two attempts to reach containerd.
 	reconnect = 15 * time.Second
+	// probe is the topic of the watcher's own events, which say nothing, and
+	// probing the time between two of them.
+	probe   = "/containerd-clip/subscribed"
+	probing = 100 * time.Millisecond
+	// probes is how many are sent before the stream counts as broken.
+	probes = 300
 )
 
 // Run watches until ctx ends. It waits for a containerd that is not there yet,
@@ -113,15 +120,23 @@ func (w *Watcher) closeBuckets() {
 
 // session watches over one connection, until that breaks.
 func (w *Watcher) session(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	client, err := containerd.New(w.opts.Address)
 	if err != nil {
 		return err
 	}
 	defer client.Close()
-	stream, errs := client.Subscribe(ctx, w.filters()...) // before List: nothing falls between
-	if err := w.reconcile(ctx, client); err != nil {
+	return w.watch(ctx, client)
+}
+
+// watch follows the events of client until their stream ends.
+func (w *Watcher) watch(ctx context.Context, client *containerd.Client) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, errs := client.Subscribe(ctx, w.filters()...)
+	if err := w.subscribed(ctx, client.EventService(), stream, errs); err != nil {
+		return err
+	}
+	if err := w.reconcile(ctx, client); err != nil { // after the subscription: nothing falls between
 		return err
 	}
 	log.G(ctx).WithField("namespaces", w.opts.Namespaces).Info("watching for images to index")
@@ -137,16 +152,43 @@ func (w *Watcher) session(ctx context.Context) error {
 		case e := <-stream:
 			w.handle(ctx, e)
 		case err := <-errs:
-			if err == nil {
-				err = errors.New("the stream of events ended")
-			}
-			return err
+			return streamEnded(err)
 		}
 	}
 }
 
+// subscribed returns once events come. containerd takes a subscription in some
+// time after Subscribe has returned, and does not say when: events of the
+// watcher's own are sent until one arrives.
+func (w *Watcher) subscribed(ctx context.Context, service events.Publisher, stream <-chan *events.Envelope, errs <-chan error) error {
+	ticker := time.NewTicker(probing)
+	defer ticker.Stop()
+	for range probes {
+		err := service.Publish(namespaces.WithNamespace(ctx, w.opts.Namespaces[0]), probe, &emptypb.Empty{})
+		if err != nil {
+			return fmt.Errorf("sending an event: %w", err)
+		}
+		select {
+		case e := <-stream:
+			w.handle(ctx, e)
+			return nil
+		case err := <-errs:
+			return streamEnded(err)
+		case <-ticker.C:
+		}
+	}
+	return errors.New("no event that was sent has come back")
+}
+
+func streamEnded(err error) error {
+	if err == nil {
+		return errors.New("the stream of events ended")
+	}
+	return err
+}
+
 func (w *Watcher) filters() []string {
-	var all []string
+	all := []string{fmt.Sprintf("topic==%q", probe)}
 	for _, ns := range w.opts.Namespaces {
 		all = append(all, fmt.Sprintf(`namespace==%q,topic~="^/images/(create|update|delete)$"`, ns))
 	}
@@ -185,6 +227,8 @@ func (w *Watcher) handle(ctx context.Context, e *events.Envelope) {
 		name = event.Name
 	case *eventsapi.ImageDelete:
 		w.queue.add(sweeping, time.Now().Add(settle))
+		return
+	default: // a probe
 		return
 	}
 	if w.mayMatch(name) {

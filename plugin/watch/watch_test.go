@@ -12,6 +12,7 @@ import (
 	"time"
 
 	eventsapi "github.com/containerd/containerd/api/events"
+	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/containerd/v2/core/images"
@@ -23,6 +24,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/beam-cloud/containerd-clip/archive"
@@ -319,6 +321,55 @@ func TestSettle(t *testing.T) {
 		require.Equal(t, key{"ns", "app:1"}, k)
 		require.Equal(t, time.Second, time.Since(last))
 		require.Zero(t, w.queue.waiting())
+	})
+}
+
+// late is an event service that takes a subscription in some time after Subscribe, as containerd does when it is busy.
+// What is published before then reaches nobody.
+type late struct {
+	events.Forwarder
+	from   time.Time
+	stream chan *events.Envelope
+	failed chan error
+}
+
+func (l *late) Subscribe(context.Context, ...string) (<-chan *events.Envelope, <-chan error) {
+	l.from = time.Now().Add(500 * time.Millisecond)
+	return l.stream, l.failed
+}
+
+func (l *late) Publish(_ context.Context, topic string, event events.Event) error {
+	if time.Now().Before(l.from) {
+		return nil
+	}
+	e, err := typeurl.MarshalAny(event)
+	l.stream <- &events.Envelope{Namespace: "ns", Topic: topic, Event: e}
+	return err
+}
+
+// lister is an image store that has no images when it is asked for all, and another immediately after.
+type lister struct {
+	images.Store
+	events events.Publisher
+}
+
+func (l lister) List(ctx context.Context, _ ...string) ([]images.Image, error) {
+	return nil, l.events.Publish(ctx, "/images/create", &eventsapi.ImageCreate{Name: "app:1"})
+}
+
+// TestSubscribed misses no image that comes while the watcher begins.
+func TestSubscribed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		service := &late{stream: make(chan *events.Envelope, 10), failed: make(chan error)}
+		client, err := containerd.New("", containerd.WithServices(containerd.WithEventService(service), containerd.WithImageStore(lister{events: service})))
+		require.NoError(t, err)
+		w := &Watcher{opts: Options{Namespaces: []string{"ns"}}, rules: []rule{compiled(t, Rule{})}, queue: newQueue()}
+		ended := make(chan error)
+		go func() { ended <- w.watch(t.Context(), client) }()
+		time.Sleep(900 * time.Millisecond)
+		assert.Equal(t, 1, w.queue.waiting())
+		close(service.failed)
+		require.ErrorContains(t, <-ended, "events ended")
 	})
 }
 

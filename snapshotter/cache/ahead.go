@@ -7,7 +7,7 @@ import "github.com/beam-cloud/containerd-clip/archive/layer"
 // not, since what belongs together was unpacked side by side. It is more than the
 // distance of seek points: less of it takes more requests, more of it brings more
 // that nobody reads.
-const leastRun = 1280 << 10
+const leastRun = 1920 << 10
 
 // Where what runs bring along is not read, they bring nothing along.
 const (
@@ -55,7 +55,7 @@ func (l *Layer) goOnLocked(x *layer.Index, first, end int, far *run) int {
 		return end
 	}
 	for least := first + int(leastRun/l.head.SpanSize); end < l.spans && l.missingLocked(end, far); end++ {
-		if end >= least && l.resumes(x, end) {
+		if end >= least && (l.pauses() || l.resumes(x, end)) {
 			break
 		}
 	}
@@ -63,7 +63,7 @@ func (l *Layer) goOnLocked(x *layer.Index, first, end int, far *run) int {
 }
 
 // resumes says whether another run can go on behind one that ends before the span
-// end, and decodes no more than a part of a span twice.
+// end, and decodes no more than a part of a span twice, even if that has not ended.
 func (l *Layer) resumes(x *layer.Index, end int) bool {
 	last, stop := l.spanRange(end - 1)
 	point, _ := x.DecodeRange(stop)

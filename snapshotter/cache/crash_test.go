@@ -22,6 +22,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
 
@@ -454,7 +455,7 @@ func TestMendedWithOtherSpans(t *testing.T) {
 	_, err = l.ReadAt(t.Context(), make([]byte, 1), 0)
 	require.NoError(t, err)
 	require.NoError(t, os.Truncate(filepath.Join(dir, x.DiffID.Encoded(), spansFile), 100))
-	require.NoError(t, s.Mend(y, "example.com/a:1"))
+	require.NoError(t, s.Mend(y, archive.Place{}, "example.com/a:1"))
 	l.mu.Lock()
 	l.index = nil // as after a while without fetches
 	l.mu.Unlock()
@@ -494,7 +495,7 @@ func TestMendKeepsGoodParts(t *testing.T) {
 		require.NoError(t, err)
 		_, err = s.Entries(x.DiffID)
 		require.ErrorIs(t, err, errdefs.ErrDataLoss, name)
-		require.NoError(t, s.Mend(y, "example.com/a:1"))
+		require.NoError(t, s.Mend(y, archive.Place{}, "example.com/a:1"))
 		again, err := s.Entries(x.DiffID)
 		require.NoError(t, err, name)
 		require.Equal(t, y.Entries, again.Entries)
@@ -524,11 +525,11 @@ func TestAlteredSpans(t *testing.T) {
 		raw := slices.Clone(good)
 		raw[i] ^= 1 << (i % 8)
 		require.NoError(t, at.WriteFile(spansFile, raw, 0o600))
-		_, err := readIndex(at, x.DiffID)
+		_, err := readSpans(at, x.DiffID)
 		require.ErrorIs(t, err, errdefs.ErrDataLoss, "byte %d of %d", i, len(good))
 	}
 	require.NoError(t, at.WriteFile(spansFile, x.AppendSpans(nil), 0o600))
-	old, err := readIndex(at, x.DiffID)
+	old, err := readSpans(at, x.DiffID)
 	require.NoError(t, err)
 	require.Equal(t, x.Spans, old.Spans)
 }

@@ -19,6 +19,8 @@ import (
 // Files of a layer's directory.
 const (
 	spansFile    = "spans"
+	pointsFile   = "points"
+	windowsFile  = "windows"
 	entriesFile  = "entries"
 	sourcesFile  = "sources"
 	dataFile     = "data"
@@ -44,8 +46,8 @@ func writeFile(dir *os.Root, name string, b []byte) (err error) {
 }
 
 // Behind the spans in their file are checksumMagic and the CRC-32C of the spans,
-// little-endian. Where they are not, an earlier version wrote the file; nothing
-// may stand behind spans otherwise.
+// little-endian, and so in the file points. Where they are not, an earlier version wrote
+// the file spans; nothing may stand behind spans otherwise.
 const checksumMagic = "\xffclipcrc"
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)

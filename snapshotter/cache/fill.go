@@ -168,9 +168,7 @@ func (l *Layer) fillLocked(x *layer.Index, want []Spans, n, near int64) *run {
 		}
 		end = next + 1
 	}
-	start, _ := l.spanRange(span)
-	decoded, _ := x.DecodeRange(start)
-	return &run{pos: l.fromSeekPointLocked(decoded, span), end: end}
+	return &run{pos: l.fromSeekPointLocked(l.decodeFromLocked(x, span), span), end: end}
 }
 
 // nearLocked says whether a run that comes to the span at should go on to the
@@ -182,7 +180,5 @@ func (l *Layer) nearLocked(x *layer.Index, at, next int, most int64) bool {
 			return false
 		}
 	}
-	start, _ := l.spanRange(next)
-	decoded, _ := x.DecodeRange(start)
-	return int64(l.inBefore(x, l.head.SpanAt(min(decoded, start)))-l.inBefore(x, at)) <= most
+	return int64(l.inBefore(x, l.head.SpanAt(l.decodeFromLocked(x, next)))-l.inBefore(x, at)) <= most
 }

@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math"
@@ -8,20 +9,24 @@ import (
 	"path/filepath"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
 
 // Mend is Add for a layer whose index on disk may be damaged: the parts that are
-// damaged are written anew. What was fetched stays.
-func (s *Store) Mend(x *layer.Index, source string) error {
+// damaged are written anew. What was fetched stays. place is where the windows are if
+// x lacks them.
+func (s *Store) Mend(x *layer.Index, place archive.Place, source string) error {
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
 	if err != nil {
 		return err
 	}
 	encoded := encode(x, enc)
+	encoded.Place = place
 	s.adding.Lock()
 	err = s.mend(encoded)
 	s.adding.Unlock()
@@ -53,10 +58,10 @@ func (s *Store) mend(x Encoded) error {
 	}
 	// Another archive of the image may have other spans: good ones stay, since what
 	// was fetched is counted in them.
-	here, err := readIndex(dir, x.DiffID)
+	here, err := readSpans(dir, x.DiffID)
 	if err != nil {
 		here = x.Index
-		if err := writeFile(dir, spansFile, appendChecksum(x.AppendSpans(nil))); err != nil {
+		if err := s.mendSpans(dir, x); err != nil {
 			return err
 		}
 	}
@@ -66,8 +71,41 @@ func (s *Store) mend(x Encoded) error {
 	return writeFile(dir, entriesFile, x.Entries)
 }
 
-// readIndex reads the span part of a layer's index.
-func readIndex(dir *os.Root, diffID digest.Digest) (*layer.Index, error) {
+// mendSpans writes anew what tells where to read. The old points go first, since they
+// may be of another index; AddEncoded brings those of x.
+func (s *Store) mendSpans(dir *os.Root, x Encoded) error {
+	if err := removeFile(dir, pointsFile); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	l := s.layers[x.DiffID]
+	s.mu.Unlock()
+	if l != nil {
+		l.mu.Lock()
+		l.located = located{}
+		l.mu.Unlock()
+	}
+	return writeFile(dir, spansFile, appendChecksum(x.AppendSpans(nil)))
+}
+
+// readIndex reads a layer's index without its entries, and where its windows are. Damage
+// of the seek points in groups is no reason not to read: there are others.
+func readIndex(ctx context.Context, dir *os.Root, diffID digest.Digest) (*layer.Index, located, error) {
+	x, err := readSpans(dir, diffID)
+	if err != nil {
+		return nil, located{}, err
+	}
+	at, err := readPoints(dir, x)
+	if errdefs.IsDataLoss(err) {
+		log.G(ctx).WithError(err).WithField("diffID", diffID).
+			Error("a layer's seek points were damaged on disk, and more of it is fetched until an image with it is pulled again; see whether the disk fails")
+		err = nil
+	}
+	return x, at, err
+}
+
+// readSpans reads the span part of a layer's index.
+func readSpans(dir *os.Root, diffID digest.Digest) (*layer.Index, error) {
 	raw, err := dir.ReadFile(spansFile)
 	if os.IsNotExist(err) {
 		err = errors.Join(err, errdefs.ErrDataLoss)
@@ -91,14 +129,15 @@ func readIndex(dir *os.Root, diffID digest.Digest) (*layer.Index, error) {
 // maxEntries is how many bytes the entry part of an index has at most.
 const maxEntries = 1 << 30
 
-// Entries returns the layer's whole index. It is read from disk each time,
-// since it is only needed to build a root.
+// Entries returns the layer's index with its entries, but without the seek points whose
+// windows may not be here. It is read from disk each time, since it is only needed to
+// build a root.
 func (s *Store) Entries(diffID digest.Digest) (*layer.Index, error) {
 	l, err := s.Layer(diffID)
 	if err != nil {
 		return nil, err
 	}
-	x, err := readIndex(l.dir, diffID)
+	x, err := readSpans(l.dir, diffID)
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", diffID, err)
 	}

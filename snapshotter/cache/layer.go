@@ -30,6 +30,8 @@ type Layer struct {
 	spans int
 	data  *os.File
 
+	windows windows
+
 	indexing  sync.Mutex   // serialises reading the index
 	recording sync.Mutex   // serialises changes of the files have and complete, and guards hand
 	hand      int          // the span at which the next sweep for cold ones begins
@@ -37,15 +39,18 @@ type Layer struct {
 
 	mu         sync.Mutex   // guards the fields below
 	index      *layer.Index // without entries; nil while nothing is fetched
+	reduced    time.Time    // when seek points were taken out of index; zero if none were
 	indexUsed  time.Time
 	sources    []string
-	have       bitmap // spans that data holds
-	recorded   bitmap // those that the file have says are there
-	unproven   bitmap // those that an earlier process fetched and nobody checked since; nil if none
-	touched    bitmap // those that were read since the last sweep
-	expected   bitmap // those that readers were said to ask for; nil if none
+	located    located // zero if no windows are in groups
+	have       bitmap  // spans that data holds
+	recorded   bitmap  // those that the file have says are there
+	unproven   bitmap  // those that an earlier process fetched and nobody checked since; nil if none
+	touched    bitmap  // those that were read since the last sweep
+	expected   bitmap  // those that readers were said to ask for; nil if none
 	runs       map[*run]struct{}
 	waits      map[int]*wait // by span
+	paused     map[int]pause // by the span that comes next
 	streams    streams
 	guesses    guesses
 	counted    int64     // bytes of disk of data, as counted in Store.used
@@ -86,7 +91,7 @@ func newLayer(s *Store, dir *os.Root, x *layer.Index) *Layer {
 		have: newBitmap(len(x.Spans)), recorded: newBitmap(len(x.Spans)), touched: newBitmap(len(x.Spans)),
 		runs: map[*run]struct{}{}, waits: map[int]*wait{},
 	}
-	l.head.Spans, l.head.Points = nil, nil
+	l.head.Spans, l.head.Points, l.head.Groups = nil, nil, nil
 	return l
 }
 
@@ -254,7 +259,7 @@ func (l *Layer) Fetched() int64 {
 
 // Usage returns how many bytes of disk the layer takes, in how many files.
 func (l *Layer) Usage() (size, inodes int64) {
-	for _, name := range []string{".", spansFile, entriesFile, sourcesFile, dataFile, haveFile, completeFile} {
+	for _, name := range []string{".", spansFile, pointsFile, windowsFile, entriesFile, sourcesFile, dataFile, haveFile, completeFile} {
 		if info, err := l.dir.Stat(name); err == nil {
 			size += blocks(info)
 			inodes++
@@ -301,6 +306,7 @@ func (l *Layer) prepareIndex() {
 	l.indexing.Lock()
 	defer l.indexing.Unlock()
 	l.mu.Lock()
+	l.forgetReducedLocked()
 	need := l.index == nil && !l.ended
 	l.mu.Unlock()
 	if !need {
@@ -312,19 +318,27 @@ func (l *Layer) prepareIndex() {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.index, l.indexUsed = x, time.Now()
+	l.index, l.indexUsed, l.reduced = x, time.Now(), time.Time{}
 }
 
-// readIndex returns the span part of the layer's index.
+// forgetReducedLocked has all seek points be tried again after a while. The caller holds
+// l.mu.
+func (l *Layer) forgetReducedLocked() {
+	if !l.reduced.IsZero() && time.Since(l.reduced) > windowsPause {
+		l.index, l.reduced = nil, time.Time{}
+	}
+}
+
+// readIndex returns the layer's index without its entries.
 func (l *Layer) readIndex() (*layer.Index, error) {
-	x, err := readIndex(l.dir, l.head.DiffID)
+	x, _, err := readIndex(l.store.life, l.dir, l.head.DiffID)
 	if err == nil && (x.Digest != l.head.Digest || x.SpanSize != l.head.SpanSize || len(x.Spans) != l.spans) {
 		err = errOtherIndex
 	}
 	return x, err
 }
 
-// indexLocked returns the span part of the layer's index, which is kept in
+// indexLocked returns the layer's index without its entries, which is kept in
 // memory only while it is needed. The caller holds l.mu, and has called
 // prepareIndex.
 func (l *Layer) indexLocked() (*layer.Index, error) {
@@ -337,7 +351,7 @@ func (l *Layer) indexLocked() (*layer.Index, error) {
 		if err != nil {
 			return nil, err
 		}
-		l.index = x
+		l.index, l.reduced = x, time.Time{}
 	}
 	return l.index, nil
 }

@@ -10,6 +10,7 @@ const (
 	forReadAhead = "readahead" // a reader that goes forward is expected to ask for it
 	forPrefetch  = "prefetch"  // a recorded start read it
 	forFill      = "fill"      // the layer is being completed
+	forWindows   = "windows"   // decoding starts in the middle of a layer for one of the others
 )
 
 // How a read of a layer ended.
@@ -24,6 +25,7 @@ const (
 	wrongSpan   = "span"
 	wrongStream = "stream" // it could not be decoded
 	wrongLayer  = "layer"  // though every span did
+	wrongWindow = "window"
 )
 
 // metrics count what a store does.
@@ -64,7 +66,7 @@ func newMetrics(s *Store) metrics {
 	for _, outcome := range []string{readHere, readFetched, readFailed} {
 		m.reads.WithLabelValues(outcome)
 	}
-	for _, what := range []string{wrongSpan, wrongStream, wrongLayer} {
+	for _, what := range []string{wrongSpan, wrongStream, wrongLayer, wrongWindow} {
 		m.wrong.WithLabelValues(what)
 	}
 	m.all = []prometheus.Collector{

@@ -27,6 +27,8 @@ type run struct {
 	whole    bool // guarded by Layer.mu: the whole blob is sent for it
 	asked    int  // the span before which everything is what a reader asked for
 
+	bytes int64 // compressed, that the last request was for
+
 	pos     int // guarded by Layer.mu, as end is: the next span
 	readers int // guarded by gate.mu: how many wait for it
 }
@@ -61,9 +63,8 @@ func (l *Layer) runForLocked(span, end int) (*run, error) {
 	if err != nil {
 		return nil, err
 	}
-	start, _ := l.spanRange(span)
-	decoded, _ := x.DecodeRange(start)
-	own := x.Spans[span].InEnd - l.inBefore(x, l.head.SpanAt(min(decoded, start)))
+	decoded := l.decodeFromLocked(x, span)
+	own := x.Spans[span].InEnd - l.inBefore(x, l.head.SpanAt(decoded))
 	var best *run
 	for r := range l.runs {
 		if r.pos <= span && span < r.end && (best == nil || r.pos > best.pos) {
@@ -76,7 +77,7 @@ func (l *Layer) runForLocked(span, end int) (*run, error) {
 	r := &run{pos: span, end: l.toSeekPointLocked(x, span, end, best), asked: end}
 	r.expected = l.expected != nil && l.expected.get(span)
 	if !r.expected {
-		r.end = l.goOnLocked(x, l.head.SpanAt(min(decoded, start)), r.end, best)
+		r.end = l.goOnLocked(x, l.head.SpanAt(decoded), r.end, best)
 	}
 	if ahead := l.streams.ahead(span, r.end); ahead > 0 {
 		r.end = l.toSeekPointLocked(x, span, r.end+ahead, best)
@@ -110,13 +111,16 @@ func (l *Layer) inBefore(x *layer.Index, span int) inflate.In {
 }
 
 // toSeekPointLocked returns where a run from span should end that brings all
-// below end. Decoding starts at seek points only: what lies between its end
+// below end. Where decoding starts at seek points only, what lies between its end
 // and the next one would have to be fetched again by whoever reads on. A run
 // ends before the first span that is not missing. The caller holds l.mu.
 func (l *Layer) toSeekPointLocked(x *layer.Index, span, end int, far *run) int {
 	last := span + 1
 	for last < min(end, l.spans) && l.missingLocked(last, far) {
 		last++
+	}
+	if l.pauses() {
+		return last
 	}
 	_, stop := l.spanRange(last - 1)
 	_, next := x.DecodeRange(stop - 1)
@@ -159,7 +163,11 @@ func (l *Layer) bring(ctx context.Context, x *layer.Index, r *run) (err error) {
 	for failures := 0; ; {
 		from, reason, began := r.pos, r.reason(), time.Now()
 		err := l.fetch(ctx, x, r, idle)
-		l.note(x, r, from, Fetch{Reason: reason, Began: began, Took: time.Since(began), Err: err})
+		if gone := (*noWindow)(nil); errors.As(err, &gone) && ctx.Err() == nil {
+			x = l.withoutGroup(x, r, gone.group)
+			continue
+		}
+		l.note(r, from, Fetch{Reason: reason, Began: began, Took: time.Since(began), Err: err})
 		l.store.metrics.requests.WithLabelValues(reason, outcome(err)).Inc()
 		if err == nil || errors.Is(err, ErrFull) {
 			l.succeeded(began)
@@ -216,15 +224,15 @@ func (e openError) Unwrap() error { return e.error }
 // fetch sends one request for what r has still to bring, and verifies and
 // stores what comes.
 func (l *Layer) fetch(ctx context.Context, x *layer.Index, r *run, idle *idleTimer) error {
-	start, _ := l.spanRange(r.pos)
-	p, err := x.SeekPoint(start)
+	at, err := l.begin(ctx, x, r)
 	if err != nil {
 		return err
 	}
 	l.mu.Lock()
 	sources := slices.Clone(l.sources)
 	l.mu.Unlock()
-	rc, err := l.store.fetch.Open(ctx, sources, x.Digest, int64(p.In), int64(x.Spans[r.end-1].InEnd-p.In))
+	r.bytes = int64(x.Spans[r.end-1].InEnd - at.point.In)
+	rc, err := l.store.fetch.Open(ctx, sources, x.Digest, int64(at.point.In), r.bytes)
 	if err != nil {
 		return openError{err}
 	}
@@ -237,35 +245,55 @@ func (l *Layer) fetch(ctx context.Context, x *layer.Index, r *run, idle *idleTim
 		return nil // another run brings it
 	} else if !l.fits(r) {
 		return ErrFull
-	} else if start, p, err = l.skipTo(x, r, blob); err != nil {
+	} else if at, err = l.skipTo(x, r, blob); err != nil {
+		return err
+	} else {
+		r.bytes = int64(x.Spans[r.end-1].InEnd)
+	}
+	if err := at.wait(ctx); err != nil {
 		return err
 	}
-	stream, err := x.Decode(blob, p)
+	blob.resumed = at.pause > 0
+	from := r.pos
+	err = l.decode(x, r, blob, at)
+	if err != nil && at.pause > 0 && r.pos == from {
+		l.forgetPause(at.pause)
+	}
+	return err
+}
+
+// decode verifies and stores what comes of r in blob, which is decoded from at on.
+func (l *Layer) decode(x *layer.Index, r *run, blob *body, at beginning) error {
+	decoded, err := x.Decode(blob, at.point)
 	if err != nil {
 		blob.blame(wrongStream)
 		return err
 	}
-	defer stream.Close()
-	if _, err := io.CopyN(io.Discard, stream, int64(start-p.Out)); err != nil {
+	defer decoded.Close()
+	start, _ := l.spanRange(r.pos)
+	stream, err := at.stream(decoded, start)
+	if err != nil {
 		blob.blame(wrongStream)
 		return err
 	}
-	return l.take(x, r, stream, blob)
+	if err := l.take(x, r, stream, blob); err != nil {
+		return err
+	}
+	l.pause(r.pos, decoded)
+	return nil
 }
 
 // note remembers a request of r that began at the span from.
-func (l *Layer) note(x *layer.Index, r *run, from int, f Fetch) {
+func (l *Layer) note(r *run, from int, f Fetch) {
 	if r.whole {
 		from = 0
 	}
 	start, _ := l.spanRange(from)
-	f.DiffID, f.Off = l.head.DiffID, int64(start)
+	f.DiffID, f.Off, f.Bytes = l.head.DiffID, int64(start), r.bytes
 	if r.pos > from {
 		_, end := l.spanRange(r.pos - 1)
 		f.Len = int64(end - start)
 	}
-	decoded, _ := x.DecodeRange(start)
-	f.Bytes = int64(x.Spans[r.end-1].InEnd - l.inBefore(x, l.head.SpanAt(min(decoded, start))))
 	l.mu.Lock()
 	f.Host = l.host
 	l.mu.Unlock()
@@ -319,6 +347,9 @@ var spanBuffers = sync.Pool{New: func() any { return new([]byte) }}
 // blame tells whoever opened b that what it delivered is wrong, so that the
 // next try asks another source. Errors of its own it knows to tell apart.
 func (b *body) blame(what string) {
+	if b.resumed {
+		return
+	}
 	if b.failed == nil || what != wrongStream {
 		b.store.metrics.wrong.WithLabelValues(what).Inc()
 	}
@@ -336,6 +367,8 @@ type body struct {
 	store  *Store
 	idle   *idleTimer
 	failed error // of r, or of what holds it back
+
+	resumed bool // that what it delivers is wrong may be for want of the right window
 }
 
 // bodyChunk is how much of a fill is read before it is looked again whether

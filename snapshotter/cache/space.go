@@ -116,6 +116,7 @@ func (l *Layer) writeData(span int, b []byte) error {
 		return os.ErrClosed // what it takes is not counted any more
 	}
 	l.have.set(span)
+	delete(l.paused, span)
 	if l.unproven != nil {
 		l.unproven.clear(span)
 	}

@@ -3,6 +3,8 @@
 // There is one directory per diff ID, shared by all images and namespaces:
 //
 //	<dir>/<hex of diff ID>/spans     the span part of the layer's index, and a checksum
+//	                       points    seek points whose windows are in groups, and where to fetch these
+//	                       windows   the groups that were fetched, sparse
 //	                       entries   the entry part, zstd'ed
 //	                       sources   repositories that hold the blob, JSON
 //	                       data      the uncompressed stream, sparse
@@ -62,6 +64,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/beam-cloud/containerd-clip/archive"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
 
@@ -214,13 +217,14 @@ func (s *Store) loaded() []*Layer {
 
 // Encoded is a layer's index of which the entries are encoded.
 type Encoded struct {
-	*layer.Index        // without entries
-	Entries      []byte // the encoded entry part, as a zstd frame
+	*layer.Index               // without entries
+	Entries      []byte        // the encoded entry part, as a zstd frame
+	Place        archive.Place // where the windows are if the index lacks them; zero if that is not known
 }
 
 // encode encodes the entries of x.
 func encode(x *layer.Index, enc *zstd.Encoder) Encoded {
-	return Encoded{x, enc.EncodeAll(x.AppendEntries(nil), nil)}
+	return Encoded{Index: x, Entries: enc.EncodeAll(x.AppendEntries(nil), nil)}
 }
 
 // Add makes sure that the layers are in the store and that source is among
@@ -259,7 +263,7 @@ func (s *Store) AddEncoded(source string, layers ...Encoded) error {
 		if l.head.Digest != x.Digest {
 			continue // the same stream, compressed anew: what we have does
 		}
-		if err := l.addSource(source); err != nil {
+		if err := errors.Join(l.addSource(source), l.addWindows(x, source)); err != nil {
 			return fmt.Errorf("layer %s: %w", x.DiffID, err)
 		}
 	}
@@ -353,7 +357,7 @@ func (s *Store) settle(layers []digest.Digest) {
 				return err
 			}
 			defer dir.Close()
-			return syncAll(dir, sourcesFile, spansFile, entriesFile, ".")
+			return syncAll(dir, sourcesFile, spansFile, pointsFile, windowsFile, entriesFile, ".")
 		})
 	}
 	err := g.Wait()
@@ -384,8 +388,23 @@ func writeLayer(dir string, x Encoded, source string) error {
 		g.Go(func() error { return root.WriteFile(sourcesFile, raw, 0o600) })
 	}
 	g.Go(func() error { return root.WriteFile(entriesFile, x.Entries, 0o600) })
+	if len(x.Groups) > 0 {
+		g.Go(func() error { return writePoints(root, x, source) })
+	}
 	err = root.WriteFile(spansFile, appendChecksum(x.AppendSpans(nil)), 0o600)
 	return errors.Join(err, g.Wait())
+}
+
+// writePoints writes what a new layer has of seek points in groups.
+func writePoints(dir *os.Root, x Encoded, source string) error {
+	raw, err := encodePoints(x.Index, locate(x, source))
+	if err == nil {
+		err = dir.WriteFile(pointsFile, raw, 0o600)
+	}
+	if err == nil && x.Windows != nil {
+		err = dir.WriteFile(windowsFile, x.Windows, 0o600)
+	}
+	return err
 }
 
 // Layer returns the layer with this diff ID, or errdefs.ErrNotFound, or
@@ -421,11 +440,12 @@ func (s *Store) load(diffID digest.Digest) (_ *Layer, err error) {
 			dir.Close()
 		}
 	}()
-	x, err := readIndex(dir, diffID)
+	x, at, err := readIndex(s.life, dir, diffID)
 	if err != nil {
 		return nil, err
 	}
 	l := newLayer(s, dir, x)
+	l.located = at
 	if raw, err := dir.ReadFile(sourcesFile); err == nil {
 		if l.sources, err = decodeSources(raw); err != nil {
 			return nil, err

@@ -3,14 +3,16 @@ package cache
 import (
 	"io"
 
-	"github.com/beam-cloud/containerd-clip/archive/inflate"
 	"github.com/beam-cloud/containerd-clip/archive/layer"
 )
+
+// widener is what delivers a part of a blob, and may be sent all of it.
+type widener interface{ Widen(off, end int64) bool }
 
 // sendsWhole says whether rc, which was opened for a part of the blob, delivers
 // all of it from now on: somebody sends that whatever he is asked for.
 func sendsWhole(rc io.Reader, x *layer.Index) bool {
-	w, ok := rc.(interface{ Widen(off, end int64) bool })
+	w, ok := rc.(widener)
 	return ok && w.Widen(0, int64(x.Size))
 }
 
@@ -70,11 +72,12 @@ func (l *Layer) sentLocked(span int, r *run) bool {
 }
 
 // skipTo reads blob, which is the whole of it, up to where decoding what r brings
-// can start: at the seek point p, before the span that starts at start.
-func (l *Layer) skipTo(x *layer.Index, r *run, blob io.Reader) (start inflate.Out, p inflate.Point, err error) {
-	start, _ = l.spanRange(r.pos)
-	if p, err = x.SeekPoint(start); err == nil {
-		_, err = io.CopyN(io.Discard, blob, int64(p.In))
+// can start.
+func (l *Layer) skipTo(x *layer.Index, r *run, blob io.Reader) (at beginning, err error) {
+	start, _ := l.spanRange(r.pos)
+	if at.point, err = x.SeekPoint(start); err == nil { // no window is worth a request
+		at.from = at.point.Out
+		_, err = io.CopyN(io.Discard, blob, int64(at.point.In))
 	}
-	return start, p, err
+	return at, err
 }

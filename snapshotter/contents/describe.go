@@ -32,6 +32,7 @@ type LayerDescription struct {
 	OutSize     int64         `json:"uncompressedSize,omitempty"`
 	Spans       int           `json:"spans,omitempty"`
 	SeekPoints  int           `json:"seekPoints,omitempty"`
+	Imports     int           `json:"imports,omitempty"` // files of which it says what they load
 	NotLazy     string        `json:"notLazy,omitempty"` // why it has no index
 }
 
@@ -73,6 +74,11 @@ func (a *Archive) describeIndexed(d *Description) error {
 			if err != nil {
 				return err
 			}
+			list, err := a.indexed.Imports(i)
+			if err != nil {
+				return err
+			}
+			l.Imports = list.Len()
 			l.Compression, l.OutSize, l.Spans, l.SeekPoints = x.Compression.String(), int64(x.OutSize), len(x.Spans), len(x.Points)
 		}
 		d.Layers = append(d.Layers, l)

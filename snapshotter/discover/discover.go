@@ -246,7 +246,7 @@ func (f *Finder) release(r *result) {
 
 // search looks for the archive of an image, or makes it of the one that CLIP wrote.
 func (f *Finder) search(ctx context.Context, r *result, image Image) (*archive.Archive, error) {
-	a, upstream, err := f.look(ctx, r.early, image)
+	a, upstream, err := f.look(ctx, wanted{early: r.early}, image)
 	if err != nil && upstream != "" {
 		return f.adopt(ctx, r, image.Ref, image.Manifest, upstream)
 	}
@@ -257,18 +257,33 @@ func (f *Finder) search(ctx context.Context, r *result, image Image) (*archive.A
 // is made. If Find would make one, the error comes with the file that CLIP wrote.
 // The caller closes the archive.
 func (f *Finder) Look(ctx context.Context, image Image) (a *archive.Archive, upstream string, err error) {
+	return f.lookFor(ctx, wanted{}, image)
+}
+
+// LookWhole is Look for who writes the archive again: it is all there, windows too.
+func (f *Finder) LookWhole(ctx context.Context, image Image) (a *archive.Archive, upstream string, err error) {
+	return f.lookFor(ctx, wanted{whole: true}, image)
+}
+
+func (f *Finder) lookFor(ctx context.Context, want wanted, image Image) (a *archive.Archive, upstream string, err error) {
 	if err := image.Manifest.Validate(); err != nil {
 		return nil, "", fmt.Errorf("manifest digest %q: %w", image.Manifest, errdefs.ErrInvalidArgument)
 	}
-	return f.look(ctx, nil, image)
+	return f.look(ctx, want, image)
+}
+
+// wanted says what of an archive is fetched, and who is told of it.
+type wanted struct {
+	early Early // nil if there is nobody to tell
+	whole bool  // all of it, not what is read here alone
 }
 
 // look looks for the archive of an image in all places, in the order that
 // docs/operating.md lists.
-func (f *Finder) look(ctx context.Context, early Early, image Image) (a *archive.Archive, upstream string, err error) {
+func (f *Finder) look(ctx context.Context, want wanted, image Image) (a *archive.Archive, upstream string, err error) {
 	var passed []error // why archives that there are cannot be used, and places have none
 	if image.Link != "" && image.Ref != "" {
-		a, err := f.findLinked(ctx, early, image)
+		a, err := f.findLinked(ctx, want, image)
 		if err == nil {
 			return a, "", nil
 		}
@@ -293,7 +308,7 @@ func (f *Finder) look(ctx context.Context, early Early, image Image) (a *archive
 	}
 	err = fmt.Errorf("archive of %s: %w", image.Manifest, errdefs.ErrNotFound)
 	if f.opts.Referrers && image.Ref != "" {
-		if a, err = f.findReferrer(ctx, early, image.Ref, image.Manifest); err == nil {
+		if a, err = f.findReferrer(ctx, want, image.Ref, image.Manifest); err == nil {
 			return a, "", nil
 		}
 	}

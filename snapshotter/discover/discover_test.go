@@ -386,7 +386,7 @@ func TestAlteredInTransit(t *testing.T) {
 			fetch := fetcherFunc(func() io.ReadCloser { return io.NopCloser(bytes.NewReader(sent)) })
 			_, err := f.download(t.Context(), fetch, Artifact{
 				Blob: ocispec.Descriptor{Digest: digest.FromBytes(whole), Size: int64(len(whole))}, Subject: img.Descriptor.Digest,
-			}, nil)
+			}, wanted{})
 			if name == "longer" {
 				require.NoError(t, err, "what lies behind the declared size is not read")
 				return
@@ -527,4 +527,29 @@ func TestParseTarget(t *testing.T) {
 			require.Equal(t, c.want, got)
 		})
 	}
+}
+
+// TestLatestRevision has archives of several programs that do not say when they were made.
+func TestLatestRevision(t *testing.T) {
+	s := startServer(t, true)
+	img := testImage(t, "one")
+	want := map[digest.Digest]string{}
+	for _, revision := range []string{"10", "2", "", "nonsense", "-1", "3"} {
+		a := good(t, img)
+		a.blob = append(a.blob, compress(t, []byte(revision))...)
+		a.declare = func(d *ocispec.Descriptor) { d.Annotations = map[string]string{archive.AnnotationRevision: revision} }
+		d := s.put(t, a)
+		s.refer(d)
+		want[d.Digest] = revision
+	}
+	fetcher, err := s.finder(t).opts.Fetcher(t.Context(), s.ref())
+	require.NoError(t, err)
+	found, err := Referrers(t.Context(), fetcher, img.Descriptor.Digest)
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	var order []string
+	for _, a := range found {
+		order = append(order, want[a.Manifest.Digest])
+	}
+	require.Len(t, order, len(want))
+	require.Equal(t, []string{"10", "3", "2"}, order[:3])
 }

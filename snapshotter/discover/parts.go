@@ -41,8 +41,13 @@ func (f *Finder) fetchParts(ctx context.Context, fetcher rangeFetcher, a Artifac
 	var opened *archive.Archive
 	if err != nil {
 		tmp.Close()
-	} else if opened, err = openOf(late, size, a.Subject, archive.OpenTail); err == nil && early != nil {
-		late.closed = early(opened)
+	} else if opened, err = openOf(late, size, a.Subject, archive.OpenTail); err == nil {
+		if parts.Windows != (archive.Part{}) {
+			opened.WindowsIn(a.Blob.Digest, parts)
+		}
+		if early != nil {
+			late.closed = early(opened)
+		}
 	}
 	if err != nil {
 		spans.Go(func() error { return err }) // which ends the other

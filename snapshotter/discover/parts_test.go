@@ -67,6 +67,21 @@ func TestParts(t *testing.T) {
 	require.True(t, closed.Load())
 }
 
+// TestLookWhole downloads all of an archive that is to be written again.
+func TestLookWhole(t *testing.T) {
+	img := testImage(t, "one")
+	s := startServer(t, true)
+	a, _ := parted(t, img)
+	s.refer(s.put(t, a))
+	found, upstream, err := s.finder(t).LookWhole(t.Context(), Image{Ref: s.ref(), Manifest: img.Descriptor.Digest})
+	require.NoError(t, err)
+	require.Empty(t, upstream)
+	require.Contains(t, s.seen(), fmt.Sprintf("GET /v2/%s/blobs/%s ", repo, digest.FromBytes(a.blob)))
+	_, err = found.Image()
+	require.NoError(t, err)
+	require.NoError(t, found.Close())
+}
+
 // TestBadParts takes the whole archive where the parts are of no use.
 func TestBadParts(t *testing.T) {
 	img := testImage(t, "one")

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes"
@@ -26,11 +27,12 @@ type Artifact struct {
 	Manifest ocispec.Descriptor // the artifact's own manifest
 	Blob     ocispec.Descriptor // the zstd'ed archive
 	Subject  digest.Digest      // manifest that the archive is of
+	revision uint64             // see archive.AnnotationRevision; 0 if it does not say
 	created  time.Time          // zero if it does not say; archives with a prefetch list do
 }
 
 // findLinked fetches the archive that the image names.
-func (f *Finder) findLinked(ctx context.Context, early Early, image Image) (*archive.Archive, error) {
+func (f *Finder) findLinked(ctx context.Context, want wanted, image Image) (*archive.Archive, error) {
 	ctx, cancel := context.WithTimeout(ctx, searchTimeout)
 	defer cancel()
 	fetcher, err := f.opts.Fetcher(ctx, image.Ref)
@@ -41,7 +43,7 @@ func (f *Finder) findLinked(ctx context.Context, early Early, image Image) (*arc
 	if err != nil {
 		return nil, fmt.Errorf("archive %s: %w", image.Link, err)
 	}
-	opened, err := f.download(ctx, fetcher, a, early)
+	opened, err := f.download(ctx, fetcher, a, want)
 	if err != nil {
 		return nil, fmt.Errorf("archive %s: %w", image.Link, err)
 	}
@@ -49,7 +51,7 @@ func (f *Finder) findLinked(ctx context.Context, early Early, image Image) (*arc
 }
 
 // findReferrer takes the newest archive that refers to the manifest and is usable.
-func (f *Finder) findReferrer(ctx context.Context, early Early, ref string, manifest digest.Digest) (*archive.Archive, error) {
+func (f *Finder) findReferrer(ctx context.Context, want wanted, ref string, manifest digest.Digest) (*archive.Archive, error) {
 	ctx, cancel := context.WithTimeout(ctx, searchTimeout)
 	defer cancel()
 	fetcher, err := f.opts.Fetcher(ctx, ref)
@@ -58,7 +60,7 @@ func (f *Finder) findReferrer(ctx context.Context, early Early, ref string, mani
 	}
 	found, err := Referrers(ctx, fetcher, manifest)
 	for _, a := range found {
-		opened, failed := f.download(ctx, fetcher, a, early)
+		opened, failed := f.download(ctx, fetcher, a, want)
 		if failed == nil {
 			return opened, nil
 		}
@@ -71,10 +73,10 @@ func (f *Finder) findReferrer(ctx context.Context, early Early, ref string, mani
 
 // download fetches an archive: the parts of it that are read here if those can be
 // had alone.
-func (f *Finder) download(ctx context.Context, fetcher remotes.Fetcher, a Artifact, early Early) (*archive.Archive, error) {
+func (f *Finder) download(ctx context.Context, fetcher remotes.Fetcher, a Artifact, want wanted) (*archive.Archive, error) {
 	parts, ok := archive.PartsOf(a.Blob.Annotations, a.Blob.Size)
-	if ranges, can := fetcher.(rangeFetcher); ok && can {
-		opened, err := f.fetchParts(ctx, ranges, a, parts, early)
+	if ranges, can := fetcher.(rangeFetcher); ok && can && !want.whole {
+		opened, err := f.fetchParts(ctx, ranges, a, parts, want.early)
 		if err == nil || ctx.Err() != nil {
 			return opened, err
 		}
@@ -133,7 +135,7 @@ func Referrers(ctx context.Context, fetcher remotes.Fetcher, manifest digest.Dig
 	}
 	// The order in a registry means nothing, and all nodes should agree.
 	slices.SortFunc(found, func(a, b Artifact) int {
-		return cmp.Or(b.created.Compare(a.created), cmp.Compare(a.Manifest.Digest, b.Manifest.Digest))
+		return cmp.Or(b.created.Compare(a.created), cmp.Compare(b.revision, a.revision), cmp.Compare(a.Manifest.Digest, b.Manifest.Digest))
 	})
 	return found, err
 }
@@ -163,6 +165,9 @@ func readArtifact(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Des
 	for _, l := range m.Layers {
 		if l.MediaType == archive.MediaType {
 			a.Blob = l
+			if revision, err := strconv.ParseUint(l.Annotations[archive.AnnotationRevision], 10, 16); err == nil {
+				a.revision = revision
+			}
 			return a, nil
 		}
 	}

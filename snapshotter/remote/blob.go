@@ -409,8 +409,14 @@ func (r *Reader) failures() error {
 			all = append(all, c.last)
 		}
 	}
+	if len(all) == 0 {
+		return errUnasked
+	}
 	return joined(all)
 }
+
+// errUnasked is the error of a read that had ended before it began.
+var errUnasked = fmt.Errorf("nobody was asked: %w", errdefs.ErrUnavailable)
 
 func (r *Reader) wrap(err error) error {
 	return fmt.Errorf("blob %s [%d, %d): %w", r.digest, r.off, r.end, err)

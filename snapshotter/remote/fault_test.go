@@ -304,6 +304,17 @@ func TestDeadlineWhileAsking(t *testing.T) {
 	require.ErrorContains(t, err, "502")
 }
 
+// TestEndedBeforeAsking begins a read that nobody waits for any more.
+func TestEndedBeforeAsking(t *testing.T) {
+	h := start(t, func(http.ResponseWriter, *http.Request) {})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err := read(ctx, newClient(t), []string{h.ref()}, 0, 3)
+	require.ErrorIs(t, err, errdefs.ErrUnavailable)
+	require.ErrorIs(t, err, context.Canceled)
+	require.Empty(t, h.seen())
+}
+
 // TestRetryAfter leaves a host alone as long as it asks for.
 func TestRetryAfter(t *testing.T) {
 	for name, value := range map[string]func() string{

@@ -296,7 +296,7 @@ func TestContentEnsure(t *testing.T) {
 	_, err = w.worker.Clipctl(w.ctx, "export", ref, dir)
 	require.NoError(t, err)
 	requireLayout(t, dir)
-	w.ctr(w.worker, "image", "export", file, ref)
+	w.exportTar(w.ctx, w.worker, file, ref)
 	w.ctr(w.worker, "image", "push", elsewhere)
 	for _, l := range layers {
 		require.FileExists(t, empty.BlobPath(l))
@@ -329,7 +329,7 @@ func TestContentEnsure(t *testing.T) {
 	require.NoError(t, err)
 	require.Len(t, w.registry.Requests().Gets(needed...), len(needed))
 	require.Empty(t, w.registry.Requests().Gets(other.Layers[len(other.Layers)-1].Digest.String()))
-	w.ctr(w.worker, "image", "export", file, both)
+	w.exportTar(w.ctx, w.worker, file, both)
 	pushed := empty.Ref("elsewhere/platform:1")
 	w.ctr(w.worker, "image", "tag", both, pushed)
 	w.ctr(w.worker, "image", "push", "--local", "--platform", "linux/"+runtime.GOARCH, pushed) // alone: a registry refuses an index that it has not all of

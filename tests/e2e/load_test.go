@@ -82,7 +82,7 @@ func TestLoad(t *testing.T) {
 	require.NoError(t, err, "a second time changes nothing")
 	_, err = w.worker.Clipctl(ctx, "content", "ensure", "example.com/mine:1", "--from", ref)
 	require.NoError(t, err)
-	w.ctrIn(ctx, w.worker, "image", "export", w.lab.Path("mine.tar"), "example.com/mine:1")
+	w.exportTar(ctx, w.worker, w.lab.Path("mine.tar"), "example.com/mine:1")
 }
 
 // TestLoadRefused loads what is no archive, or not lazy, and where there is no snapshotter.

@@ -135,7 +135,7 @@ func TestTransferInside(t *testing.T) {
 	require.DirExists(t, w.lab.Path("custom-cache"), "the section of config.toml.example is read")
 
 	// What containerd does else it does as before.
-	w.ctr(c, "image", "export", w.lab.Path("again.tar"), images.SmallName)
+	w.exportTar(w.ctx, c, w.lab.Path("again.tar"), images.SmallName)
 	w.pull(c, eager, w.ref(images.SmallName))
 	require.Equal(t, "hello from clip\n", w.run(c, eager, w.ref(images.SmallName), "sh", "/app/run.sh"))
 }

@@ -6,6 +6,7 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"os"
 	"path/filepath"
@@ -166,6 +167,22 @@ func (w *world) run(c *harness.Containerd, snapshotter, ref string, command ...s
 	return result.Stdout
 }
 
+// exportTar has ctr write an image into a tar. Nobody in ctr waits until all that containerd sent is written (containerd
+// 2.4, ImageExportStream.MarshalAny): on a busy machine it may end before, and well. Then it is run again.
+func (w *world) exportTar(ctx context.Context, c *harness.Containerd, file, ref string) {
+	w.Helper()
+	for range 5 {
+		w.ctrIn(ctx, c, "image", "export", file, ref)
+		b, err := os.ReadFile(file)
+		require.NoError(w, err)
+		if bytes.HasSuffix(b, make([]byte, 1024)) { // as a tar ends
+			return
+		}
+		w.Logf("ctr has written %d bytes, and not the end of the tar; it writes it again", len(b))
+	}
+	w.Fatalf("ctr does not write all of %s", ref)
+}
+
 // pid is the process of a container of the worker's.
 func (w *world) pid(id string) int {
 	w.Helper()
@@ -243,7 +260,7 @@ func (w *world) viewChain(c *harness.Containerd, snapshotter, chainID string) st
 // eventually waits for what happens in the background, such as garbage collection.
 func (w *world) eventually(what string, check func() bool) {
 	w.Helper()
-	require.Eventually(w, check, time.Minute, 50*time.Millisecond, what)
+	require.Eventually(w, check, 2*time.Minute, 50*time.Millisecond, what)
 }
 
 // soon waits for what could wait for good, such as a read of a file system of ours: a minute. f does not end the test.

@@ -130,6 +130,9 @@ func checkLayer(ctx context.Context, a *archive.Archive, i int, desc ocispec.Des
 		return "not lazy: " + reason, nil
 	}
 	x, err := a.Layer(i)
+	if err == nil {
+		err = x.CheckWindows()
+	}
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", errFindings, err)
 	}

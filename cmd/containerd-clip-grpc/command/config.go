@@ -99,7 +99,7 @@ type cacheConfig struct {
 // fillConfig says what is fetched in the background.
 type fillConfig struct {
 	Mode     string   `toml:"mode" comment:"on completes the layers of lazy images; off does not"`
-	Prefetch bool     `toml:"prefetch" comment:"fetch what the archive says that a start reads, right after the pull, or else what every start does, with the first container; also with mode off"`
+	Prefetch bool     `toml:"prefetch" comment:"fetch what the archive says that a start reads, right after the pull, or else what every start does, with the first container; and what programs load: libraries, Python modules; also with mode off"`
 	Delay    duration `toml:"delay" comment:"how long after the pull completing begins at the earliest; it is put off by up to as much again, at random"`
 	Rate     byteSize `toml:"rate" comment:"most compressed bytes per second, such as 50MiB; 0 is as fast as the network"`
 	Workers  int      `toml:"workers" comment:"ranges that are fetched at the same time, 1 to 64"`

@@ -1,9 +1,10 @@
-// Command man writes the manual pages of our programs into a directory.
+// Command man writes the manual pages of our programs below a directory: man1 and man8.
 package main
 
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -21,16 +22,17 @@ func main() {
 }
 
 func write(dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
 	os.Clearenv()            // some defaults come from it
 	epoch := time.Unix(0, 0) // the same sources make the same pages
 	for cmd, section := range map[*cobra.Command]string{clipctl.New(): "1", daemon.New(): "8"} {
 		cmd.InitDefaultCompletionCmd() // unless it wants none
 		cmd.DisableAutoGenTag = true
 		header := &doc.GenManHeader{Section: section, Source: "containerd-clip", Manual: "containerd-clip", Date: &epoch}
-		if err := doc.GenManTree(cmd, header, dir); err != nil {
+		pages := filepath.Join(dir, "man"+section)
+		if err := os.MkdirAll(pages, 0o755); err != nil {
+			return err
+		}
+		if err := doc.GenManTree(cmd, header, pages); err != nil {
 			return err
 		}
 	}

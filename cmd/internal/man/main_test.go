@@ -15,7 +15,7 @@ func TestPages(t *testing.T) {
 		t.Setenv("CLIP_ADDRESS", t.TempDir())
 		dir := t.TempDir()
 		require.NoError(t, write(dir))
-		files, err := filepath.Glob(filepath.Join(dir, "*.[18]"))
+		files, err := filepath.Glob(filepath.Join(dir, "man[18]", "*.[18]"))
 		require.NoError(t, err)
 		pages[i] = map[string]string{}
 		for _, file := range files {

@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/xml"
 	"io"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -48,6 +49,14 @@ func TestTables(t *testing.T) {
 	}
 	if !strings.HasPrefix(first.Notes, "eStargz is missing.\n\nA note.\n\n") {
 		t.Errorf("notes are %q", first.Notes)
+	}
+	if want := [][]string{
+		{"`echo`", ours, "1.00", plain, "42.90", "4.00", "≥ 42.90: **missed**"},
+		{"`echo`", ours, "1.00", "SOCI", "6.37", "0.50", "≥ 6.37: **missed**"},
+		{"heavy import", ours, "11.00", plain, "44.30", "4.00", "≥ 4.03: **missed**"},
+		{"heavy import", ours, "11.00", "SOCI", "23.95", "0.50", "≥ 2.18: **missed**"},
+	}; !reflect.DeepEqual(c.wantedTable().Rows, want) {
+		t.Errorf("of what is wanted there is %q", c.wantedTable().Rows)
 	}
 	for _, table := range tables {
 		for _, row := range table.Rows {

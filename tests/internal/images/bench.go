@@ -20,7 +20,7 @@ const (
 	BenchZstd    = "example.com/bench/zstd:1"
 
 	// benchRecipe changes whenever what Bench makes changes.
-	benchRecipe = "bench-2"
+	benchRecipe = "bench-3"
 )
 
 // Bench returns the layout of the images that benchmarks measure, in the directory cache, and makes it when it is not
@@ -39,10 +39,10 @@ func BenchDerived(cache, name string, build func(work string) (made string, err 
 const BenchStart = "start.txt"
 
 // benchStart is a typical start. What it opens is left where no layer keeps it.
-const benchStart = `MPLCONFIGDIR=/tmp python3 - <<END
+const benchStart = `MPLCONFIGDIR=/tmp python3 -B - <<END
 import numpy, scipy.stats, pandas, sklearn.linear_model, matplotlib.pyplot
 import os, sys
-files = {getattr(m, "__file__", None) for m in list(sys.modules.values())}
+files = {getattr(m, "__cached__", None) or getattr(m, "__file__", None) for m in list(sys.modules.values())}
 files |= {line.split()[-1] for line in open("/proc/self/maps")}
 files = {os.path.realpath(f) for f in files if f and f.startswith("/")}
 with open("/start.txt", "w") as f:

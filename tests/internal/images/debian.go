@@ -31,7 +31,7 @@ func install(packages ...string) string {
 }
 
 // debian makes the layers of an image as directories in work: a Debian base, called base, and one per step,
-// without the caches of apt and python. It needs root, debootstrap, a Debian mirror and some minutes.
+// without apt's caches. It needs root, debootstrap, a Debian mirror and some minutes.
 func debian(ctx context.Context, work string, steps ...step) error {
 	args := []string{"--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "sh", "-c", debianScript, "debian.sh", work}
 	for _, s := range steps {

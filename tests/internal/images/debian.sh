@@ -12,7 +12,6 @@ export DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
 scrub() {
 	rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/* "$1"/var/log/* "$1"/var/cache/debconf/*-old \
 		"$1"/var/cache/ldconfig/* "$1"/tmp/* "$1"/root/.cache "$1"/root/.npm
-	find "$1" -name __pycache__ -prune -exec rm -rf {} +
 }
 
 # quietly NAME COMMAND... shows the end of COMMAND's output when it fails.
@@ -23,6 +22,18 @@ quietly() {
 		tail -20 "$log" >&2
 		return 1
 	}
+}
+
+# inside ROOT COMMAND... runs COMMAND as it would anywhere: an environment that, say, keeps Python from compiling what is
+# installed would make another image. Only the way to the network is this machine's.
+inside() {
+	root=$1
+	shift
+	for name in http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
+		eval "value=\${$name-}"
+		[ -z "$value" ] || set -- "$name=$value" "$@"
+	done
+	chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root "DEBIAN_FRONTEND=$DEBIAN_FRONTEND" "LC_ALL=$LC_ALL" "$@"
 }
 
 bootstrap() {
@@ -42,7 +53,7 @@ stack() {
 	# No service is to start in there.
 	printf '#!/bin/sh\nexit 101\n' >"$work/root/usr/sbin/policy-rc.d"
 	chmod 755 "$work/root/usr/sbin/policy-rc.d"
-	quietly "$1" chroot "$work/root" sh -euc "$2"
+	quietly "$1" inside "$work/root" sh -euc "$2"
 	umount "$work/root/proc"
 	rm "$work/root/usr/sbin/policy-rc.d" "$work/root/etc/resolv.conf"
 	scrub "$work/root"

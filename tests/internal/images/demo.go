@@ -13,7 +13,7 @@ const (
 	DemoName = "example.com/demo/python:1"
 
 	// demoRecipe changes whenever what Demo makes changes.
-	demoRecipe = "demo-2"
+	demoRecipe = "demo-3"
 )
 
 // Demo returns the demo image, an OCI archive in the directory cache, and makes it when it is not there.

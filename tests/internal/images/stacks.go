@@ -9,7 +9,7 @@ import (
 )
 
 // stacksRecipe changes whenever what Stacks makes changes.
-const stacksRecipe = "stacks-2"
+const stacksRecipe = "stacks-3"
 
 // Stack is an image of what people run, and a command that shows that it runs.
 type Stack struct {
