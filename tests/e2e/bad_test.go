@@ -117,7 +117,7 @@ func TestNoContainerd(t *testing.T) {
 	began := time.Now()
 	result, err := w.lab.Run(w.ctx, "clipctl", "-a", socket, "index", w.ref(images.SmallName), "-o", w.lab.Path("x.clip"))
 	require.Error(t, err)
-	require.Less(t, time.Since(began), 20*time.Second)
+	require.Less(t, time.Since(began), time.Minute)
 	requireClear(t, result.Stderr, socket)
 	require.NoFileExists(t, w.lab.Path("x.clip"))
 }

@@ -40,7 +40,7 @@ func TestFilledImageNeedsNoRegistry(t *testing.T) {
 		return err == nil && len(files) == len(w.layers(images.SmallName))
 	})
 	require.NoError(t, w.registry.SwitchOff())
-	require.Contains(t, w.ctr(worker, "task", "exec", "--exec-id", "e", "early", "md5sum", "/sizes/noise-3M+1"), "/sizes/noise-3M+1")
+	require.Contains(t, w.exec(worker, "early", "md5sum", "/sizes/noise-3M+1"), "/sizes/noise-3M+1")
 	require.NoError(t, worker.RemoveContainer(w.ctx, "early"))
 	daemon.Kill()
 	require.NoError(t, w.lab.RestartDaemon(w.ctx, daemon))

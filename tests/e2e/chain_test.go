@@ -170,7 +170,7 @@ func (w *world) listLayer(blob io.Reader) map[string]string {
 // and it runs. The build itself stands on a base of its own, which BuildKit downloads and unpacks.
 func TestBuildkit(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
+	w := newWorldWith(t, fillLate)
 	base := w.ref(testimages.SmallName)
 	w.index(testimages.SmallName)
 	w.pull(w.worker, lazy, base)

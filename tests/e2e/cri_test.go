@@ -101,7 +101,7 @@ func (k *kubelet) sandbox() (id string, config *runtime.PodSandboxConfig) {
 	return answer.PodSandboxId, config
 }
 
-// runIn runs a command in a new container of a pod and returns its output.
+// runIn runs a command that prints something in a new container of a pod and returns its output.
 func (k *kubelet) runIn(pod string, config *runtime.PodSandboxConfig, name, ref string, command ...string) string {
 	k.Helper()
 	created, err := k.runtime.CreateContainer(k.ctx, &runtime.CreateContainerRequest{
@@ -124,8 +124,11 @@ func (k *kubelet) runIn(pod string, config *runtime.PodSandboxConfig, name, ref 
 		return status.State == runtime.ContainerState_CONTAINER_EXITED
 	})
 	// Each line of a log is time, stream, whether it is a whole line, text.
-	text, err := os.ReadFile(filepath.Join(config.LogDirectory, name))
-	require.NoError(k, err)
+	var text []byte
+	k.eventually("its log is written", func() bool { // by somebody who goes on when it has ended
+		text, err = os.ReadFile(filepath.Join(config.LogDirectory, name))
+		return err == nil && (len(text) > 0 || status.ExitCode != 0)
+	})
 	var out strings.Builder
 	for line := range strings.Lines(string(text)) {
 		out.WriteString(strings.SplitN(line, " ", 4)[3])
@@ -139,7 +142,7 @@ func (k *kubelet) runIn(pod string, config *runtime.PodSandboxConfig, name, ref 
 // in no log.
 func TestCRI(t *testing.T) {
 	t.Parallel()
-	k := newKubelet(t, "")
+	k := newKubelet(t, fillLate)
 	ref := k.ref(images.SmallName)
 	registry := &private{user: "robot", password: secret}
 	k.registry.Misbehave(registry.fault)

@@ -68,10 +68,10 @@ func TestBadConfig(t *testing.T) {
 // TestTwoDaemons has two workers on one machine.
 func TestTwoDaemons(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
+	w := newWorldWith(t, fillLate)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
-	daemon, err := w.lab.StartDaemon(w.ctx, "daemon2", "")
+	daemon, err := w.lab.StartDaemon(w.ctx, "daemon2", fillLate)
 	require.NoError(t, err)
 	worker, err := w.lab.StartContainerd(w.ctx, "worker2", daemon)
 	require.NoError(t, err)

@@ -259,7 +259,7 @@ func TestExportPlatforms(t *testing.T) {
 // the remedy.
 func TestContentEnsure(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
+	w := newWorldWith(t, fillLate)
 	ref, layers := w.ref(images.SmallName), w.layers(images.SmallName)
 	w.index(images.SmallName)
 	require.Empty(t, w.pull(w.worker, lazy, ref).Gets(layers...))

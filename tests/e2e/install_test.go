@@ -64,7 +64,7 @@ func newMachine(t *testing.T, containerdConfig string) *machine {
 	for from, to := range map[string]string{"/bin/busybox": "bin/busybox", filepath.Join(installed.Parts, "containerd"): "usr/bin/containerd"} {
 		b, err := os.ReadFile(from)
 		require.NoError(t, err)
-		require.NoError(t, os.WriteFile(m.path(to), b, 0o755))
+		writeProgram(t, m.path(to), b)
 	}
 	for _, applet := range []string{"sh", "grep", "rm"} {
 		require.NoError(t, os.Symlink("busybox", m.path("bin", applet)))
@@ -132,7 +132,7 @@ func (m *machine) withSystemd() (asked func() []string) {
 	m.Helper()
 	require.NoError(m, os.MkdirAll(m.path("run/systemd/system"), 0o755))
 	log := m.path("systemctl.log")
-	require.NoError(m, os.WriteFile(m.path("bin/systemctl"), []byte("#!/bin/sh\necho $* >>/systemctl.log\n"), 0o755))
+	writeProgram(m, m.path("bin/systemctl"), []byte("#!/bin/sh\necho $* >>/systemctl.log\n"))
 	return func() []string {
 		text, err := os.ReadFile(log)
 		require.NoError(m, err)

@@ -17,7 +17,7 @@ import (
 // before the first read, and containerd keeps and collects it like one that was pulled.
 func TestLoad(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
+	w := newWorldWith(t, fillLate)
 	ref := w.ref(images.SmallName)
 	file := w.lab.Path("app.clip")
 	_, err := w.builder.Clipctl(w.ctx, "index", ref, "-o", file)

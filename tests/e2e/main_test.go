@@ -80,7 +80,9 @@ func TestWritableContainer(t *testing.T) {
 	w.index(images.SmallName)
 	w.pull(w.worker, lazy, ref)
 	script := "echo more >> /app/name && rm /data/a && mkdir /opaque/sub/dir && chmod 700 /many && cat /app/name && ls /data/a /opaque/sub"
-	result, err := w.worker.RunContainer(w.ctx, lazy, ref, "writer", "sh", "-c", script)
+	result, err := w.printedAndFailed(func() (harness.Result, error) {
+		return w.worker.RunContainer(w.ctx, lazy, ref, "writer", "sh", "-c", script)
+	})
 	require.Error(t, err, "ls does not find /data/a")
 	require.Equal(t, 1, result.Code)
 	require.Equal(t, "clip\nmore\n/opaque/sub:\ndir\nnew\n", result.Stdout)

@@ -35,7 +35,7 @@ func (w *world) eachMode(test func(w *world)) {
 
 func (w *world) startMode(mode string) {
 	var err error
-	w.daemon, err = w.lab.StartDaemon(w.ctx, "daemon-"+mode, "[mount]\nmode = '"+mode+"'\n")
+	w.daemon, err = w.lab.StartDaemon(w.ctx, "daemon-"+mode, fillLate+"[mount]\nmode = '"+mode+"'\n")
 	require.NoError(w, err)
 	if mode != "auto" {
 		require.Contains(w, w.daemon.Log(), "mode="+mode)
@@ -87,7 +87,9 @@ func (w *world) prepare(c *harness.Containerd, snapshotter, ref string, opts ...
 // runWith runs a command in a container with more of ctr's flags.
 func (w *world) runWith(c *harness.Containerd, flags []string, snapshotter, ref string, command ...string) string {
 	w.Helper()
-	result, err := c.RunContainerWith(w.ctx, flags, snapshotter, ref, "e2e-run", command...)
+	result, err := w.printed(func() (harness.Result, error) {
+		return c.RunContainerWith(w.ctx, flags, snapshotter, ref, "e2e-run", command...)
+	})
 	require.NoError(w, err)
 	return result.Stdout
 }
@@ -126,7 +128,7 @@ func requireNothingLeft(w *world, refs ...string) {
 		layers, err := os.ReadDir(filepath.Join(w.daemon.Root, "layers"))
 		return err == nil && len(layers) == 0
 	})
-	require.Empty(w, loopsOf(w.T, w.daemon.Root), "loop devices end with the roots")
+	w.requireNoLoops()
 	require.NoError(w, w.daemon.Stop())
 }
 
@@ -149,7 +151,7 @@ func TestModeChanges(t *testing.T) {
 		w.runAfterRestart(ref)
 		w.removeImage(w.worker, ref)
 		w.eventually("its root is removed", func() bool { return len(mountsOf(t, w.daemon.Root)) == 0 })
-		require.Empty(t, loopsOf(t, w.daemon.Root))
+		w.requireNoLoops()
 		w.pull(w.worker, lazy, ref)
 		require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
 		require.Equal(t, mode == "loop", len(loopsOf(t, w.daemon.Root)) > 0)
@@ -158,7 +160,7 @@ func TestModeChanges(t *testing.T) {
 	w.eventually("its root is removed", func() bool { return len(mountsOf(t, w.daemon.Root)) == 0 })
 	require.NoError(t, w.daemon.Stop())
 	require.Empty(t, mountsOf(t, w.daemon.Root))
-	require.Empty(t, loopsOf(t, w.daemon.Root))
+	w.requireNoLoops()
 }
 
 // mountsOf lists what is mounted below dir.
@@ -192,6 +194,13 @@ cp -ax /etc /root/etc && diff -r --no-dereference /etc /root/etc && ln /etc/pass
 		require.Equal(w, "15\n", w.run(w.worker, lazy, ref, "python3", "-c", "import numpy; print(numpy.arange(6).sum())"))
 		requireSameRoot(w, stock, ref)
 	})
+}
+
+// requireNoLoops says that loop devices end with the roots. The kernel ends them when the last who holds them lets go,
+// which is soon after the root is not mounted any more.
+func (w *world) requireNoLoops() {
+	w.Helper()
+	w.eventually("loop devices end with the roots", func() bool { return len(loopsOf(w.T, w.daemon.Root)) == 0 })
 }
 
 // loopsOf lists the files below dir that loop devices stand on.
@@ -235,7 +244,9 @@ func TestReadOnlyContainers(t *testing.T) {
 	w.eachMode(func(w *world) {
 		w.pull(w.worker, lazy, ref)
 		script := "cat /owners/file; echo new > /owners/file; echo new > /new; mkdir /owners/new; chown 1 /owners/root; ls /owners | wc -l"
-		result, err := w.worker.RunContainerWith(w.ctx, []string{"--read-only"}, lazy, ref, "e2e-ro", "sh", "-c", script)
+		result, err := w.printed(func() (harness.Result, error) {
+			return w.worker.RunContainerWith(w.ctx, []string{"--read-only"}, lazy, ref, "e2e-ro", "sh", "-c", script)
+		})
 		require.NoError(w, err)
 		require.Equal(w, "a file\n9\n", result.Stdout)
 		require.Equal(w, 4, strings.Count(result.Stderr, "Read-only file system"), result.Stderr)

@@ -71,7 +71,9 @@ func (w *world) letThrough(c *harness.Containerd) {
 // requireUserns runs a script whose last command fails, because it wants an owner that the namespace does not have.
 func requireUserns(w *world, c *harness.Containerd, snapshotter, ref string, flags []string, script string) string {
 	w.Helper()
-	result, err := c.RunContainerWith(w.ctx, flags, snapshotter, ref, "e2e-userns", "sh", "-c", script)
+	result, err := w.printedAndFailed(func() (harness.Result, error) {
+		return c.RunContainerWith(w.ctx, flags, snapshotter, ref, "e2e-userns", "sh", "-c", script)
+	})
 	require.Error(w, err)
 	require.Contains(w, result.Stderr, "Invalid argument")
 	require.Contains(w, result.Stdout, "100000      65536")

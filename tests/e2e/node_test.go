@@ -74,24 +74,23 @@ func (n node) buildInstaller() {
 }
 
 // runInstaller runs the pod of the DaemonSet: privileged, with the node's processes and its root.
-func (n node) runInstaller(flags ...string) (string, error) {
-	result, err := n.builder.RunContainerWith(n.ctx, append(flags, "--privileged", "--with-ns", fmt.Sprintf("pid:/proc/%d/ns/pid", n.systemd.Pid()),
+func (n node) runInstaller(flags ...string) (harness.Result, error) {
+	return n.builder.RunContainerWith(n.ctx, append(flags, "--privileged", "--with-ns", fmt.Sprintf("pid:/proc/%d/ns/pid", n.systemd.Pid()),
 		"--mount", "type=bind,src="+n.lab.Path("node")+",dst=/host,options=rbind:rw"), eager, installer, "installer")
-	return result.Stdout, err
 }
 
 func (n node) install() string {
 	n.Helper()
-	said, err := n.runInstaller()
+	result, err := n.printed(func() (harness.Result, error) { return n.runInstaller() })
 	require.NoError(n, err)
-	return said
+	return result.Stdout
 }
 
 // installUntil has the pod end before it runs a command on the node.
 func (n node) installUntil(command string) {
 	n.Helper()
 	script := "#!/bin/sh\n[ \"$*\" != '" + command + "' ] || exit 1\nexec nsenter --target 1 --mount --uts --ipc --net -- \"$@\"\n"
-	require.NoError(n, os.WriteFile(n.lab.Path("node/on-host"), []byte(script), 0o755))
+	writeProgram(n, n.lab.Path("node/on-host"), []byte(script))
 	_, err := n.runInstaller("--env", "ON_HOST=/host/on-host")
 	require.Error(n, err)
 }
@@ -99,6 +98,14 @@ func (n node) installUntil(command string) {
 func (n node) on(program string, args ...string) string {
 	n.Helper()
 	result, err := n.systemd.Run(n.ctx, program, args...)
+	require.NoError(n, err)
+	return result.Stdout
+}
+
+// prints has ctr on the node run a command that prints something.
+func (n node) prints(args ...string) string {
+	n.Helper()
+	result, err := n.printed(func() (harness.Result, error) { return n.systemd.Run(n.ctx, "ctr", args...) })
 	require.NoError(n, err)
 	return result.Stdout
 }
@@ -147,11 +154,11 @@ func TestNode(t *testing.T) {
 	n.install()
 	require.NotEqual(t, daemon, n.shows(harness.Service, "ExecMainPID"), "a new version")
 	require.Equal(t, containerd, n.shows("containerd.service", "ExecMainPID"), "which containerd does not see")
-	require.Equal(t, "hello from clip\n", n.on("ctr", "task", "exec", "--exec-id", "e", "web", "sh", "/app/run.sh"))
+	require.Equal(t, "hello from clip\n", n.prints("task", "exec", "--exec-id", "e", "web", "sh", "/app/run.sh"))
 
 	_, err := n.systemd.Run(n.ctx, "containerd-clip-uninstall")
 	require.ErrorContains(t, err, "remove them first")
-	require.Equal(t, "hello from clip\n", n.on("ctr", "task", "exec", "--exec-id", "f", "web", "sh", "/app/run.sh"))
+	require.Equal(t, "hello from clip\n", n.prints("task", "exec", "--exec-id", "f", "web", "sh", "/app/run.sh"))
 	n.on("ctr", "task", "rm", "--force", "web")
 	n.on("ctr", "container", "rm", "web")
 	n.on("ctr", "image", "rm", "--sync", ref)
@@ -160,5 +167,5 @@ func TestNode(t *testing.T) {
 	require.NotContains(t, n.on("containerd", "config", "dump"), "clip")
 	require.NotContains(t, n.on("ctr", "plugins", "ls"), " clip ")
 	n.on("ctr", "image", "pull", "--plain-http", ref)
-	require.Equal(t, "hello from clip\n", n.on("ctr", "run", "--cpu-shares", "0", "--rm", ref, "ordinary", "sh", "/app/run.sh"))
+	require.Equal(t, "hello from clip\n", n.prints("run", "--cpu-shares", "0", "--rm", ref, "ordinary", "sh", "/app/run.sh"))
 }

@@ -75,7 +75,7 @@ func TestPublish(t *testing.T) {
 // TestKeptArchive has an archive in containerd's store: it stays with its image, moves with it, and goes with it.
 func TestKeptArchive(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
+	w := newWorldWith(t, fillLate)
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
 	w.pull(w.worker, lazy, ref)
@@ -123,7 +123,7 @@ func TestKeptArchive(t *testing.T) {
 // lazy, though nobody looks for referrers; without, it is an image like any other and its archive stays where it is.
 func TestConvert(t *testing.T) {
 	t.Parallel()
-	w := newWorldWith(t, "[discover]\nreferrers = false\n")
+	w := newWorldWith(t, fillLate+"[discover]\nreferrers = false\n")
 	w.publish(images.PlatformName)
 	src, dst := w.ref(images.SmallName), w.registry.Ref("team/converted:1")
 	_, err := w.builder.Clipctl(w.ctx, "convert", src, dst)

@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -23,7 +24,7 @@ const secret = "S3CRET"
 // at level debug, and in no label.
 func TestSecretsInNoLog(t *testing.T) {
 	t.Parallel()
-	w := newFaultWorldWith(t, "[registry]\nconfig_path = ['LAB/certs.d']\ngive_up = '1s'\n")
+	w := newFaultWorld(t)
 	storage, err := w.lab.StartMirror(w.registry)
 	require.NoError(t, err)
 	sibling := w.world.ref(images.SiblingName)
@@ -50,6 +51,9 @@ func TestSecretsInNoLog(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			w, root := w.cold(t)
+			if !c.reads { // which takes as long as reads go on
+				w.giveUpSoon()
+			}
 			g := c.gate
 			g.storageHost, g.asked = storage.Host(), new(atomic.Int64)
 			w.registry.Misbehave(g.guard)
@@ -93,6 +97,20 @@ func TestSecretsInNoLog(t *testing.T) {
 	for _, key := range w.snapshots(w.ctx, w.worker, lazy) {
 		requireNoSecret(t, "labels of "+key, w.ctr(w.worker, "snapshots", "--snapshotter", lazy, "info", key))
 	}
+}
+
+// giveUpSoon has the daemon give up reads early, until the world is made cold again.
+func (w *faultWorld) giveUpSoon() {
+	w.Helper()
+	config, err := os.ReadFile(w.daemon.Config)
+	require.NoError(w, err)
+	soon := regexp.MustCompile("give_up = .*").ReplaceAllString(string(config), "give_up = '2s'")
+	require.NotEqual(w, string(config), soon)
+	w.setConfig(soon)
+	require.NoError(w, w.daemon.Stop())
+	require.NoError(w, w.lab.RestartDaemon(w.ctx, w.daemon))
+	w.foundAgain(w.worker)
+	w.setConfig(string(config))
 }
 
 func requireNoSecret(t *testing.T, whose, text string) {

@@ -74,7 +74,7 @@ func TestSoak(t *testing.T) {
 	churn.Go(func() { s.churn(stop) })
 	s.deck = s.shuffled()
 	end := time.Now().Add(*soakTime)
-	for len(s.deck) > 0 || time.Now().Before(end) || s.fewestWhole() < wholeRounds && time.Now().Before(end.Add(2*time.Minute)) {
+	for len(s.deck) > 0 || time.Now().Before(end) || s.fewestWhole() < wholeRounds && time.Now().Before(end.Add(4*time.Minute)) {
 		s.disturb()
 		time.Sleep(rand.N(2 * time.Second)) // containerd dials again only after a while
 	}
@@ -91,7 +91,8 @@ func TestSoak(t *testing.T) {
 // TestManyContainers has many containers of one image while the daemon is killed.
 func TestManyContainers(t *testing.T) {
 	const many = 200
-	w := newWorld(t)
+	w := worldIn(t, harness.ForTestWithin(t, 2*harness.Limit), fillLate)
+	w.addSmall()
 	ref := w.ref(images.SmallName)
 	w.index(images.SmallName)
 	w.pull(w.worker, lazy, ref)
@@ -121,10 +122,8 @@ func TestManyContainers(t *testing.T) {
 	}
 	w.foundAgain(w.worker)
 	require.Len(t, w.snapshots(w.ctx, w.worker, lazy), many+len(w.layers(images.SmallName)), "one each, and the image's")
-	ctx, cancel := context.WithTimeout(w.ctx, many*time.Second)
-	defer cancel()
 	for i := range many {
-		require.NoError(t, w.worker.RemoveContainer(ctx, fmt.Sprint("one-of-many-", i)))
+		require.NoError(t, w.worker.RemoveContainer(w.ctx, fmt.Sprint("one-of-many-", i)))
 	}
 	w.requireCleanEnd(ref)
 }
@@ -239,12 +238,11 @@ func (s *soak) stopped() {
 }
 
 func (s *soak) keeperKilled() {
-	pids, earlier := s.keepers(), len(s.daemon.Log())
-	require.Len(s, pids, 1)
-	require.NoError(s, unix.Kill(pids[0], unix.SIGKILL))
+	old, earlier := s.keeper(), len(s.daemon.Log())
+	require.NoError(s, unix.Kill(old, unix.SIGKILL))
 	s.eventually("another keeper has everything", func() bool {
 		now := s.keepers()
-		return len(now) == 1 && now[0] != pids[0] && strings.Contains(s.daemon.Log()[earlier:], "the new keeper has everything")
+		return len(now) == 1 && now[0] != old && strings.Contains(s.daemon.Log()[earlier:], "the new keeper has everything")
 	})
 }
 

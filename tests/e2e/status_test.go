@@ -1,16 +1,22 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/beam-cloud/containerd-clip/tests/internal/images"
 )
@@ -52,7 +58,8 @@ func (w *world) status() (st status) {
 // top, and a container.
 func TestStatus(t *testing.T) {
 	t.Parallel()
-	w := newWorldWith(t, "[fill]\nmode = 'off'\n[registry]\ngive_up = '2s'\n[metrics]\naddress = 'unix://LAB/metrics'\n[debug]\naddress = 'unix://LAB/debug'\n")
+	// What is asked for must come within give_up on a slow machine, and a read that fails waits for all of it.
+	w := newWorldWith(t, "[fill]\nmode = 'off'\n[registry]\ngive_up = '20s'\n[metrics]\naddress = 'unix://LAB/metrics'\n[debug]\naddress = 'unix://LAB/debug'\n")
 	for _, name := range []string{images.SmallName, images.BaseName} {
 		w.index(name)
 	}
@@ -105,7 +112,10 @@ func TestStatus(t *testing.T) {
 	}
 	require.Contains(t, wrong, w.registry.Host(), "and what went wrong")
 	require.NoError(t, w.registry.SwitchOn())
-	w.ctr(w.worker, "task", "exec", "--exec-id", "f", "web", "md5sum", "/sizes/noise-1M")
+	w.eventually("it reads when the registry is back", func() bool { // right after a failure reads are given little time
+		_, err := w.worker.Ctr(w.ctx, "task", "exec", "--exec-id", fmt.Sprint("f", time.Now().UnixNano()), "web", "md5sum", "/sizes/noise-1M")
+		return err == nil
+	})
 	w.requireMetrics()
 	w.eventually("it is forgotten when it goes right", func() bool {
 		wrong := ""
@@ -124,16 +134,36 @@ func TestStatus(t *testing.T) {
 	requireClear(t, result.Stderr, w.daemon.Socket)
 }
 
+// newPage is what clipctl writes before each page on a terminal: home, and clear.
+const newPage = "\x1b[H\x1b[2J"
+
 // requireRedrawn watches on a terminal until it is interrupted: each time the screen is drawn anew.
 func (w *world) requireRedrawn() {
 	w.Helper()
 	clipctl, err := w.lab.Look("clipctl")
 	require.NoError(w, err)
-	watch := "timeout --preserve-status --signal=INT 2.5 " + clipctl + " status --watch --clip-address " + w.daemon.Socket + " --address " + w.worker.Socket
-	screen, err := exec.CommandContext(w.ctx, "script", "--quiet", "--return", "--command", watch, w.lab.Path("typescript")).CombinedOutput()
-	require.NoError(w, err, "%s", screen)
-	pages := strings.Split(string(screen), "\x1b[H\x1b[2J")
-	require.Greater(w, len(pages), 2, "%q", screen)
+	number, typescript := w.lab.Path("status.pid"), w.lab.Path("typescript")
+	watch := "echo $$ >" + number + "; exec " + clipctl + " status --watch --clip-address " + w.daemon.Socket + " --address " + w.worker.Socket
+	// The typescript is a file, and what is drawn is seen there as it is drawn.
+	cmd := exec.CommandContext(w.ctx, "script", "--quiet", "--return", "--flush", "--command", watch, typescript)
+	var screen bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &screen, &screen
+	require.NoError(w, cmd.Start())
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	w.eventually("two pages, and a third that begins", func() bool {
+		drawn, _ := os.ReadFile(typescript) // there is none at first
+		return bytes.Count(drawn, []byte(newPage)) > 2
+	})
+	text, err := os.ReadFile(number)
+	require.NoError(w, err)
+	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	require.NoError(w, err)
+	require.NoError(w, unix.Kill(pid, unix.SIGINT))
+	w.soon("clipctl ends", func() { err = <-ended })
+	require.NoError(w, err, "%s", &screen)
+	pages := strings.Split(screen.String(), newPage)
+	require.Greater(w, len(pages), 2, "%q", &screen)
 	require.Empty(w, pages[0], "nothing is written before")
 	for _, page := range pages[1:] {
 		require.Contains(w, page, w.ref(images.SmallName))
@@ -202,7 +232,9 @@ func TestPullAndPrune(t *testing.T) {
 	require.Contains(t, ask("pull", ref), "lazy\t5 layers")
 	require.Equal(t, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
 	require.Contains(t, ask("pull", w.ref(images.SiblingName)), "not lazy\t1 of 4 layers: ")
-	require.Contains(t, ask("__complete", "doctor", w.registry.Host()), ref+"\n", "shells complete names of images")
+	w.eventually("shells complete names of images", func() bool { // they wait for containerd for two seconds at most
+		return strings.Contains(ask("__complete", "doctor", w.registry.Host()), ref+"\n")
+	})
 	_, err := w.worker.Clipctl(w.ctx, "pull", w.registry.Ref("small/none:1"))
 	require.ErrorContains(t, err, "clipctl doctor")
 
@@ -211,11 +243,13 @@ func TestPullAndPrune(t *testing.T) {
 	require.NoError(t, w.worker.StartContainer(w.ctx, lazy, ref, "web", "sleep", "1000"))
 	require.Equal(t, "gave up 0 B of 0 layers\n", ask("cache", "prune"), "a container uses them")
 	require.Contains(t, ask("cache", "prune", "--all"), "gave up ")
-	require.Equal(t, "clip\n", w.ctr(w.worker, "task", "exec", "--exec-id", "e", "web", "cat", "/app/name"), "what is read again is fetched again")
+	require.Equal(t, "clip\n", w.exec(w.worker, "web", "cat", "/app/name"), "what is read again is fetched again")
 	require.NoError(t, w.worker.RemoveContainer(w.ctx, "web"))
 	w.removeImage(w.worker, w.ref(images.SiblingName))
 	require.NoError(t, w.daemon.Stop(), "unmounts the root, which nobody needs any more")
 	require.NoError(t, w.lab.RestartDaemon(w.ctx, w.daemon))
+	// A daemon that starts completes them again, some time after it answers: what is given up before may come back.
+	w.eventually("the layers are complete again", func() bool { return strings.Count(ask("cache", "ls"), "100%") == 5 })
 	require.Regexp(t, "gave up [1-9].* of [1-5] layers", ask("cache", "prune"))
 	require.NotContains(t, ask("cache", "ls"), "100%")
 	w.runAfterRestart(ref)

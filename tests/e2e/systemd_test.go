@@ -56,8 +56,11 @@ func (s service) shows(property string) string {
 func (s service) restart() {
 	s.Helper()
 	s.systemctl("restart")
-	pids := s.processes("containerd-clip-grpc --config")
-	require.Len(s, pids, 1)
+	var pids []int
+	s.eventually("there is one daemon", func() bool {
+		pids = s.processes("containerd-clip-grpc --config")
+		return len(pids) == 1
+	})
 	s.requireRuns(pids[0], s.daemon.Program)
 }
 
@@ -89,8 +92,7 @@ func TestService(t *testing.T) {
 		require.Empty(t, s.keepers())
 	} else {
 		require.Zero(t, s.kept(), "it would not outlive a stop")
-		require.Len(t, s.keepers(), 1)
-		groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", s.keepers()[0]))
+		groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", s.keeper()))
 		require.NoError(t, err)
 		require.Contains(t, string(groups), "/containerd-clip-keeper\n", "it is not in the service's")
 	}
@@ -143,7 +145,8 @@ func TestServiceStore(t *testing.T) {
 // TestServiceHangs has a daemon that is there and does nothing: systemd's watchdog starts another, and not while the
 // daemon is heard from.
 func TestServiceHangs(t *testing.T) {
-	s := newService(t, "", "WatchdogSec=2s\nTimeoutAbortSec=1s")
+	// The daemon says every five seconds that it is there, and a slow machine may keep it from that for a while.
+	s := newService(t, "", "WatchdogSec=15s\nTimeoutAbortSec=1s")
 	r := newReaders(s.world)
 	s.pull(s.worker, lazy, r.ref)
 	r.start(1)

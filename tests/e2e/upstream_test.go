@@ -123,6 +123,8 @@ func TestUpstreamMountsOurs(t *testing.T) {
 	unmount := mountUpstream(t, o)
 	w.requireSameForUpstream(want, o.MountPoint)
 	for _, l := range layers {
+		// A request is counted when it has ended, which may be after the last byte was read.
+		w.eventually("CLIP fetches a layer", func() bool { return len(w.registry.Requests().Gets(l)) > 0 })
 		require.Len(t, w.registry.Requests().Gets(l), 1, "CLIP fetches a layer once, whole")
 	}
 	unmount()

@@ -8,7 +8,9 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -29,6 +31,10 @@ import (
 const (
 	lazy  = "clip"
 	eager = "overlayfs"
+
+	// fillLate puts off what a daemon completes in the background, which begins half a minute after a pull, until tests are
+	// over: on a slow machine it would be among the requests that they count.
+	fillLate = "[fill]\ndelay = '1h'\n"
 
 	notLazy  = "unpacking the layer instead of reading it lazily"
 	indexing = "indexing from local OCI layout with remote storage reference"
@@ -74,7 +80,7 @@ func (w *world) addSmall() {
 
 // newDemoWorld has the demo image instead.
 func newDemoWorld(t *testing.T) *world {
-	w := emptyWorld(t, "")
+	w := emptyWorld(t, fillLate)
 	top, err := harness.Top()
 	require.NoError(t, err)
 	file, err := testimages.Demo(w.ctx, filepath.Join(top, ".cache", "images"))
@@ -153,18 +159,50 @@ func (w *world) pull(c *harness.Containerd, snapshotter, ref string) harness.Req
 	return w.registry.Requests()
 }
 
-// run runs a command that prints something in a new container, and returns its output. As soon as a task has ended, ctr
-// closes what it copies the output from (containerd 2.4, cio's cancel): of one run in a thousand on a busy machine nothing
-// is left. Then it is run again.
+// run runs a command that prints something in a new container, and returns its output.
 func (w *world) run(c *harness.Containerd, snapshotter, ref string, command ...string) string {
 	w.Helper()
-	result, err := c.RunContainer(w.ctx, snapshotter, ref, "e2e-run", command...)
-	if err == nil && result.Stdout == "" {
-		w.Logf("ctr has no output of %q, and runs it again", command)
-		result, err = c.RunContainer(w.ctx, snapshotter, ref, "e2e-run", command...)
-	}
+	result, err := w.printed(func() (harness.Result, error) {
+		return c.RunContainer(w.ctx, snapshotter, ref, "e2e-run", command...)
+	})
 	require.NoError(w, err)
 	return result.Stdout
+}
+
+// exec runs a command that prints something in a container that is running, and returns its output.
+func (w *world) exec(c *harness.Containerd, id string, command ...string) string {
+	w.Helper()
+	result, err := w.printed(func() (harness.Result, error) {
+		return c.Ctr(w.ctx, append([]string{"task", "exec", "--exec-id", fmt.Sprint("e", time.Now().UnixNano()), id}, command...)...)
+	})
+	require.NoError(w, err)
+	return result.Stdout
+}
+
+// printed has ctr run a command that prints something. As soon as a task has ended, ctr closes what it copies the output
+// from (containerd 2.4, cio's cancel): of one run in a thousand on a busy machine nothing is left. Then it is run again.
+func (w *world) printed(run func() (harness.Result, error)) (result harness.Result, err error) {
+	w.Helper()
+	for range 5 {
+		if result, err = run(); err != nil || result.Stdout != "" {
+			break
+		}
+		w.Log("ctr has no output, and runs the command again")
+	}
+	return result, err
+}
+
+// printedAndFailed is printed for a command that fails. If it is ctr that fails, that says so.
+func (w *world) printedAndFailed(run func() (harness.Result, error)) (result harness.Result, err error) {
+	w.Helper()
+	result, _ = w.printed(func() (r harness.Result, ctrFailed error) {
+		r, err = run()
+		if strings.Contains(r.Stderr, "ctr: ") {
+			ctrFailed = err
+		}
+		return r, ctrFailed
+	})
+	return result, err
 }
 
 // exportTar has ctr write an image into a tar. Nobody in ctr waits until all that containerd sent is written (containerd
@@ -263,7 +301,7 @@ func (w *world) eventually(what string, check func() bool) {
 	require.Eventually(w, check, 2*time.Minute, 50*time.Millisecond, what)
 }
 
-// soon waits for what could wait for good, such as a read of a file system of ours: a minute. f does not end the test.
+// soon waits for what could wait for good, such as a read of a file system of ours: two minutes. f does not end the test.
 func (w *world) soon(what string, f func()) {
 	w.Helper()
 	ended := make(chan struct{})
@@ -273,8 +311,8 @@ func (w *world) soon(what string, f func()) {
 	}()
 	select {
 	case <-ended:
-	case <-time.After(time.Minute):
-		w.Fatalf("%s: not within a minute; what waits in the kernel:\n%s", what, w.blocked())
+	case <-time.After(2 * time.Minute):
+		w.Fatalf("%s: not within two minutes; what waits in the kernel:\n%s", what, w.blocked())
 	}
 }
 
@@ -299,11 +337,27 @@ func (w *world) foundAgain(c *harness.Containerd) {
 	})
 }
 
+// setConfig writes the configuration that the daemon has from its next start on.
+func (w *world) setConfig(config string) {
+	w.Helper()
+	require.NoError(w, os.WriteFile(w.daemon.Config, []byte(config), 0o600))
+}
+
 // runAfterRestart runs images.SmallName on a daemon that was away.
 func (w *world) runAfterRestart(ref string) {
 	w.Helper()
 	w.foundAgain(w.worker)
 	require.Equal(w, "hello from clip\n", w.run(w.worker, lazy, ref, "sh", "/app/run.sh"))
+}
+
+// writeProgram writes a program in a process of its own. While this one has a file open for writing, so has each child
+// that another test starts, until that runs its own program; and meanwhile nobody can run the file: it is busy.
+func writeProgram(t testing.TB, path string, content []byte) {
+	t.Helper()
+	cmd := exec.Command("install", "-m", "755", "/dev/stdin", path)
+	cmd.Stdin = bytes.NewReader(content)
+	out, err := cmd.CombinedOutput()
+	require.NoError(t, err, "%s", out)
 }
 
 // removeImage removes an image, and has containerd collect what nobody needs any more.

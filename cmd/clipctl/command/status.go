@@ -52,6 +52,9 @@ const watchPeriod = time.Second
 func runStatus(ctx context.Context, g *globals, o statusOptions, stdout io.Writer) error {
 	for {
 		v, err := look(ctx, g)
+		if o.watch && ctx.Err() != nil {
+			return nil // that is how it ends
+		}
 		if err != nil {
 			return err
 		}
@@ -63,7 +66,7 @@ func runStatus(ctx context.Context, g *globals, o statusOptions, stdout io.Write
 		}
 		select {
 		case <-ctx.Done():
-			return nil // that is how it ends
+			return nil
 		case <-time.After(watchPeriod):
 		}
 	}

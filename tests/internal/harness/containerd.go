@@ -203,7 +203,7 @@ func (c *Containerd) RemoveContainers(ctx context.Context) error {
 	if !c.Running() {
 		return nil // nobody to ask; the sweep does it
 	}
-	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	spaces, err := c.client.NamespaceService().List(ctx)
 	if err != nil {

@@ -56,7 +56,7 @@ func TestProxy(t *testing.T) {
 	require.Eventually(t, func() bool { // it is noted when it has ended, which the client may know first
 		requests = (&Registry{proxy: p}).Requests()
 		return len(requests.Gets("sha256:00")) == 1
-	}, 20*time.Second, time.Millisecond)
+	}, time.Minute, time.Millisecond)
 	require.Empty(t, requests.Gets("sha256:01"))
 	require.EqualValues(t, 3, requests.Sent())
 	require.Equal(t, http.StatusPartialContent, requests[0].Status)
@@ -92,11 +92,11 @@ func TestSweep(t *testing.T) {
 	require.NoError(t, err)
 	defer busy.Close()
 
-	require.Eventually(t, func() bool { return strings.Contains(strings.Join(Leftovers(lab.Dir), "\n"), "sleep 1000") }, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return strings.Contains(strings.Join(Leftovers(lab.Dir), "\n"), "sleep 1000") }, time.Minute, 10*time.Millisecond)
 	var pids []int
-	require.Eventually(t, func() bool { pids = processesOf(lab.Dir); return len(pids) == 3 }, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { pids = processesOf(lab.Dir); return len(pids) == 3 }, time.Minute, 10*time.Millisecond)
 	require.NoError(t, lab.Close())
-	require.Eventually(t, func() bool { return !slices.ContainsFunc(pids, alive) }, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return !slices.ContainsFunc(pids, alive) }, time.Minute, 10*time.Millisecond)
 	require.Empty(t, Leftovers(lab.Dir))
 	require.NoDirExists(t, lab.Dir)
 	require.NoError(t, lab.Close())
@@ -187,23 +187,23 @@ func TestShape(t *testing.T) {
 	const latency, rate = 20 * time.Millisecond, 4 << 20 // in time to wait for on a machine that is busy
 	registry.Shape(Link{Rate: rate, Latency: latency})
 	require.GreaterOrEqual(t, get(1), 4*latency, "a connection is made, and answers")
-	again := min(get(1), get(1), get(1))
-	require.GreaterOrEqual(t, again, 2*latency)
-	require.Less(t, again, 4*latency, "it is kept")
+	gets := int64(1)
+	requireAbout(t, 2*latency, 4*latency, "it is kept", func() time.Duration { gets++; return get(1) })
 	requests, sent := registry.Traffic()
-	require.EqualValues(t, 4, requests)
-	require.EqualValues(t, 4, sent)
+	require.Equal(t, gets, requests)
+	require.Equal(t, gets, sent)
 
-	began := time.Now()
-	var all sync.WaitGroup
-	for range 4 {
-		all.Go(func() { get(1 << 20) })
+	together := func() time.Duration {
+		began := time.Now()
+		var all sync.WaitGroup
+		for range 4 {
+			all.Go(func() { get(1 << 20) })
+		}
+		all.Wait()
+		return time.Since(began) - 2*latency
 	}
-	all.Wait()
-	requireAbout(t, time.Second, time.Since(began)-2*latency, "four connections share the rate")
-	began = time.Now()
-	get(2 << 20)
-	requireAbout(t, time.Second/2, time.Since(began)-2*latency, "latency does not make the link slower")
+	requireRate(t, time.Second, "four connections share the rate", together)
+	requireRate(t, time.Second/2, "latency does not make the link slower", func() time.Duration { return get(2<<20) - 2*latency })
 
 	put := func() time.Duration {
 		began := time.Now()
@@ -212,18 +212,32 @@ func TestShape(t *testing.T) {
 		require.NoError(t, resp.Body.Close())
 		return time.Since(began)
 	}
+	down := func() time.Duration { return get(2 << 20) }
 	registry.Shape(Link{Up: rate / 2})
-	requireAbout(t, time.Second, put(), "the other direction")
-	require.Less(t, get(2<<20), time.Second/2, "has nothing to do with this one")
+	requireRate(t, time.Second, "the other direction", put)
+	requireAbout(t, 0, time.Second/2, "has nothing to do with this one", down)
 
 	registry.Shape(Link{})
-	require.Less(t, get(2<<20), time.Second/2)
-	require.Less(t, put(), time.Second/2)
+	requireAbout(t, 0, time.Second/2, "no link", down)
+	requireAbout(t, 0, time.Second/2, "no link", put)
 }
 
-// requireAbout allows for a burst, and for a machine that is busy.
-func requireAbout(t *testing.T, want, got time.Duration, what string) {
+// requireRate allows for a burst, and for a machine that is busy.
+func requireRate(t *testing.T, want time.Duration, what string, measure func() time.Duration) {
 	t.Helper()
-	require.Greater(t, got, want*9/10, what)
-	require.Less(t, got, want*3, what)
+	requireAbout(t, want*9/10, want*3, what, measure)
+}
+
+// requireAbout measures until it takes less than most: a machine that is busy makes it
+// longer, and nothing makes it shorter, so that each time is least at the least.
+func requireAbout(t *testing.T, least, most time.Duration, what string, measure func() time.Duration) {
+	t.Helper()
+	for began := time.Now(); ; {
+		got := measure()
+		require.GreaterOrEqual(t, got, least, what)
+		if got < most {
+			return
+		}
+		require.Less(t, time.Since(began), 2*time.Minute, "%s: %s", what, got)
+	}
 }

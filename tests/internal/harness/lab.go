@@ -77,7 +77,7 @@ func (l *Lab) Close() error {
 	l.closers = nil
 	l.mu.Unlock()
 
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	var errs []error
 	for _, f := range slices.Backward(closers) {

@@ -26,7 +26,7 @@ type Process struct {
 }
 
 // start runs a server until Stop, Kill or Lab.Close. ready is asked until it says nil; a server that ends before or
-// takes longer than 20 seconds is an error that carries its log.
+// takes longer than a minute is an error that carries its log.
 func (l *Lab) start(ctx context.Context, name string, ready func(context.Context) error, program string, args ...string) (*Process, error) {
 	p, err := l.launch(name, 0, program, args...)
 	if err != nil {
@@ -135,16 +135,16 @@ func (p *Process) Running() bool {
 	}
 }
 
-// Stop ends the process as a service manager would: SIGTERM, and after ten seconds an error and SIGKILL.
+// Stop ends the process as a service manager would: SIGTERM, and after a minute an error and SIGKILL.
 func (p *Process) Stop() error {
 	_ = p.cmd.Process.Signal(unix.SIGTERM) // it may have ended by itself
 	select {
 	case <-p.done:
 		return nil
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 	}
 	p.Kill()
-	return fmt.Errorf("%s did not end in ten seconds", p.Name)
+	return fmt.Errorf("%s did not end in a minute", p.Name)
 }
 
 // Kill ends the process with SIGKILL and waits for its end: not for ever, since a process that waits for its own file

@@ -2,8 +2,10 @@ package harness
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -12,6 +14,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Request is what the registry was asked, and what it answered.
@@ -66,7 +70,7 @@ type Fault func(w http.ResponseWriter, r *http.Request, next http.Handler)
 
 // proxy is a reverse proxy on loopback that counts, that can be off, and that misbehaves when told to.
 type proxy struct {
-	address string // stays the same while off
+	address string // host:port; stays the same while off
 	handler http.Handler
 	wire    atomic.Pointer[wire]
 	traffic traffic
@@ -79,7 +83,7 @@ type proxy struct {
 
 // newProxy starts a proxy in front of a server that listens on a Unix socket.
 func newProxy(socket string) (*proxy, error) {
-	p := &proxy{address: "127.0.0.1:0"}
+	p := new(proxy)
 	p.wire.Store(&wire{})
 	backend := &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
@@ -128,7 +132,7 @@ func (p *proxy) switchOn() error {
 	if p.server != nil {
 		return nil
 	}
-	listener, err := net.Listen("tcp", p.address)
+	listener, err := p.listen()
 	if err != nil {
 		return err
 	}
@@ -137,6 +141,20 @@ func (p *proxy) switchOn() error {
 	p.server = server
 	go func() { _ = server.Serve(shapedListener{listener, &p.wire}) }() // it ends when switchOff closes the server
 	return nil
+}
+
+// listen takes a port once, and that one again. It is none of those that the kernel gives to connections
+// (net.ipv4.ip_local_port_range), of which one could have it while the proxy is off.
+func (p *proxy) listen() (net.Listener, error) {
+	if p.address != "" {
+		return net.Listen("tcp", p.address)
+	}
+	for {
+		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(12000)))
+		if !errors.Is(err, unix.EADDRINUSE) {
+			return listener, err
+		}
+	}
 }
 
 // switchOff has connections refused, and breaks those that are open.

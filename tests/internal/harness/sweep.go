@@ -107,7 +107,7 @@ func unmountAll(dir string) error {
 
 // killAll ends the processes of a lab and waits until they are gone.
 func killAll(dir string) error {
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		pids := processesOf(dir)
 		if len(pids) == 0 {
@@ -233,7 +233,7 @@ func commandLine(pid int) string {
 // deleteContainers has runc forget containers whose processes were killed, so that their cgroups go too.
 func deleteContainers(dir string) {
 	states, _ := filepath.Glob(filepath.Join(dir, "*", "runc", "*", "*", "state.json"))
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	for _, state := range states {
 		container := filepath.Dir(state)

@@ -201,7 +201,7 @@ func removeCgroups(dir string) error {
 
 // removeCgroup removes a cgroup whose processes are ending.
 func removeCgroup(dir string) (err error) {
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		// Only directories can be removed, from the inside out.
 		out, ferr := exec.Command("find", dir, "-depth", "-type", "d", "-delete").CombinedOutput()
 		if ferr == nil {

@@ -26,7 +26,7 @@ const (
 // Bench returns the layout of the images that benchmarks measure, in the directory cache, and makes it when it is not
 // there: Debian, python with what data science needs, node with what building a web page needs, and an app.
 func Bench(ctx context.Context, cache string) (dir string, err error) {
-	return cached(cache, benchRecipe, func(work string) (string, error) { return makeBench(ctx, work) })
+	return cached(cache, benchRecipe, func(work string) (string, error) { return makeBench(ctx, cache, work) })
 }
 
 // BenchDerived returns what build makes of the images of Bench, kept in the directory cache. build gets a directory to
@@ -57,12 +57,13 @@ NODE_EXTRA_CA_CERTS=/tmp/trusted.crt npm install --before=2024-11-01 --no-audit 
 	typescript @babel/core @babel/preset-env webpack eslint lodash react date-fns core-js
 ` + apt + " purge -y --auto-remove npm\n"
 
-func makeBench(ctx context.Context, work string) (dir string, err error) {
+func makeBench(ctx context.Context, cache, work string) (dir string, err error) {
 	steps := []step{
 		{name: "python", commands: install("python3", "python3-numpy", "python3-scipy", "python3-pandas", "python3-sklearn", "python3-matplotlib", "git", "curl") + benchStart},
 		{name: "node", commands: install("nodejs", "npm") + benchNode},
 	}
-	if err := debian(ctx, work, steps...); err != nil {
+	base, err := debian(ctx, cache, work, steps...)
+	if err != nil {
 		return "", err
 	}
 	layout, err := NewLayout(filepath.Join(work, "layout"))
@@ -72,14 +73,15 @@ func makeBench(ctx context.Context, work string) (dir string, err error) {
 	if err := os.Rename(filepath.Join(work, "python", BenchStart), filepath.Join(layout.Dir, BenchStart)); err != nil {
 		return "", err
 	}
-	upper := func(name string) func(io.Writer) error {
-		return func(w io.Writer) error { return writeUpper(w, filepath.Join(work, name)) }
+	upper := func(dir string) func(io.Writer) error {
+		return func(w io.Writer) error { return writeUpper(w, dir) }
 	}
-	gzipped, err := addLayers(layout.AddLayer, upper("base"), upper("python"), upper("node"), benchApp(1), benchApp(2))
+	python, node := filepath.Join(work, "python"), filepath.Join(work, "node")
+	gzipped, err := addLayers(layout.AddLayer, upper(base), upper(python), upper(node), benchApp(1), benchApp(2))
 	if err != nil {
 		return "", err
 	}
-	zstded, err := addLayers(layout.AddZstdLayer, upper("base"), upper("python"), upper("node"), benchApp(1))
+	zstded, err := addLayers(layout.AddZstdLayer, upper(base), upper(python), upper(node), benchApp(1))
 	if err != nil {
 		return "", err
 	}

@@ -30,10 +30,25 @@ func install(packages ...string) string {
 	return apt + " update\n" + apt + " install -y --no-install-recommends " + strings.Join(packages, " ") + "\n"
 }
 
-// debian makes the layers of an image as directories in work: a Debian base, called base, and one per step,
-// without apt's caches. It needs root, debootstrap, a Debian mirror and some minutes.
-func debian(ctx context.Context, work string, steps ...step) error {
-	args := []string{"--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "sh", "-c", debianScript, "debian.sh", work}
+// baseRecipe changes whenever what debianBase makes changes.
+const baseRecipe = "debian-1"
+
+// debianBase returns a Debian root in the directory cache, which is below all the images, and makes it when it is not
+// there. It needs root, debootstrap, a Debian mirror and some minutes.
+func debianBase(ctx context.Context, cache string) (dir string, err error) {
+	return cached(cache, baseRecipe, func(work string) (string, error) {
+		dir := filepath.Join(work, "base")
+		return dir, runDebian(ctx, "base", dir)
+	})
+}
+
+// debian returns the base of an image, a directory in cache that stays as it is, and makes its other layers as
+// directories in work, one per step, without apt's caches. It needs root, a Debian mirror and some minutes.
+func debian(ctx context.Context, cache, work string, steps ...step) (base string, err error) {
+	if base, err = debianBase(ctx, cache); err != nil {
+		return "", err
+	}
+	args := []string{"layers", base, work}
 	for _, s := range steps {
 		on := "all"
 		if s.onBase {
@@ -41,7 +56,13 @@ func debian(ctx context.Context, work string, steps ...step) error {
 		}
 		args = append(args, s.name, on, s.commands)
 	}
-	build := exec.CommandContext(ctx, "unshare", args...)
+	return base, runDebian(ctx, args...)
+}
+
+// runDebian runs debian.sh in namespaces of its own: no mount or process outlives it.
+func runDebian(ctx context.Context, args ...string) error {
+	unshare := []string{"--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "sh", "-c", debianScript, "debian.sh"}
+	build := exec.CommandContext(ctx, "unshare", append(unshare, args...)...)
 	build.Stdout, build.Stderr = os.Stderr, os.Stderr
 	return build.Run()
 }

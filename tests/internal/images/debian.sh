@@ -1,11 +1,10 @@
 #!/bin/sh
-# Makes directories in $1 for the layers of an image: base (a Debian root) and, for each further three arguments
-# NAME ON COMMANDS, NAME: an overlay's upper directory with what COMMANDS changed when they ran as root on top of the
-# layers before, or of base alone where ON says base.
+# debian.sh base DIR makes DIR, a Debian root.
+# debian.sh layers BASE WORK makes directories in WORK for the layers of an image on top of BASE, such a root: for each
+# further three arguments NAME ON COMMANDS, NAME: an overlay's upper directory with what COMMANDS changed when they ran
+# as root on top of the layers before, or of BASE alone where ON says base.
 # Runs in a mount namespace of its own, so that no mount outlives it.
 set -eu
-work=$1
-shift
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
 
 # What differs from one build to the next, or says something about this machine, is no part of the image.
@@ -37,8 +36,16 @@ inside() {
 }
 
 bootstrap() {
-	rm -rf "$work/base"
-	quietly debootstrap debootstrap --variant=minbase bookworm "$work/base"
+	rm -rf "$1"
+	quietly debootstrap debootstrap --variant=minbase bookworm "$1"
+}
+
+# base DIR. A mirror that fails once is no reason to give up; apt tries again by itself.
+base() {
+	work=$(dirname "$1")
+	bootstrap "$1" || bootstrap "$1"
+	rm -f "$1/etc/resolv.conf" "$1/etc/hostname"
+	scrub "$1"
 }
 
 # stack NAME COMMANDS LOWERDIRS
@@ -60,18 +67,20 @@ stack() {
 	umount "$work/root"
 }
 
-# A mirror that fails once is no reason to give up; apt tries again by itself.
-bootstrap || bootstrap
-rm -f "$work/base/etc/resolv.conf" "$work/base/etc/hostname"
-scrub "$work/base"
-below=$work/base
-while [ $# -gt 0 ]; do
-	case $2 in
-	base) stack "$1" "$3" "$work/base" ;;
-	*)
-		stack "$1" "$3" "$below"
-		below=$work/$1:$below
-		;;
-	esac
-	shift 3
-done
+# layers BASE WORK [NAME ON COMMANDS]...
+layers() {
+	base=$1 below=$1 work=$2
+	shift 2
+	while [ $# -gt 0 ]; do
+		case $2 in
+		base) stack "$1" "$3" "$base" ;;
+		*)
+			stack "$1" "$3" "$below"
+			below=$work/$1:$below
+			;;
+		esac
+		shift 3
+	done
+}
+
+"$@"

@@ -18,11 +18,12 @@ const (
 
 // Demo returns the demo image, an OCI archive in the directory cache, and makes it when it is not there.
 func Demo(ctx context.Context, cache string) (file string, err error) {
-	return cached(cache, demoRecipe+".tar", func(work string) (string, error) { return makeDemo(ctx, work) })
+	return cached(cache, demoRecipe+".tar", func(work string) (string, error) { return makeDemo(ctx, cache, work) })
 }
 
-func makeDemo(ctx context.Context, work string) (file string, err error) {
-	if err := debian(ctx, work, step{name: "python", commands: install("python3", "python3-numpy", "python3-pandas", "git")}); err != nil {
+func makeDemo(ctx context.Context, cache, work string) (file string, err error) {
+	base, err := debian(ctx, cache, work, step{name: "python", commands: install("python3", "python3-numpy", "python3-pandas", "git")})
+	if err != nil {
 		return "", err
 	}
 	layout, err := NewLayout(filepath.Join(work, "layout"))
@@ -30,7 +31,7 @@ func makeDemo(ctx context.Context, work string) (file string, err error) {
 		return "", err
 	}
 	layers, err := addLayers(layout.AddLayer,
-		func(w io.Writer) error { return writeUpper(w, filepath.Join(work, "base")) },
+		func(w io.Writer) error { return writeUpper(w, base) },
 		func(w io.Writer) error { return writeUpper(w, filepath.Join(work, "python")) },
 		writeDemoApp,
 	)

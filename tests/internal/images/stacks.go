@@ -34,35 +34,36 @@ const compile = `cd /tmp && printf '#include <stdio.h>\nint main(void) { printf(
 
 // Stacks returns the images of AllStacks, an OCI archive in the directory cache, and makes it when it is not there.
 func Stacks(ctx context.Context, cache string) (file string, err error) {
-	return cached(cache, stacksRecipe+".tar", func(work string) (string, error) { return makeStacks(ctx, work) })
+	return cached(cache, stacksRecipe+".tar", func(work string) (string, error) { return makeStacks(ctx, cache, work) })
 }
 
-func makeStacks(ctx context.Context, work string) (file string, err error) {
+func makeStacks(ctx context.Context, cache, work string) (file string, err error) {
 	var steps []step
 	for _, s := range AllStacks() {
 		steps = append(steps, step{name: ShortName(s.Name), commands: install(s.packages...), onBase: true})
 	}
-	if err := debian(ctx, work, steps...); err != nil {
+	base, err := debian(ctx, cache, work, steps...)
+	if err != nil {
 		return "", err
 	}
 	layout, err := NewLayout(filepath.Join(work, "layout"))
 	if err != nil {
 		return "", err
 	}
-	upper := func(name string) func(io.Writer) error {
-		return func(w io.Writer) error { return writeUpper(w, filepath.Join(work, name)) }
+	upper := func(dir string) func(io.Writer) error {
+		return func(w io.Writer) error { return writeUpper(w, dir) }
 	}
-	base, err := layout.AddLayer(upper("base"))
+	bottom, err := layout.AddLayer(upper(base))
 	if err != nil {
 		return "", err
 	}
 	config := ocispec.ImageConfig{Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"}}
 	for _, s := range steps {
-		top, err := layout.AddLayer(upper(s.name))
+		top, err := layout.AddLayer(upper(filepath.Join(work, s.name)))
 		if err != nil {
 			return "", err
 		}
-		if _, err := layout.AddImage("example.com/stacks/"+s.name+":1", config, base, top); err != nil {
+		if _, err := layout.AddImage("example.com/stacks/"+s.name+":1", config, bottom, top); err != nil {
 			return "", err
 		}
 	}
