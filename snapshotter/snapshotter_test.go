@@ -242,7 +242,7 @@ func requireComplete(t *testing.T, sn *Snapshotter, img *testutil.Image) {
 			require.NoError(t, err)
 			release()
 			return filepath.Dir(filepath.Dir(l.Device)) == filepath.Join(sn.dir, "layers")
-		}, 20*time.Second, 10*time.Millisecond)
+		}, time.Minute, 10*time.Millisecond)
 	}
 }
 
@@ -267,7 +267,7 @@ func TestCompleteLayersAreDevices(t *testing.T) {
 	require.NoError(t, sn.Close())
 
 	sn = open(t, root)
-	require.Eventually(t, func() bool { return len(sn.filler.State()) == 2 }, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return len(sn.filler.State()) == 2 }, time.Minute, 10*time.Millisecond)
 	mounts, err = sn.Mounts(t.Context(), "container")
 	require.NoError(t, err)
 	requireRead(t, mounts)

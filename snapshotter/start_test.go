@@ -201,7 +201,7 @@ func TestStartIsFetched(t *testing.T) {
 			_, err = sn.Prepare(t.Context(), "container", top)
 			require.NoError(t, err)
 			if prefetch {
-				require.Eventually(t, func() bool { return high.Fetched() == high.Size() }, 20*time.Second, 10*time.Millisecond)
+				require.Eventually(t, func() bool { return high.Fetched() == high.Size() }, time.Minute, 10*time.Millisecond)
 			} else {
 				time.Sleep(200 * time.Millisecond)
 				require.Zero(t, high.Fetched())

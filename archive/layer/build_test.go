@@ -246,7 +246,7 @@ func TestBuildCancelled(t *testing.T) {
 		_, err := layer.Build(ctx, r, desc, opts)
 		require.ErrorIs(t, err, context.Canceled)
 		require.False(t, damage(err), err)
-		require.Less(t, time.Since(start), 10*time.Second)
+		require.Less(t, time.Since(start), time.Minute)
 		cancel()
 	}
 }

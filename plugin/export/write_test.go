@@ -180,18 +180,26 @@ func TestAtOnce(t *testing.T) {
 	}
 	var writing sync.WaitGroup
 	errs := make([]error, writers)
+	looked := make(chan struct{}) // closed when it was looked at often enough, or in vain
+	enough := sync.OnceFunc(func() { close(looked) })
 	for i, img := range images {
 		writing.Go(func() {
 			for n := range exports {
+				if n == exports-1 {
+					<-looked // else all is written while a busy machine looks once
+				}
 				errs[i] = errors.Join(errs[i], write(img, shared), write(img, fmt.Sprintf("example.com/app:%d-%d", i, n)))
 			}
 		})
 	}
-	t.Cleanup(writing.Wait)
+	t.Cleanup(func() { enough(); writing.Wait() })
 	done := make(chan struct{})
 	go func() { defer close(done); writing.Wait() }()
 	looks, before := 0, 0
 	for reading := true; reading; looks++ {
+		if looks > 2 {
+			enough()
+		}
 		select {
 		case <-done:
 			reading = false

@@ -20,7 +20,7 @@ func arrived(t *testing.T, l *Layer) {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		return len(l.runs) == 0
-	}, 10*time.Second, time.Millisecond)
+	}, time.Minute, time.Millisecond)
 }
 
 // TestWhatLiesNearby comes along with what is read, as far as it is worth a request,

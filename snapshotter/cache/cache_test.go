@@ -357,7 +357,7 @@ func TestIndexIsReadAside(t *testing.T) {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		return len(l.runs) == 0
-	}, 10*time.Second, time.Millisecond)
+	}, time.Minute, time.Millisecond)
 	l.mu.Lock()
 	l.index = nil // as after a while without fetches
 	l.mu.Unlock()
@@ -384,7 +384,7 @@ func TestIndexIsReadAside(t *testing.T) {
 	}()
 	select {
 	case err = <-here:
-	case <-time.After(10 * time.Second):
+	case <-time.After(readTimeout / 2):
 		err = errors.New("it waits for the index")
 	}
 	_, werr := fifo.Write(raw)

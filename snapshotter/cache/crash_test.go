@@ -141,7 +141,7 @@ func TestKilled(t *testing.T) {
 		require.Eventually(t, func() bool {
 			_, err := os.Stat(filepath.Join(layers, x.DiffID.Encoded(), haveFile))
 			return err == nil
-		}, 30*time.Second, time.Millisecond)
+		}, time.Minute, time.Millisecond)
 		time.Sleep(rand.N(300 * time.Millisecond))
 		require.NoError(t, child.Process.Kill())
 		require.Error(t, child.Wait())

@@ -59,7 +59,7 @@ func TestReceive(t *testing.T) {
 			release()
 		}
 		return err == nil
-	}, 20*time.Second, 10*time.Millisecond, "it is a whole layer")
+	}, time.Minute, 10*time.Millisecond, "it is a whole layer")
 	require.Equal(t, dataBlocks(t, dir), s.used.Load())
 
 	require.NoError(t, s.Close())

@@ -99,6 +99,9 @@ func TestCap(t *testing.T) {
 	}
 	wg.Wait()
 	require.LessOrEqual(t, dataBlocks(t, dir), limit)
+	for _, l := range layers {
+		arrived(t, l) // runs go on behind their readers, and would between two looks
+	}
 	var punched int
 	for _, l := range layers {
 		require.NoError(t, l.record())
@@ -119,6 +122,9 @@ func TestCap(t *testing.T) {
 		requireStream(t, l, c.streams[i])
 	}
 	require.LessOrEqual(t, dataBlocks(t, dir), limit)
+	for _, l := range layers {
+		arrived(t, l)
+	}
 	require.NoError(t, s.Keep(func(digest.Digest) bool { return false }))
 	require.Zero(t, s.used.Load())
 }
@@ -233,7 +239,7 @@ func TestHolesWaitForReads(t *testing.T) {
 	l.punching.RLock() // as readHere does
 	ended := make(chan int64, 1)
 	go func() { ended <- s.evict(1) }()
-	require.Eventually(t, func() bool { return l.Fetched() == 0 }, 10*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return l.Fetched() == 0 }, time.Minute, time.Millisecond)
 	time.Sleep(100 * time.Millisecond)
 	require.Equal(t, before, dataBlocks(t, dir))
 	l.punching.RUnlock()
@@ -317,6 +323,7 @@ func TestFullDisk(t *testing.T) {
 		})
 	}
 	wg.Wait()
+	arrived(t, l) // runs go on behind their readers
 	require.Equal(t, 1.0, metric(t, s, "clip_cache_in_memory"))
 	require.LessOrEqual(t, s.memory.size, memorySize)
 	require.Zero(t, l.Fetched())
@@ -339,6 +346,7 @@ func TestFullDisk(t *testing.T) {
 	// It is fuller than the store may know: it gives up what it can.
 	time.Sleep(evictFutile)
 	requireStream(t, l, stream)
+	arrived(t, l)
 	require.NoError(t, l.record())
 	require.Positive(t, l.punches)
 }
@@ -410,7 +418,7 @@ func TestDeviceIsNeverPunched(t *testing.T) {
 	require.NotEmpty(t, got)
 	require.NoError(t, file.Close())
 
-	require.Eventually(t, func() bool { s.futile = time.Time{}; return s.evict(limit) > 0 && layers[0].Fetched() == 0 }, 20*time.Second, 50*time.Millisecond,
+	require.Eventually(t, func() bool { s.futile = time.Time{}; return s.evict(limit) > 0 && layers[0].Fetched() == 0 }, time.Minute, 50*time.Millisecond,
 		"when the last use has ended, it can go")
 	_, _, err = s.Device(c.indexes[0].DiffID)
 	require.Error(t, err)
@@ -424,7 +432,7 @@ func completed(t testing.TB, s *Store, l *Layer) (path string, release func()) {
 		var err error
 		path, release, err = s.Device(l.DiffID())
 		return err == nil
-	}, 20*time.Second, 10*time.Millisecond)
+	}, time.Minute, 10*time.Millisecond)
 	return path, release
 }
 
@@ -478,7 +486,7 @@ func TestDamagedDisk(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, f.Close())
 	fillAll(t, l, 1<<20)
-	require.Eventually(t, func() bool { return l.Fetched() == 0 }, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return l.Fetched() == 0 }, time.Minute, 10*time.Millisecond)
 	requireStream(t, l, stream)
 	time.Sleep(100 * time.Millisecond)
 	_, _, err = s.Device(x.DiffID)

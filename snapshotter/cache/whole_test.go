@@ -132,7 +132,7 @@ func TestWholeBlobForAll(t *testing.T) {
 				l.mu.Lock()
 				defer l.mu.Unlock()
 				return l.rangeless
-			}, 10*time.Second, time.Millisecond)
+			}, time.Minute, time.Millisecond)
 			for other, ch := range answer {
 				if other != first {
 					close(ch) // it sees that it need not go on
@@ -142,7 +142,7 @@ func TestWholeBlobForAll(t *testing.T) {
 				l.mu.Lock()
 				defer l.mu.Unlock()
 				return len(l.runs) == 1
-			}, 10*time.Second, time.Millisecond)
+			}, time.Minute, time.Millisecond)
 			close(proceed)
 			require.NoError(t, <-ended, "no fill stands still for who waits for it")
 			require.NoError(t, <-ended)

@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -216,7 +217,12 @@ func TestWindowsUnavailable(t *testing.T) {
 // TestWindowsTogether has one wait for the group that another one fetches, which fails.
 func TestWindowsTogether(t *testing.T) {
 	e, x := newElsewhere(t, testTar(t, windowsTar))
-	s := e.open(t, t.TempDir())
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) { testWindowsTogether(t, dir, e, x) })
+}
+
+func testWindowsTogether(t *testing.T, dir string, e *elsewhere, x *layer.Index) {
+	s := e.open(t, dir)
 	l := e.add(t, s, x, "registry.example/repo:tag")
 	asked, answer := make(chan struct{}), make(chan struct{})
 	broken := errors.New("broken")
@@ -233,7 +239,7 @@ func TestWindowsTogether(t *testing.T) {
 	cancel()
 	_, err := l.window(ended, x, 0)
 	require.ErrorIs(t, err, context.Canceled, "who waits can give up")
-	time.Sleep(10 * time.Millisecond)
+	time.Sleep(time.Second) // which is over when both wait, however long that takes
 	close(answer)
 	first, second := <-failed, <-failed
 	if errors.Is(first, errWindowFailed) {

@@ -234,7 +234,7 @@ func TestProxyPull(t *testing.T) {
 
 func TestProxyStreams(t *testing.T) {
 	s := &service{keys: keychain(t)}
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	stream, err := runtime.NewImageServiceClient(proxied(t, s)).StreamImages(ctx, &runtime.StreamImagesRequest{})
 	require.NoError(t, err)

@@ -197,6 +197,6 @@ func TestResume(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, "42\n", string(got), "who asked the killed server")
 	require.NoError(t, c.Release())
-	require.True(t, c.Wait(10*time.Second))
+	require.True(t, c.Wait(time.Minute))
 	require.Empty(t, o.Session.Waiting())
 }

@@ -54,7 +54,7 @@ func pipe(t *testing.T) (fd int, end *os.File) {
 // requireEnded waits until nobody has the other end of a pipe.
 func requireEnded(t *testing.T, end *os.File) {
 	t.Helper()
-	require.NoError(t, end.SetReadDeadline(time.Now().Add(10*time.Second)))
+	require.NoError(t, end.SetReadDeadline(time.Now().Add(time.Minute)))
 	_, err := end.Read(make([]byte, 1))
 	require.ErrorIs(t, err, io.EOF)
 }
@@ -131,7 +131,7 @@ func TestEnds(t *testing.T) {
 	requireEnded(t, end)
 	require.NoError(t, unix.Kill(pid, 0))
 	require.NoError(t, k.Close())
-	require.Eventually(t, func() bool { return unix.Kill(pid, 0) == unix.ESRCH }, 10*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return unix.Kill(pid, 0) == unix.ESRCH }, time.Minute, 10*time.Millisecond)
 	require.Empty(t, open(t, dir).Names(), "a socket without a keeper does no harm")
 }
 
@@ -143,7 +143,7 @@ func TestKeeperDies(t *testing.T) {
 	require.NoError(t, k.Keep("a", fd))
 	pid := pidOf(t, k)
 	kill(t, pid)
-	require.Eventually(t, func() bool { return pidOf(t, k) != pid }, 10*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return pidOf(t, k) != pid }, time.Minute, 10*time.Millisecond)
 	pid = pidOf(t, k)
 	require.NoError(t, unix.Close(fd))
 	require.NoError(t, k.Close())
@@ -334,7 +334,7 @@ func TestAdopt(t *testing.T) {
 	k = open(t, dir)
 	require.Equal(t, "FDSTORE=1\nFDPOLL=0\nFDNAME=a (1)", <-got)
 	require.Equal(t, "BARRIER=1 (1)", <-got)
-	require.Eventually(t, func() bool { return unix.Kill(pid, 0) == unix.ESRCH }, 10*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return unix.Kill(pid, 0) == unix.ESRCH }, time.Minute, 10*time.Millisecond)
 	require.Equal(t, []string{"a"}, k.Names())
 	fds := k.Take("a")
 	_, err := unix.Write(fds[0], []byte("x"))

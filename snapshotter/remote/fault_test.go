@@ -43,7 +43,7 @@ func serveBig(w http.ResponseWriter, r *http.Request) {
 // readBig reads a range of big and checks it.
 func readBig(t *testing.T, c *Client, sources []string, off, n int64) error {
 	t.Helper()
-	return readBigWithin(t, 20*time.Second, c, sources, off, n)
+	return readBigWithin(t, 2*time.Minute, c, sources, off, n)
 }
 
 func readBigWithin(t *testing.T, d time.Duration, c *Client, sources []string, off, n int64) error {
@@ -93,15 +93,16 @@ func stall(_ http.ResponseWriter, r *http.Request) {
 // another: nothing is sent twice but what was under way.
 func TestBodyBreaksOff(t *testing.T) {
 	for name, end := range map[string]func(http.ResponseWriter, *http.Request){"reset": reset, "stall": stall} {
+		client := map[string]func(*testing.T, ...string) *Client{"reset": newClient, "stall": newImpatientClient}[name]
 		t.Run(name+", one host", func(t *testing.T) {
 			h := start(t, cutAfter(1<<20, end))
-			require.NoError(t, readBig(t, newImpatientClient(t), []string{h.ref()}, 100, 4<<20))
+			require.NoError(t, readBig(t, client(t), []string{h.ref()}, 100, 4<<20))
 			require.Len(t, h.seen(), 4)
 			require.Equal(t, fmt.Sprintf("bytes=%d-%d", 100+3<<20, 100+4<<20-1), h.seen()[3].Header.Get("Range"))
 		})
 		t.Run(name+", two hosts", func(t *testing.T) {
 			bad, good := start(t, cutAfter(1<<20, end)), start(t, serveBig)
-			c := newImpatientClient(t)
+			c := client(t)
 			require.NoError(t, readBig(t, c, []string{bad.ref(), good.ref()}, 100, 4<<20))
 			require.Len(t, bad.seen(), 1)
 			require.Len(t, good.seen(), 1)
@@ -183,7 +184,7 @@ func TestDeadMirror(t *testing.T) {
 	for range 20 {
 		wg.Go(func() {
 			// Another blob, so that nothing but the mirror's state is known.
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			rc, err := c.Open(ctx, mirroredRef, bigDigest, 0, 3)
 			if err != nil {
@@ -220,7 +221,7 @@ func TestMirrorComesBack(t *testing.T) {
 		c.mu.Unlock()
 		_, err := read(t.Context(), c, mirroredRef, 0, 3)
 		return err == nil && len(mirror.seen()) > 5
-	}, 5*time.Second, 50*time.Millisecond)
+	}, time.Minute, 50*time.Millisecond)
 }
 
 // TestFailover is the part of the outage matrix about mirrors.
@@ -260,9 +261,9 @@ func TestOutage(t *testing.T) {
 	})
 	dockerConfig(t, "{}")
 	// Times are compared with how long a read goes on, which a busy machine
-	// does not come near to.
-	const giveUp = 4 * time.Second
-	c := New(Options{GiveUp: giveUp})
+	// does not come near to. One right after a failure has a fifth of patience.
+	const patience, giveUp = 45 * time.Second, 10 * time.Second
+	c := New(Options{GiveUp: patience, SilenceTimeout: patience})
 	get := func() error { _, err := read(t.Context(), c, []string{h.ref()}, 0, 3); return err }
 	require.NoError(t, get())
 
@@ -271,18 +272,24 @@ func TestOutage(t *testing.T) {
 	require.NoError(t, get(), "shorter than the deadline")
 
 	down.Store(true)
+	c.opts.GiveUp = giveUp
 	began := time.Now()
 	err := get()
 	require.ErrorIs(t, err, errdefs.ErrUnavailable, "longer than the deadline")
 	require.NotErrorIs(t, err, io.EOF, "which would be the end of the blob")
 	require.Less(t, time.Since(began), 2*giveUp)
+	c.opts.GiveUp = patience
+	c.mu.Lock()
+	require.Contains(t, c.memory.hopeless, testDigest)
+	c.memory.hopeless[testDigest] = time.Now().Add(time.Hour) // however long it takes to ask again
+	c.mu.Unlock()
 	began = time.Now()
 	require.Error(t, get(), "asked again at once, as the kernel does")
-	require.Less(t, time.Since(began), giveUp/2)
+	require.Less(t, time.Since(began), patience/2)
 	down.Store(false)
 	began = time.Now()
 	require.NoError(t, get(), "the next read")
-	require.Less(t, time.Since(began), giveUp/2, "is not made to wait for what is over")
+	require.Less(t, time.Since(began), patience/2, "is not made to wait for what is over")
 }
 
 // TestDeadlineWhileAsking has an error that still says what was wrong.
@@ -328,8 +335,8 @@ func TestRetryAfter(t *testing.T) {
 					w.Header().Set("Retry-After", value())
 					w.WriteHeader(code)
 				}))
-				c := New(Options{})
-				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+				c := New(Options{SilenceTimeout: time.Minute})
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 				defer cancel()
 				began := time.Now()
 				rc, err := c.Open(ctx, []string{h.ref()}, testDigest, 0, 3)
@@ -347,7 +354,9 @@ func TestRetryAfter(t *testing.T) {
 		})
 		c := newClient(t)
 		began := time.Now()
-		_, err := read(t.Context(), c, []string{busy.ref()}, 0, 3)
+		ctx, cancel := context.WithTimeout(t.Context(), 2*maxRetryAfter/3)
+		defer cancel()
+		_, err := read(ctx, c, []string{busy.ref()}, 0, 3)
 		require.ErrorIs(t, err, errdefs.ErrResourceExhausted)
 		require.Less(t, time.Since(began), 20*time.Second, "it does not sit the time out")
 		require.Len(t, busy.seen(), 1)
@@ -412,9 +421,18 @@ func TestWrongAnswersAreCountedByHost(t *testing.T) {
 // TestConnectionLimit has more readers than a host is asked at once.
 func TestConnectionLimit(t *testing.T) {
 	var now, most atomic.Int32
+	two := make(chan struct{}) // closed when a second one is there
+	second := sync.OnceFunc(func() { close(two) })
 	h := start(t, func(w http.ResponseWriter, r *http.Request) {
 		n := now.Add(1)
 		for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
+		}
+		if n > 1 {
+			second()
+		}
+		select {
+		case <-two:
+		case <-r.Context().Done():
 		}
 		time.Sleep(5 * time.Millisecond)
 		now.Add(-1) // before the answer: with it the next one may come
@@ -507,7 +525,7 @@ func TestNothingLeaks(t *testing.T) {
 	}
 	// What each read of one host leaks would be 10 of.
 	var g, f int
-	if !assert.Eventually(t, func() bool { g, f = left(); return g <= goroutines+8 && f <= fds+8 }, 30*time.Second, 50*time.Millisecond) {
+	if !assert.Eventually(t, func() bool { g, f = left(); return g <= goroutines+8 && f <= fds+8 }, time.Minute, 50*time.Millisecond) {
 		t.Fatalf("%d goroutines and %d files were %d and %d", g, f, goroutines, fds)
 	}
 	for _, e := range c.endpoints {

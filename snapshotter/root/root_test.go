@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
@@ -164,7 +165,7 @@ func TestMount(t *testing.T) {
 			require.NoError(t, unix.Close(fd))
 			require.NoError(t, r.Unmount(), "nothing is mounted")
 			require.NoError(t, Unmount(filepath.Join(dir, "nowhere")))
-			require.Empty(t, loops(t), "loop devices end with the mount")
+			requireNoLoops(t, "loop devices end with the mount")
 		})
 	}
 }
@@ -188,6 +189,13 @@ func loops(t *testing.T) []string {
 		}
 	}
 	return found
+}
+
+// requireNoLoops waits for loop devices to end: the kernel lets go of one some time
+// after its file system, and whoever looks at new devices, as udev does, holds it, too.
+func requireNoLoops(t *testing.T, why string) {
+	t.Helper()
+	require.Eventually(t, func() bool { return len(loops(t)) == 0 }, time.Minute, 10*time.Millisecond, why)
 }
 
 // TestManyLayers has as many layers as an image may have, and one more.
@@ -264,7 +272,7 @@ func TestDamage(t *testing.T) {
 		require.NoError(t, mount(whole, target, []string{device}))
 		require.NoError(t, Unmount(target))
 	}
-	require.Empty(t, loops(t), "those of failed mounts are gone, too")
+	requireNoLoops(t, "those of failed mounts are gone, too")
 }
 
 // TestMend damages the metadata image of a root that is mounted.

@@ -208,19 +208,23 @@ func TestStatusNames(t *testing.T) {
 func TestStatusWatch(t *testing.T) {
 	serveDaemon(t, fakeDaemon{})
 	ctx, cancel := context.WithCancel(t.Context())
-	lines := make(chan []byte)
+	defer cancel()
+	var lines [][]byte
 	cmd := New()
-	cmd.SetOut(writerFunc(func(b []byte) (int, error) { lines <- bytes.Clone(b); return len(b), nil }))
+	cmd.SetOut(writerFunc(func(b []byte) (int, error) {
+		if lines = append(lines, bytes.Clone(b)); len(lines) == 2 {
+			cancel() // before it waits, which is when it is interrupted
+		}
+		return len(b), nil
+	}))
 	cmd.SetArgs([]string{"status", "--watch", "--json"})
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.ExecuteContext(ctx) }()
-	for range 2 {
+	require.NoError(t, cmd.ExecuteContext(ctx), "interrupting is how it ends")
+	require.Len(t, lines, 2)
+	for _, line := range lines {
 		var v view
-		require.NoError(t, json.Unmarshal(<-lines, &v), "one document per line")
+		require.NoError(t, json.Unmarshal(line, &v), "one document per line")
 		require.Equal(t, 7, v.Daemon.PID)
 	}
-	cancel()
-	require.NoError(t, <-ended, "interrupting is how it ends")
 }
 
 type writerFunc func([]byte) (int, error)

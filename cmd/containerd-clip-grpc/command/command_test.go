@@ -188,7 +188,7 @@ func start(t *testing.T, c config) (stop func() error) {
 			conn.Close()
 		}
 		return err == nil
-	}, 20*time.Second, 20*time.Millisecond)
+	}, time.Minute, 20*time.Millisecond)
 	return func() error { cancel(); return <-ended }
 }
 

@@ -36,15 +36,15 @@ func TestWatchdog(t *testing.T) {
 	}
 	silence := func() {
 		t.Helper()
-		require.Eventually(t, func() bool { return heard(300*time.Millisecond) != nil }, 10*time.Second, time.Millisecond)
+		require.Eventually(t, func() bool { return heard(300*time.Millisecond) != nil }, time.Minute, time.Millisecond)
 	}
 	for range 3 {
-		require.NoError(t, heard(10*time.Second))
+		require.NoError(t, heard(time.Minute))
 	}
 	oldest.Store(int64(stuckAfter))
 	silence()
 	oldest.Store(int64(stuckAfter - 1))
-	require.NoError(t, heard(10*time.Second), "it was slow, not stuck")
+	require.NoError(t, heard(time.Minute), "it was slow, not stuck")
 	cancel()
 	silence()
 
