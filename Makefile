@@ -48,8 +48,8 @@ SINGLE = %/archive/inflate %/archive/erofs
 
 # The line that make shows has the seed of the random stacks.
 unit: deps ## unit tests, with the race detector
-	CI=1 $(GO) test -timeout 15m $(filter $(SINGLE),$(UNIT))
-	CI=1 CLIP_TEST_SEED=$(SEED) $(GO) test -race -timeout 15m $(filter-out $(SINGLE),$(UNIT))
+	CI=1 $(GO) test -timeout 30m $(filter $(SINGLE),$(UNIT))
+	CI=1 CLIP_TEST_SEED=$(SEED) $(GO) test -race -timeout 30m $(filter-out $(SINGLE),$(UNIT))
 	cd tests/kubernetes && $(GO) test .
 	cd tests/bench && $(GO) test ./peers ./report
 

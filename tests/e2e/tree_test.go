@@ -93,7 +93,8 @@ func cause(text string) string {
 // TestStacks runs what people run, lazily, and compares whole roots with containerd's.
 func TestStacks(t *testing.T) {
 	t.Parallel()
-	w := emptyWorld(t, fillLate) // they have a layer in common
+	// They have a layer in common. Making them takes some minutes.
+	w := worldIn(t, harness.ForTestWithin(t, 2*harness.Limit), fillLate)
 	top, err := harness.Top()
 	require.NoError(t, err)
 	file, err := images.Stacks(w.ctx, filepath.Join(top, ".cache", "images"))

@@ -78,9 +78,9 @@ func (w *world) addSmall() {
 	w.start = time.Now()
 }
 
-// newDemoWorld has the demo image instead.
+// newDemoWorld has the demo image instead, which takes some minutes to make.
 func newDemoWorld(t *testing.T) *world {
-	w := emptyWorld(t, fillLate)
+	w := worldIn(t, harness.ForTestWithin(t, 2*harness.Limit), fillLate)
 	top, err := harness.Top()
 	require.NoError(t, err)
 	file, err := testimages.Demo(w.ctx, filepath.Join(top, ".cache", "images"))
