@@ -86,10 +86,10 @@ func TestCommit(t *testing.T) {
 	w.pull(stock, eager, ref)
 	diffs := map[*harness.Containerd]map[string]string{}
 	for c, snapshotter := range map[*harness.Containerd]string{w.worker: lazy, stock: eager} {
-		require.NoError(t, c.StartContainer(w.ctx, snapshotter, ref, "changed", "sh", "-c", changes+" && sleep 1000"))
+		require.NoError(t, c.StartContainer(w.ctx, snapshotter, ref, "changed", "sh", "-c", changes+" && touch /made && sleep 1000"))
 		w.eventually("the container has made its changes", func() bool {
-			result, err := c.Ctr(w.ctx, "task", "exec", "--exec-id", fmt.Sprint("e", time.Now().UnixNano()), "changed", "ls", "/data/shared", "/link")
-			return err == nil && strings.Contains(result.Stdout, "link") && !strings.Contains(result.Stdout, "null")
+			_, err := c.Ctr(w.ctx, "task", "exec", "--exec-id", fmt.Sprint("e", time.Now().UnixNano()), "changed", "ls", "/made")
+			return err == nil
 		})
 		diffs[c] = w.commit(c, snapshotter, ref, "changed", "example.com/commit/"+snapshotter+":1")
 	}

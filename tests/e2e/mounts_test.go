@@ -226,7 +226,8 @@ func TestManyLayers(t *testing.T) {
 	require.Len(t, w.layers(images.LayersName), images.ManyLayers)
 	stock := w.stock()
 	w.pull(stock, eager, ref)
-	script := "cat $(find /layers -type f | sort)"
+	// It is written at once: all of it comes, or nothing, see printed.
+	script := `all=$(cat $(find /layers -type f | sort)) && echo "$all"`
 	want := w.run(stock, eager, ref, "sh", "-c", script)
 	require.Contains(t, want, "last changed by layer 126\n")
 	w.eachMode(func(w *world) {

@@ -261,8 +261,24 @@ func loopsOf(dir string) map[string]string {
 	return loops
 }
 
+// detachLoops takes loop devices away. One that somebody still has open goes when he closes it: a mount namespace, say,
+// that another test made meanwhile, and in which the mount is until it ends.
 func detachLoops(dir string) error {
-	for dev := range loopsOf(dir) {
+	deadline := time.Now().Add(2 * time.Minute)
+	for {
+		loops := loopsOf(dir)
+		if err := detach(loops); err != nil {
+			return err
+		}
+		if len(loops) == 0 || time.Now().After(deadline) {
+			return nil // who asks for what is left is told
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+func detach(loops map[string]string) error {
+	for dev := range loops {
 		f, err := os.Open(dev)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
