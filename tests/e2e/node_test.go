@@ -124,8 +124,9 @@ func (n node) files() (names []string) {
 
 // TestNode has the image of the DaemonSet install onto a node, upgrade it, and be taken from it, with a systemd and a
 // containerd that do what they are told.
+//
+// It runs alone: the node's mount namespace would keep what other tests have mounted when it begins.
 func TestNode(t *testing.T) {
-	t.Parallel()
 	n := newNode(t)
 	n.index(images.SmallName)
 	ref := n.ref(images.SmallName)
