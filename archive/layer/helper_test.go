@@ -207,3 +207,20 @@ func altered(b []byte, at int) []byte {
 	b[at] ^= 0x20
 	return b
 }
+
+// requireImports builds the index of a stream in each compression, checks each, and that they say the same of imports.
+func requireImports(t *testing.T, stream []byte, check func(t *testing.T, x *layer.Index)) {
+	t.Helper()
+	var encoded []byte
+	for name, blob := range map[string][]byte{"uncompressed": stream, "gzip": testimage.Gzip(t, 1, stream), "zstd": zstdFrames(t, stream)} {
+		t.Run(name, func(t *testing.T) {
+			x := mustBuild(t, blob)
+			require.Equal(t, compression(name), x.Compression)
+			check(t, x)
+			if encoded == nil {
+				encoded = x.Imports
+			}
+			require.Equal(t, encoded, x.Imports, "they are the same however the layer is compressed")
+		})
+	}
+}

@@ -97,18 +97,7 @@ func TestBuildLibraries(t *testing.T) {
 	require.NotEmpty(t, want["0/bin/0-ls"].Needs)
 	require.Equal(t, []string{"libb.so", "libc.so.6"}, want["0/lib/liba.so.1"].Needs)
 	require.Equal(t, []string{"liba.so", "libb.so"}, want["1/lib/wheel.so"].Needs)
-	var encoded []byte
-	for name, blob := range map[string][]byte{"uncompressed": data, "gzip": testimage.Gzip(t, 1, data), "zstd": zstdFrames(t, data)} {
-		t.Run(name, func(t *testing.T) {
-			x := mustBuild(t, blob)
-			require.Equal(t, compression(name), x.Compression)
-			require.Equal(t, want, librariesOf(t, x))
-			if encoded == nil {
-				encoded = x.Imports
-			}
-			require.Equal(t, encoded, x.Imports, "they are the same however the layer is compressed")
-		})
-	}
+	requireImports(t, data, func(t *testing.T, x *layer.Index) { require.Equal(t, want, librariesOf(t, x)) })
 }
 
 // TestLibrariesInPieces has all places of a library be where a piece of the stream ends.

@@ -68,18 +68,7 @@ func TestBuildImports(t *testing.T) {
 		"app/pax.py":  {{Module: "one"}},
 		"app/" + strings.Repeat("long/", 30) + "last.py": {{Module: "a"}, {Module: "b"}},
 	}
-	var encoded []byte
-	for name, blob := range map[string][]byte{"uncompressed": data, "gzip": testimage.Gzip(t, 1, data), "zstd": zstdFrames(t, data)} {
-		t.Run(name, func(t *testing.T) {
-			x := mustBuild(t, blob)
-			require.Equal(t, compression(name), x.Compression)
-			require.Equal(t, want, importsOf(t, x))
-			if encoded == nil {
-				encoded = x.Imports
-			}
-			require.Equal(t, encoded, x.Imports, "they are the same however the layer is compressed")
-		})
-	}
+	requireImports(t, data, func(t *testing.T, x *layer.Index) { require.Equal(t, want, importsOf(t, x)) })
 }
 
 // TestImportsLeaveEntries has the same content in sources and in other files.
